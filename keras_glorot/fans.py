@@ -1,0 +1,163 @@
+"""How many inputs an output sums over (fan_in), how many outputs an input reaches."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Fans", "compute_fans"]
+
+
+class Fans(NamedTuple):
+    """The two connection counts of a kernel.
+
+    Attributes:
+        fan_in: How many weighted inputs are summed into one output.
+        fan_out: How many outputs one input reaches.
+    """
+
+    fan_in: int
+    fan_out: int
+
+
+def compute_fans(
+    shape: Sequence[int],
+    input_axes: Sequence[int] | None = None,
+    output_axes: Sequence[int] | None = None,
+) -> Fans:
+    """Computes `(fan_in, fan_out)` of a kernel from its shape.
+
+    With explicit axes, `fan_in` is the product of the sizes of `input_axes`, `fan_out`
+    that of `output_axes`. An axis in both belongs to the receptive field; an axis in
+    neither is a batch axis (experts, depthwise channels) and counts for nothing.
+
+    Without them this is Keras's rule: `()` has fans (1, 1), `(n,)` has (n, n),
+    `(n, m)` has (n, m), and `(*window, n, m)` has (n, m) times the window's size.
+    Stride, padding and dilation are ignored, as everywhere.
+
+    Args:
+        shape: Sizes of the kernel's axes, non-negative integers.
+        input_axes: Axes that one output sums over. Negative ones count from the end.
+        output_axes: Axes that one input is spread over.
+
+    Returns:
+        A `Fans` named tuple of two integers.
+
+    Raises:
+        ValueError: If a size is unknown or negative, or axes are out of range,
+            repeated, or given on one side only.
+        TypeError: If sizes or axes are not integers.
+
+    Example:
+
+    >>> compute_fans((3, 3, 64, 128))
+    Fans(fan_in=576, fan_out=1152)
+    >>> compute_fans((8, 64, 32), input_axes=[1], output_axes=[2])  # 8 experts
+    Fans(fan_in=64, fan_out=32)
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
+    """
+    sizes = standardize_shape(shape)
+    pair = standardize_axes(input_axes, output_axes)
+    if pair is not None:
+        inputs, outputs = (
+            _resolve_axes(axes, sizes, name)
+            for axes, name in zip(pair, ("input_axes", "output_axes"), strict=True)
+        )
+        return Fans(
+            math.prod(sizes[axis] for axis in inputs),
+            math.prod(sizes[axis] for axis in outputs),
+        )
+    if len(sizes) < 2:
+        size = math.prod(sizes)
+        return Fans(size, size)
+    *window, inputs, outputs = sizes
+    return Fans(math.prod(window) * inputs, math.prod(window) * outputs)
+
+
+def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple of plain ints, or an error that says what is wrong."""
+    try:
+        entries = tuple(shape)
+    except TypeError:
+        raise TypeError(
+            "Argument `shape` must be a sequence of integers, such as (64, 32). "
+            f"Received: shape={shape}"
+        ) from None
+    if any(entry is None for entry in entries):
+        raise ValueError(
+            "Argument `shape` must be fully defined: a kernel can't be drawn before "
+            f"all its sizes are known. Received: shape={entries}"
+        )
+    sizes = _as_integers(entries, "shape", shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(
+            "Argument `shape` must have non-negative entries. "
+            f"Received: shape={entries}"
+        )
+    return sizes
+
+
+def standardize_axes(
+    input_axes: Sequence[int] | None, output_axes: Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Both axes lists as tuples, or None where neither was given.
+
+    What can be said without a shape is said here, so that a mistake is reported where
+    the initializer is written and not where some layer is built.
+    """
+    if input_axes is None and output_axes is None:
+        return None
+    if input_axes is None or output_axes is None:
+        raise ValueError(
+            "Arguments `input_axes` and `output_axes` must be given together or not at "
+            f"all. Received: input_axes={input_axes}, output_axes={output_axes}"
+        )
+    pair = []
+    for name, axes in (("input_axes", input_axes), ("output_axes", output_axes)):
+        if isinstance(axes, str) or not isinstance(axes, Sequence):
+            raise TypeError(
+                f"Argument `{name}` must be a list of integers, such as [0]. "
+                f"Received: {name}={axes}"
+            )
+        axes = _as_integers(axes, name, axes)
+        if len(set(axes)) != len(axes):
+            raise ValueError(
+                f"Argument `{name}` must not repeat an axis. Received: {name}={axes}"
+            )
+        pair.append(axes)
+    return pair[0], pair[1]
+
+
+def _resolve_axes(
+    axes: tuple[int, ...], sizes: tuple[int, ...], name: str
+) -> tuple[int, ...]:
+    """Axes counted from the start, each within the rank and none twice."""
+    rank = len(sizes)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"Argument `{name}` must lie within the kernel's {rank} axes. "
+            f"Received: {name}={list(axes)} for shape={sizes}"
+        )
+    resolved = tuple(axis % rank for axis in axes)
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(
+            f"Argument `{name}` must not repeat an axis. "
+            f"Received: {name}={list(axes)} for shape={sizes}"
+        )
+    return resolved
+
+
+def _as_integers(entries: Sequence, name: str, received: object) -> tuple[int, ...]:
+    # `operator.index` takes NumPy integers and refuses floats; bool is an int in
+    # Python, but never a size or an axis.
+    try:
+        if any(isinstance(entry, bool) for entry in entries):
+            raise TypeError
+        return tuple(operator.index(entry) for entry in entries)
+    except TypeError:
+        raise TypeError(
+            f"Argument `{name}` must hold integers only. Received: {name}={received}"
+        ) from None
