@@ -1,0 +1,19 @@
+"""Glorot (Xavier) initialization that is right in every Keras layer."""
+
+from importlib.metadata import version
+
+from keras_glorot.fans import Fans, compute_fans
+from keras_glorot.gains import calculate_gain
+from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
+
+__all__ = [
+    "Fans",
+    "GlorotNormal",
+    "GlorotUniform",
+    "__version__",
+    "as_default",
+    "calculate_gain",
+    "compute_fans",
+]
+
+__version__ = version("keras-glorot")

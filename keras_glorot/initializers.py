@@ -1,0 +1,305 @@
+"""`GlorotUniform` and `GlorotNormal`: arguments, config, and shape → std → draw."""
+
+import contextlib
+import math
+import numbers
+import random
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal, Self
+
+import keras
+
+from keras_glorot import keras_bridge
+from keras_glorot.fans import Fans, compute_fans, standardize_axes, standardize_shape
+from keras_glorot.gains import calculate_gain
+from keras_glorot.sampling import TRUNCATED_STD, draw
+
+__all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
+
+_WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+class _Glorot(keras.initializers.Initializer):
+    """What both variants share: all but the form of the distribution."""
+
+    _distribution: Literal["uniform", "truncated_normal"]
+
+    def __init__(
+        self,
+        gain: float | str = 1.0,
+        seed: "int | keras.random.SeedGenerator | None" = None,
+        input_axes: Sequence[int] | None = None,
+        output_axes: Sequence[int] | None = None,
+    ):
+        self.gain = _standardize_gain(gain)
+        axes = standardize_axes(input_axes, output_axes)
+        self.input_axes, self.output_axes = axes or (None, None)
+        self._init_seed = _standardize_seed(seed)
+        # Python's `random` is what `keras.utils.set_random_seed` governs.
+        self.seed = random.getrandbits(63) if seed is None else self._init_seed
+
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        """Draws a kernel.
+
+        Args:
+            shape: Its shape, fully defined.
+            dtype: A floating dtype: `float16`, `bfloat16`, `float32` or `float64`.
+                Defaults to `keras.config.floatx()`.
+
+        Returns:
+            A tensor of the backend.
+
+        Raises:
+            ValueError: If the shape is not fully defined, axes do not fit it, the dtype
+                can't hold a weight, or the bounds lie beyond the dtype's range.
+            TypeError: If the shape does not hold integers.
+        """
+        shape = standardize_shape(shape)
+        dtype = keras.backend.standardize_dtype(dtype)
+        if dtype not in _WEIGHT_DTYPES:
+            raise ValueError(
+                "Argument `dtype` must be a dtype that can hold a weight: one of "
+                f"{', '.join(_WEIGHT_DTYPES)}. Received: dtype={dtype}"
+            )
+        scale = self._scale(shape)
+        seed = keras_bridge.seed_words(self.seed)
+        if seed is None:  # known to the backend alone, while it traces
+            return self._draw_traced(shape, scale, dtype)
+        array = draw(self._distribution, shape, scale, dtype, seed)
+        return keras.ops.convert_to_tensor(array, dtype=dtype)
+
+    def stddev(self, shape: Sequence[int]) -> float:
+        """The standard deviation of a kernel of this shape, without drawing it.
+
+        `gain * sqrt(2 / (fan_in + fan_out))`; with `gain="auto"` the gain is 1 here.
+        """
+        return self._gain() * math.sqrt(2 / self._fan_sum(shape))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults, as the user wrote them."""
+        config: dict[str, Any] = {}
+        if self.gain != 1.0:
+            config["gain"] = self.gain
+        if self._init_seed is not None:
+            config["seed"] = keras.saving.serialize_keras_object(self._init_seed)
+        if self.input_axes is not None:
+            config["input_axes"] = list(self.input_axes)
+            config["output_axes"] = list(self.output_axes)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The initializer that `get_config` described."""
+        unknown = set(config) - {"gain", "seed", "input_axes", "output_axes"}
+        if unknown:
+            raise ValueError(
+                f"Argument `config` must hold arguments of {cls.__name__} only: gain, "
+                "seed, input_axes, output_axes. "
+                f"Received: config={config} with unknown keys {sorted(unknown)}"
+            )
+        config = dict(config)
+        if isinstance(config.get("seed"), dict):
+            config["seed"] = keras.saving.deserialize_keras_object(config["seed"])
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        arguments = {**self.get_config()}
+        if "seed" in arguments:
+            arguments["seed"] = self._init_seed
+        listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return f"{type(self).__name__}({listed})"
+
+    def _fans(self, shape: Sequence[int]) -> Fans:
+        return compute_fans(shape, self.input_axes, self.output_axes)
+
+    def _fan_sum(self, shape: Sequence[int]) -> int:
+        # At least 2, as in Keras: a kernel without an entry still has a finite std.
+        return max(2, sum(self._fans(shape)))
+
+    def _gain(self) -> float:
+        if self.gain == "auto":
+            return 1.0
+        return calculate_gain(self.gain) if isinstance(self.gain, str) else self.gain
+
+    def _scale(self, shape: Sequence[int]) -> float:
+        """The parameter of the distribution: the limit, or the std before truncation."""
+        raise NotImplementedError
+
+    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
+        raise NotImplementedError
+
+
+@keras.saving.register_keras_serializable("keras_glorot")
+class GlorotUniform(_Glorot):
+    """Glorot (Xavier) uniform initializer.
+
+    Draws from U(-limit, limit), `limit = gain * sqrt(6 / (fan_in + fan_out))`, whose
+    variance is `gain² * 2 / (fan_in + fan_out)`.
+
+    Args:
+        gain: Factor on the standard deviation: a positive float; the name of an
+            activation, for `calculate_gain(name)`; or `"auto"`, for the gain of the
+            `activation` of the layer being built, 1 where it has none. Defaults to 1.
+        seed: An int makes every call a pure function of seed, shape and distribution:
+            the same bits on every backend. A `keras.random.SeedGenerator` advances with
+            every call. `None` draws a seed once, from Python's `random`, so that
+            `keras.utils.set_random_seed` governs it. A `SeedGenerator` whose state is
+            only known while a backend traces is drawn with `keras.random`: the same
+            distribution, but that backend's bits.
+        input_axes: Axes of the kernel that one output sums over. With `output_axes`
+            they decide the fans, whatever the layer. An axis in both belongs to the
+            receptive field, an axis in neither is a batch axis (experts).
+        output_axes: Axes of the kernel that one input is spread over.
+
+    Raises:
+        ValueError: If the gain is not positive and finite or not a known name, or axes
+            are repeated or given on one side only.
+        TypeError: If the gain, the seed or the axes are of a wrong type.
+
+    Example:
+
+    >>> GlorotUniform().limit((128, 256))
+    0.125
+    >>> layer = keras.layers.Dense(256, kernel_initializer="xavier_uniform")
+    >>> layer = keras.layers.Dense(
+    ...     256, "tanh", kernel_initializer=GlorotUniform(gain="tanh", seed=1)
+    ... )
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
+    """
+
+    _distribution = "uniform"
+
+    def limit(self, shape: Sequence[int]) -> float:
+        """The bound of a kernel of this shape: `sqrt(3)` times `stddev(shape)`."""
+        return self._gain() * math.sqrt(6 / self._fan_sum(shape))
+
+    def _scale(self, shape: Sequence[int]) -> float:
+        return self.limit(shape)
+
+    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
+        return keras.random.uniform(shape, -scale, scale, dtype=dtype, seed=self.seed)
+
+
+@keras.saving.register_keras_serializable("keras_glorot")
+class GlorotNormal(_Glorot):
+    """Glorot (Xavier) normal initializer, truncated.
+
+    Draws from a normal distribution truncated at two of its standard deviations, std',
+    with `std' = std / 0.8796256610342398`, so that what is left after truncation has
+    `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`.
+
+    Args:
+        gain: Factor on the standard deviation: a positive float; the name of an
+            activation, for `calculate_gain(name)`; or `"auto"`, for the gain of the
+            `activation` of the layer being built, 1 where it has none. Defaults to 1.
+        seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has
+            it. The two distributions share no bits.
+        input_axes: Axes of the kernel that one output sums over, as in `GlorotUniform`.
+        output_axes: Axes of the kernel that one input is spread over.
+
+    Raises:
+        ValueError: If the gain is not positive and finite or not a known name, or axes
+            are repeated or given on one side only.
+        TypeError: If the gain, the seed or the axes are of a wrong type.
+
+    Example:
+
+    >>> round(GlorotNormal().stddev((128, 256)), 5)
+    0.07217
+    >>> layer = keras.layers.Dense(256, kernel_initializer="xavier_normal")
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
+    """
+
+    _distribution = "truncated_normal"
+
+    def _scale(self, shape: Sequence[int]) -> float:
+        return self.stddev(shape) / TRUNCATED_STD
+
+    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
+        return keras.random.truncated_normal(
+            shape, 0.0, scale, dtype=dtype, seed=self.seed
+        )
+
+
+# `initializers.get` looks strings up here; Keras itself has no name "xavier".
+keras.saving.get_custom_objects()["xavier_uniform"] = GlorotUniform
+keras.saving.get_custom_objects()["xavier_normal"] = GlorotNormal
+
+
+@contextlib.contextmanager
+def as_default(gain: float | str = 1.0) -> Iterator[None]:
+    """A scope in which Keras's strings `glorot_uniform` and `glorot_normal` are ours.
+
+    These strings are the default of every Keras layer with a kernel, so models whose
+    code can't be changed (`keras.applications`, KerasHub) can be built inside. Saved
+    models keep the initializers they were saved with. Scopes nest, and hold for the
+    thread that opened them, as `keras.saving.custom_object_scope` does.
+
+    Args:
+        gain: The gain of every initializer made in the scope, as in `GlorotUniform`.
+
+    Example:
+
+    >>> with as_default():
+    ...     layer = keras.layers.Dense(8)
+    >>> layer.kernel_initializer
+    GlorotUniform()
+    """
+    gain = _standardize_gain(gain)
+    objects = {
+        name: SimpleNamespace(
+            from_config=lambda config, cls=cls: cls.from_config(
+                {"gain": gain, **config}
+            )
+        )
+        for name, cls in (
+            ("glorot_uniform", GlorotUniform),
+            ("glorot_normal", GlorotNormal),
+        )
+    }
+    outer = keras_bridge.custom_objects_in_scope()
+    with keras.saving.custom_object_scope({**outer, **objects}):
+        yield
+
+
+def _standardize_gain(gain: float | str) -> float | str:
+    if isinstance(gain, str):
+        if gain != "auto":
+            try:
+                calculate_gain(gain)
+            except ValueError as error:
+                raise ValueError(
+                    "Argument `gain` must be a positive float, 'auto' or the name of an "
+                    f"activation that has a gain. Received: gain={gain!r}. {error}"
+                ) from None
+        return gain
+    # bool is a number in Python, but `gain=True` is a slip.
+    if isinstance(gain, bool) or not isinstance(gain, numbers.Real):
+        raise TypeError(
+            "Argument `gain` must be a positive float, 'auto' or the name of an "
+            "activation; for a function use gain=calculate_gain(function). "
+            f"Received: gain={gain} (of type {type(gain)})"
+        )
+    if not (math.isfinite(gain) and gain > 0):
+        raise ValueError(
+            f"Argument `gain` must be positive and finite. Received: gain={gain}"
+        )
+    return float(gain)
+
+
+def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
+    if seed is None or isinstance(seed, keras.random.SeedGenerator):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(
+            "Argument `seed` must be an integer, a `keras.random.SeedGenerator` or "
+            f"None. Received: seed={seed} (of type {type(seed)})"
+        )
+    return int(seed)

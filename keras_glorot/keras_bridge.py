@@ -1,0 +1,45 @@
+"""The only place that touches what Keras does not export."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+__all__ = ["custom_objects_in_scope", "seed_words"]
+
+
+def custom_objects_in_scope() -> dict[str, Any]:
+    """The objects of the innermost `custom_object_scope`, which a new one would hide."""
+    try:
+        from keras.src.backend.common import global_state
+
+        return dict(global_state.get_global_attribute("custom_objects_scope_dict", {}))
+    except (ImportError, AttributeError):
+        return {}
+
+
+def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
+    """The numbers that a seed stands for; a `SeedGenerator` advances.
+
+    None where a generator's state is only a symbol, because the backend is tracing.
+    """
+    if isinstance(seed, int):
+        return (seed,)
+    if _is_symbolic(seed.state.value):
+        return None
+    state = np.asarray(keras.ops.convert_to_numpy(seed.state.value))
+    seed.next()
+    return tuple(int(word) for word in state)
+
+
+def _is_symbolic(tensor: Any) -> bool:
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            return tf.is_symbolic_tensor(tensor)
+        case "jax":
+            import jax
+
+            return isinstance(tensor, jax.core.Tracer)
+    return False
