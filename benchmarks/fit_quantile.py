@@ -51,10 +51,7 @@ def main():
     for name, degree in (("float32", 4), ("float64", 9)):
         numerator, denominator = interpolate(degree)
         error = max(
-            abs(
-                mp.polyval(numerator[::-1], s) / mp.polyval(denominator[::-1], s) / r
-                - 1
-            )
+            abs(mp.polyval(numerator[::-1], s) / mp.polyval(denominator[::-1], s) / r - 1)
             for s in (crowded(mp.mpf(j) / 1000) for j in range(1001))
             for r in (ratio(s),)
         )

@@ -94,8 +94,7 @@ def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
     sizes = _as_integers(entries, "shape", shape)
     if any(size < 0 for size in sizes):
         raise ValueError(
-            "Argument `shape` must have non-negative entries. "
-            f"Received: shape={entries}"
+            f"Argument `shape` must have non-negative entries. Received: shape={entries}"
         )
     return sizes
 

@@ -97,7 +97,10 @@ def calculate_gain(
             "units of a layer, so it has no gain: use 1.0 before it. "
             f"Received: nonlinearity={nonlinearity}"
         )
-    return _integrated_gain(nonlinearity) if name is None else _gain_by_name(name)
+    if name is not None:
+        return _gain_by_name(name)
+    assert callable(nonlinearity)  # every string has a name
+    return _integrated_gain(nonlinearity)
 
 
 def activation_gain(activation: Callable[[Any], Any] | None) -> float:
@@ -120,11 +123,10 @@ def _integrated_gain(function: Callable[[Any], Any]) -> float:
     # open here is open in this thread only, and numbers are needed, not symbols.
     with ThreadPoolExecutor(1) as pool:
         moment = pool.submit(_second_moment, function).result()
-    if not (math.isfinite(moment) and moment > 0):
+    if moment <= 0:
         raise ValueError(
-            "Argument `nonlinearity` must have a finite, positive second moment under "
-            f"a standard normal input, but E[f(z)²] = {moment}. "
-            f"Received: nonlinearity={function}"
+            "Argument `nonlinearity` must not be zero wherever a standard normal input "
+            f"lies: no gain restores its signal. Received: nonlinearity={function}"
         )
     # Backends compute tanh and the like to 1e-8 of each other; weights must be equal.
     return float(f"{1 / math.sqrt(moment):.7g}")
@@ -166,7 +168,7 @@ def _slope(name: str | None, param: float | None) -> float:
         )
     if isinstance(param, bool) or not isinstance(param, (int, float, np.number)):
         raise TypeError(
-            f"Argument `param` must be a number, the negative slope. Received: param={param}"
+            f"Argument `param` must be a number, the slope. Received: param={param}"
         )
     if not math.isfinite(param):
         raise ValueError(f"Argument `param` must be finite. Received: param={param}")
@@ -186,10 +188,10 @@ def _second_moment(function: Callable[[Any], Any]) -> float:
         middle = (left + right) / 2
         whole = _panels(function, left, right)
         halves = _panels(function, left, middle) + _panels(function, middle, right)
-        # Float32 (JAX) leaves relative noise of 1e-7 / sqrt(nodes) in a panel. A panel
-        # of no width can't be halved: what a step there still hides is below 1e-9.
-        done = np.abs(whole - halves) <= 1e-10 + 3e-7 * np.abs(halves)
-        done |= (right - left < 1e-9) | ~np.isfinite(halves)
+        # Float32 (JAX) leaves a relative noise of 1e-7 in a panel. What a step still
+        # hides in a panel too narrow to halve is below its width.
+        done = np.abs(whole - halves) <= 1e-13 + 3e-7 * halves
+        done |= right - left < 1e-12
         total += float(halves[done].sum())
         rest = ~done
         left, right = (
@@ -212,9 +214,7 @@ def _panels(function, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         [_evaluate(function, z[i : i + _BATCH]) for i in range(0, len(z), _BATCH)]
     )
     density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    return (
-        (values * values * density).reshape(half.shape[0], -1) * _WEIGHTS * half
-    ).sum(1)
+    return ((values * values * density).reshape(half.shape[0], -1) * _WEIGHTS * half).sum(1)
 
 
 def _evaluate(function, z: np.ndarray) -> np.ndarray:
@@ -225,10 +225,14 @@ def _evaluate(function, z: np.ndarray) -> np.ndarray:
     padded = np.zeros(_BATCH)
     padded[: len(z)] = z
     values = call(padded)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "Argument `nonlinearity` must be finite on [-13, 13], where a standard normal "
+            f"input lies. Received: nonlinearity={function}"
+        )
     if values.shape != padded.shape or not np.allclose(
         values[: len(z) // 2],
         call(np.where(np.arange(_BATCH) < len(z) // 2, padded, 1.0))[: len(z) // 2],
-        equal_nan=True,
     ):
         raise ValueError(
             "Argument `nonlinearity` must act element by element: one number in, one "

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import keras
+import ml_dtypes
 
 from keras_glorot import keras_bridge
 from keras_glorot.fans import Fans, compute_fans, standardize_axes, standardize_shape
@@ -35,9 +36,9 @@ class _Glorot(keras.initializers.Initializer):
         self.gain = _standardize_gain(gain)
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
-        self._init_seed = _standardize_seed(seed)
+        self._init_seed = seed = _standardize_seed(seed)
         # Python's `random` is what `keras.utils.set_random_seed` governs.
-        self.seed = random.getrandbits(63) if seed is None else self._init_seed
+        self.seed = random.getrandbits(63) if seed is None else seed
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
         """Draws a kernel.
@@ -63,6 +64,12 @@ class _Glorot(keras.initializers.Initializer):
                 f"{', '.join(_WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
         scale = self._scale(shape)
+        largest = float(ml_dtypes.finfo(dtype).max)
+        if 2 * scale > largest:
+            raise ValueError(
+                f"Argument `gain` must be smaller for weights of {dtype}, which end at "
+                f"{largest:g}. Received: gain={self.gain} for shape={shape}"
+            )
         seed = keras_bridge.seed_words(self.seed)
         if seed is None:  # known to the backend alone, while it traces
             return self._draw_traced(shape, scale, dtype)
@@ -83,7 +90,7 @@ class _Glorot(keras.initializers.Initializer):
             config["gain"] = self.gain
         if self._init_seed is not None:
             config["seed"] = keras.saving.serialize_keras_object(self._init_seed)
-        if self.input_axes is not None:
+        if self.input_axes is not None and self.output_axes is not None:
             config["input_axes"] = list(self.input_axes)
             config["output_axes"] = list(self.output_axes)
         return config
@@ -223,9 +230,7 @@ class GlorotNormal(_Glorot):
         return self.stddev(shape) / TRUNCATED_STD
 
     def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
-        return keras.random.truncated_normal(
-            shape, 0.0, scale, dtype=dtype, seed=self.seed
-        )
+        return keras.random.truncated_normal(shape, 0.0, scale, dtype=dtype, seed=self.seed)
 
 
 # `initializers.get` looks strings up here; Keras itself has no name "xavier".
@@ -255,9 +260,7 @@ def as_default(gain: float | str = 1.0) -> Iterator[None]:
     gain = _standardize_gain(gain)
     objects = {
         name: SimpleNamespace(
-            from_config=lambda config, cls=cls: cls.from_config(
-                {"gain": gain, **config}
-            )
+            from_config=lambda config, cls=cls: cls.from_config({"gain": gain, **config})
         )
         for name, cls in (
             ("glorot_uniform", GlorotUniform),

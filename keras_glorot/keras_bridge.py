@@ -13,7 +13,7 @@ def custom_objects_in_scope() -> dict[str, Any]:
     try:
         from keras.src.backend.common import global_state
 
-        return dict(global_state.get_global_attribute("custom_objects_scope_dict", {}))
+        return global_state.get_global_attribute("custom_objects_scope_dict") or {}
     except (ImportError, AttributeError):
         return {}
 
@@ -25,11 +25,10 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | No
     """
     if isinstance(seed, int):
         return (seed,)
-    if _is_symbolic(seed.state.value):
+    state = seed.next()
+    if _is_symbolic(state):
         return None
-    state = np.asarray(keras.ops.convert_to_numpy(seed.state.value))
-    seed.next()
-    return tuple(int(word) for word in state)
+    return tuple(np.asarray(keras.ops.convert_to_numpy(state)).tolist())
 
 
 def _is_symbolic(tensor: Any) -> bool:
@@ -39,7 +38,7 @@ def _is_symbolic(tensor: Any) -> bool:
 
             return tf.is_symbolic_tensor(tensor)
         case "jax":
-            import jax
+            from jax.core import Tracer
 
-            return isinstance(tensor, jax.core.Tracer)
+            return isinstance(tensor, Tracer)
     return False

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 
 __all__ = ["TRUNCATED_STD", "draw"]
@@ -97,9 +96,7 @@ def draw(
     return out
 
 
-def _key(
-    distribution: Distribution, work: type, seed: Sequence[int], shape
-) -> np.ndarray:
+def _key(distribution: Distribution, work: type, seed: Sequence[int], shape) -> np.ndarray:
     """The entropy of a tensor's stream, as the 32-bit words NumPy is to hash.
 
     Every entry carries its length, so that no two keys can run into the same words.
@@ -136,16 +133,14 @@ def _fill(
     scratch = np.empty((4, min(PIECE, out.size)), work)
     for begin in range(0, out.size, PIECE):
         piece = out[begin : begin + PIECE]
-        x, s, *fraction = scratch[:, : piece.size]
-        if piece.dtype == work:
-            x = piece
+        x = piece if piece.dtype == work else scratch[0, : piece.size]
         bits, bound = _odd_integers(stream, piece.size, work)
         if distribution == "uniform":
             # Division by a power of two is exact: one rounding to float, one product.
             np.multiply(bits, work(scale / bound), out=x, casting="unsafe", dtype=work)
         else:
             np.multiply(bits, work(1 / bound), out=x, casting="unsafe", dtype=work)
-            _truncated_normal_quantile(x, s, scratch[2:, : piece.size])
+            _truncated_normal_quantile(x, scratch[1:, : piece.size])
             np.multiply(x, work(scale), out=x)
         if x is not piece:
             # To half precision: rounds to nearest even.
@@ -172,20 +167,18 @@ def _odd_integers(
     return np.bitwise_or(bits, 1, out=bits), bound
 
 
-def _truncated_normal_quantile(
-    x: np.ndarray, s: np.ndarray, fraction: np.ndarray
-) -> None:
+def _truncated_normal_quantile(x: np.ndarray, scratch: np.ndarray) -> None:
     """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in place."""
-    numerators, denominators = _QUANTILE[x.dtype.type]
+    numerator, denominator = _QUANTILE[x.dtype.type]
+    s, fraction = scratch[0], scratch[1:]
     np.multiply(x, x, out=s)
     np.subtract(1, s, out=s)
     # Horner's rule for both polynomials at once: one row each.
-    coefficients = np.array([numerators, denominators], x.dtype)[:, ::-1, None]
-    np.multiply(coefficients[:, 0], s, out=fraction)
-    for power in range(1, len(numerators) - 1):
-        np.add(fraction, coefficients[:, power], out=fraction)
+    highest, *lower = np.array([numerator, denominator], x.dtype).T[::-1, :, None]
+    fraction[:] = highest
+    for coefficients in lower:
         np.multiply(fraction, s, out=fraction)
-    np.add(fraction, coefficients[:, -1], out=fraction)
+        np.add(fraction, coefficients, out=fraction)
     np.multiply(x, fraction[0], out=x)
     np.divide(x, fraction[1], out=x)
 

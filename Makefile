@@ -1,0 +1,69 @@
+# Every target makes the environment it needs; `make test` and `make demo` are the two
+# to know. Versions are pinned in requirements/.
+
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+PYTEST := -m pytest -p no:cacheprovider
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+# Warnings of pip about its own version or indexes tell a user nothing.
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test test-all slow jax torch oldest lint format demo bench pins clean
+
+test: $(VENV)/test
+	KERAS_BACKEND=tensorflow $(VENV)/bin/python $(PYTEST) -m "not slow"
+
+# What `make test` leaves out.
+test-all: lint jax torch slow oldest
+
+jax torch: $(VENV)/all
+	KERAS_BACKEND=$@ $(VENV)/bin/python $(PYTEST) -m "not slow"
+
+slow: $(VENV)/all $(OLDEST)/all
+	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/bin/python \
+		$(VENV)/bin/python $(PYTEST) -m slow
+
+oldest: $(OLDEST)/all
+	KERAS_BACKEND=tensorflow $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=jax $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+
+lint: $(VENV)/all
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/all
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+demo: $(VENV)/test
+	KERAS_BACKEND=tensorflow $(VENV)/bin/python benchmarks/demo.py
+
+# Renews the pins from requirements/*.in; commit the result.
+pins:
+	for name in test all oldest; do \
+		$(PYTHON) -m venv --clear .venv-pins && \
+		.venv-pins/bin/python $(PIP) -r requirements/$$name.in && \
+		.venv-pins/bin/python -m pip freeze | sed 's/+cpu$$//' > requirements/$$name.txt; \
+	done; rm -rf .venv-pins
+
+clean:
+	rm -rf $(VENV) $(OLDEST)
+
+$(VENV)/test: requirements/test.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) -r requirements/test.txt
+	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/all: $(VENV)/test requirements/all.txt
+	$(VENV)/bin/python $(PIP) -r requirements/all.txt
+	touch $@
+
+$(OLDEST)/all: requirements/oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -r requirements/oldest.txt
+	$(OLDEST)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	touch $@

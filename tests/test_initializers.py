@@ -1,0 +1,388 @@
+"""`GlorotUniform` and `GlorotNormal`: distribution, seeds, bits, arguments, strings."""
+
+import hashlib
+import json
+import math
+import threading
+
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+
+import keras_glorot
+from keras_glorot import GlorotNormal, GlorotUniform, as_default, compute_fans
+from keras_glorot.sampling import TRUNCATED_STD
+
+BOTH = pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
+# About a million values each.
+SHAPES = [(1000, 1000), (5, 400, 500), (3, 3, 333, 334), (3, 3, 3, 192, 193)]
+
+
+def to_numpy(tensor):
+    return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def exact(initializer, shape):
+    """The distribution, from the paper's formula and nothing of ours but the fans."""
+    gain = {"tanh": 5 / 3}.get(initializer.gain, initializer.gain)
+    std = gain * math.sqrt(2 / sum(compute_fans(shape)))
+    if isinstance(initializer, GlorotUniform):
+        return stats.uniform(-math.sqrt(3) * std, 2 * math.sqrt(3) * std)
+    return stats.truncnorm(-2, 2, scale=std / stats.truncnorm(-2, 2).std())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gain", [0.5, 1.0, "tanh"])
+@BOTH
+def test_distribution(cls, gain, shape):
+    # Kolmogorov-Smirnov at significance 1e-3, std within 5 standard errors, bounds.
+    initializer = cls(gain=gain, seed=2010)
+    values = to_numpy(initializer(shape)).ravel().astype(np.float64)
+    wanted = exact(initializer, shape)
+    assert stats.kstest(values, wanted.cdf).pvalue > 1e-3
+    kurtosis = wanted.moment(4) / wanted.var() ** 2
+    error = math.sqrt((kurtosis - 1) / 4 / values.size)
+    assert abs(values.std() / wanted.std() - 1) < 5 * error
+    assert initializer.stddev(shape) == pytest.approx(wanted.std())
+    assert abs(values).max() <= np.float32(wanted.support()[1])
+
+
+@BOTH
+def test_bfloat16_mean_is_zero_and_values_are_float32_rounded(cls):
+    shape = (1000, 1000)
+    initializer = cls(seed=7)
+    half = to_numpy(initializer(shape, dtype="bfloat16"))
+    full = to_numpy(initializer(shape, dtype="float32"))
+    assert half.tobytes() == full.astype(half.dtype).tobytes()
+    values = half.astype(np.float64)
+    assert abs(values.mean()) < 4 * initializer.stddev(shape) / math.sqrt(values.size)
+
+
+# Bits of (3, 3, 16, 32), SHA-256's first 16 digits: one table for every backend.
+GOLDEN = {
+    (GlorotUniform, "float16"): "c0a34c359f7a7214",
+    (GlorotUniform, "bfloat16"): "d135a43e6a3d5d14",
+    (GlorotUniform, "float32"): "696579cedc10c761",
+    (GlorotUniform, "float64"): "40841f5a2de0d210",
+    (GlorotNormal, "float16"): "7b25d56a873babdf",
+    (GlorotNormal, "bfloat16"): "7acf04e3db2b0dd1",
+    (GlorotNormal, "float32"): "19dd01769eddd6c8",
+    (GlorotNormal, "float64"): "4eef3ed37d7f3410",
+}
+
+
+@pytest.mark.parametrize(("cls", "dtype"), GOLDEN)
+def test_same_bits_on_every_backend(cls, dtype):
+    if dtype == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 unless it is enabled")
+    initializer = cls(gain="gelu", seed=42)
+    values = to_numpy(initializer((3, 3, 16, 32), dtype=dtype))
+    assert str(values.dtype) == dtype
+    assert hashlib.sha256(values.tobytes()).hexdigest()[:16] == GOLDEN[cls, dtype]
+
+
+def test_textbook_numbers():
+    assert GlorotUniform().limit((128, 256)) == 0.125
+    assert GlorotUniform().stddev((128, 256)) == pytest.approx(math.sqrt(2 / 384))
+    assert GlorotNormal().stddev((128, 256)) == pytest.approx(math.sqrt(2 / 384))
+    assert pytest.approx(stats.truncnorm(-2, 2).std(), rel=1e-12) == TRUNCATED_STD
+
+
+@BOTH
+def test_explicit_axes(cls):
+    shape = (8, 64, 32)  # 8 experts
+    initializer = cls(input_axes=[1], output_axes=(-1,), seed=1)
+    assert initializer.stddev(shape) == pytest.approx(math.sqrt(2 / 96))
+    std = to_numpy(initializer(shape)).std()
+    assert std == pytest.approx(math.sqrt(2 / 96), rel=5 / math.sqrt(2 * 8 * 64 * 32))
+
+
+# Seeds ---------------------------------------------------------------------------------
+
+
+@BOTH
+def test_int_seed_is_a_pure_function(cls):
+    first, second = cls(seed=5), cls(seed=5)
+    values = to_numpy(first((20, 30)))
+    assert (values == to_numpy(first((20, 30)))).all()
+    assert (values == to_numpy(second((20, 30)))).all()
+    assert (values != to_numpy(cls(seed=6)((20, 30)))).any()
+    assert to_numpy(cls(seed=-5)((2, 2))).tolist() != to_numpy(cls(seed=5)((2, 2))).tolist()
+    assert np.isfinite(to_numpy(cls(seed=2**100)((2, 2)))).all()
+
+
+@BOTH
+def test_gain_scales_one_and_the_same_draw(cls):
+    # The gain is no part of the stream's key: by a power of two, equal to the last bit.
+    assert (to_numpy(cls(4.0, seed=5)((9, 7))) == 4 * to_numpy(cls(seed=5)((9, 7)))).all()
+
+
+@BOTH
+def test_no_seed_follows_set_random_seed(cls):
+    draws = []
+    for _ in range(2):
+        keras.utils.set_random_seed(11)
+        one, other = cls(), cls()
+        draws.append((to_numpy(one((4, 4))).tolist(), to_numpy(other((4, 4))).tolist()))
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[0][1]
+    assert to_numpy(one((4, 4))).tolist() == draws[1][0]
+
+
+@BOTH
+def test_seed_generator_advances(cls):
+    initializer = cls(seed=keras.random.SeedGenerator(3))
+    draws = [to_numpy(initializer((4, 4))).tolist() for _ in range(3)]
+    assert draws[0] != draws[1] != draws[2] != draws[0]
+    again = cls(seed=keras.random.SeedGenerator(3))
+    assert [to_numpy(again((4, 4))).tolist() for _ in range(3)] == draws
+    assert draws[0] != to_numpy(cls(seed=3)((4, 4))).tolist()
+
+
+@BOTH
+def test_seed_generator_in_a_trace(cls):
+    # The state is a symbol there: Keras draws, from the right distribution.
+    backend = keras.backend.backend()
+    shape = (200, 300)
+    initializer = cls(seed=keras.random.SeedGenerator(3))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        values = tf.function(lambda: initializer(shape))().numpy()
+    elif backend == "jax":
+        import jax
+
+        def traced(state):
+            variable = initializer.seed.state
+            with keras.StatelessScope(state_mapping=[(variable, state)]):
+                return initializer(shape)
+
+        values = np.asarray(jax.jit(traced)(initializer.seed.state.value))
+    else:
+        pytest.skip("torch runs eagerly")
+    error = 1 / math.sqrt(values.size)
+    assert abs(values.std() / initializer.stddev(shape) - 1) < 5 * error
+
+
+# Strings, scope, config ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("xavier_uniform", GlorotUniform),
+        ("xavier_normal", GlorotNormal),
+        ("keras_glorot>GlorotUniform", GlorotUniform),
+        ("keras_glorot>GlorotNormal", GlorotNormal),
+    ],
+)
+def test_strings(name, cls):
+    assert type(keras.initializers.get(name)) is cls
+    layer = keras.layers.Dense(3, kernel_initializer=name)
+    layer.build((None, 2))
+    assert type(layer.kernel_initializer) is cls
+    assert abs(to_numpy(layer.kernel)).max() <= 2 * cls().stddev((2, 3)) / TRUNCATED_STD
+
+
+def test_import_leaves_keras_names_alone():
+    for name in ("glorot_uniform", "glorot_normal", "GlorotUniform", "GlorotNormal"):
+        assert type(keras.initializers.get(name)).__module__.startswith("keras.")
+    assert (
+        type(keras.layers.Dense(1).kernel_initializer) is keras.initializers.GlorotUniform
+    )
+
+
+def test_as_default():
+    with as_default():
+        assert type(keras.layers.Dense(1).kernel_initializer) is GlorotUniform
+        assert type(keras.initializers.get("glorot_normal")) is GlorotNormal
+        with as_default(gain="tanh"):
+            assert keras.layers.Dense(1).kernel_initializer.gain == "tanh"
+        assert keras.layers.Dense(1).kernel_initializer.gain == 1.0
+        attention = keras.layers.MultiHeadAttention(2, 4)
+        assert type(attention._kernel_initializer) is GlorotUniform
+    assert (
+        type(keras.layers.Dense(1).kernel_initializer) is keras.initializers.GlorotUniform
+    )
+
+
+def test_as_default_keeps_the_custom_objects_around_it():
+    class Halves(keras.initializers.Ones):
+        pass
+
+    with keras.saving.custom_object_scope({"halves": Halves}), as_default():
+        layer = keras.layers.Dense(1, bias_initializer="halves")
+    assert type(layer.bias_initializer) is Halves
+    assert type(layer.kernel_initializer) is GlorotUniform
+
+
+def test_as_default_ends_with_an_error():
+    with pytest.raises(RuntimeError, match="inside"), as_default():
+        raise RuntimeError("inside")
+    assert (
+        type(keras.layers.Dense(1).kernel_initializer) is keras.initializers.GlorotUniform
+    )
+    with pytest.raises(ValueError, match="Argument `gain`"), as_default(gain=-1):
+        pass
+
+
+def test_as_default_holds_for_its_own_thread():
+    seen = []
+    with as_default():
+        thread = threading.Thread(
+            target=lambda: seen.append(type(keras.initializers.get("glorot_uniform")))
+        )
+        thread.start()
+        thread.join()
+    assert seen == [keras.initializers.GlorotUniform]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        ({}, {}),
+        ({"gain": 1}, {}),
+        ({"gain": 2}, {"gain": 2.0}),
+        ({"gain": np.float32(0.5)}, {"gain": 0.5}),
+        ({"gain": "tanh"}, {"gain": "tanh"}),
+        ({"gain": "auto", "seed": 0}, {"gain": "auto", "seed": 0}),
+        ({"seed": np.int64(3)}, {"seed": 3}),
+        (
+            {"input_axes": (0,), "output_axes": [-1, 1]},
+            {"input_axes": [0], "output_axes": [-1, 1]},
+        ),
+    ],
+)
+def test_config(cls, arguments, config):
+    initializer = cls(**arguments)
+    assert initializer.get_config() == config
+    assert json.loads(json.dumps(config)) == config
+    for copy in (cls.from_config(config), initializer.clone()):
+        assert type(copy) is cls
+        assert copy.get_config() == config
+    listed = ", ".join(f"{name}={value!r}" for name, value in config.items())
+    assert repr(initializer) == f"{cls.__name__}({listed})"
+
+
+@BOTH
+def test_is_an_initializer_but_no_variance_scaling(cls):
+    assert issubclass(cls, keras.initializers.Initializer)
+    assert not issubclass(cls, keras.initializers.VarianceScaling)
+    assert keras.saving.get_registered_name(cls) == f"keras_glorot>{cls.__name__}"
+
+
+def test_version():
+    assert keras_glorot.__version__.count(".") == 2
+
+
+# Shapes, dtypes, bad input -------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "shape", [(), (5,), (0,), (3, 0), (0, 0), [2, 3], (np.int64(2), 3)]
+)
+def test_any_rank_and_zero_sizes(cls, shape):
+    values = to_numpy(cls(seed=1)(shape))
+    assert values.shape == tuple(shape)
+    stock = keras.initializers.GlorotUniform()(tuple(int(n) for n in shape))
+    assert values.shape == to_numpy(stock).shape
+    assert math.isfinite(cls().stddev(shape))
+
+
+def test_low_ranks_have_keras_fans():
+    assert GlorotUniform().limit(()) == pytest.approx(math.sqrt(3))
+    assert GlorotUniform().limit((6,)) == pytest.approx(math.sqrt(0.5))
+
+
+@BOTH
+def test_dtype_defaults_to_floatx(cls):
+    keras.config.set_floatx("float16")
+    try:
+        assert keras.backend.standardize_dtype(cls()((2, 2)).dtype) == "float16"
+    finally:
+        keras.config.set_floatx("float32")
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64", "string"])
+def test_dtypes_that_hold_no_weight(cls, dtype):
+    with pytest.raises(ValueError, match=r"dtype"):
+        cls()((2, 2), dtype=dtype)
+
+
+def test_bounds_beyond_the_dtype():
+    with pytest.raises(ValueError, match=r"Argument `gain` must be smaller.*float16"):
+        GlorotUniform(gain=1e6)((2, 2), dtype="float16")
+    assert to_numpy(GlorotUniform(gain=1e4)((2, 2), dtype="float16")).max() < 65504
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"gain": 0}, ValueError),
+        ({"gain": -1.0}, ValueError),
+        ({"gain": math.nan}, ValueError),
+        ({"gain": math.inf}, ValueError),
+        ({"gain": "no_such"}, ValueError),
+        ({"gain": "softmax"}, ValueError),
+        ({"gain": True}, TypeError),
+        ({"gain": None}, TypeError),
+        ({"gain": [1.0]}, TypeError),
+        ({"gain": 1j}, TypeError),
+        ({"gain": math.tanh}, TypeError),
+        ({"seed": 1.0}, TypeError),
+        ({"seed": "1"}, TypeError),
+        ({"seed": True}, TypeError),
+        ({"seed": (1, 2)}, TypeError),
+        ({"input_axes": [0]}, ValueError),
+        ({"output_axes": [0]}, ValueError),
+        ({"input_axes": [0, 0], "output_axes": [1]}, ValueError),
+        ({"input_axes": [0.0], "output_axes": [1]}, TypeError),
+        ({"input_axes": [True], "output_axes": [1]}, TypeError),
+        ({"input_axes": 0, "output_axes": 1}, TypeError),
+        ({"input_axes": "0", "output_axes": "1"}, TypeError),
+    ],
+)
+def test_bad_arguments(cls, arguments, error):
+    with pytest.raises(error, match=r"Arguments? `.*Received: \w+="):
+        cls(**arguments)
+
+
+@BOTH
+@pytest.mark.parametrize("axes", [([2], [0]), ([-3], [0]), ([0, -2], [1])])
+def test_axes_that_do_not_fit_the_shape(cls, axes):
+    initializer = cls(input_axes=axes[0], output_axes=axes[1])
+    for use in (initializer, initializer.stddev):
+        with pytest.raises(
+            ValueError, match=r"Argument `input_axes` must .*shape=\(4, 5\)"
+        ):
+            use((4, 5))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        ((None, 3), ValueError),
+        ((-1, 3), ValueError),
+        ((2.0, 3), TypeError),
+        (("a", 3), TypeError),
+        ((True, 3), TypeError),
+        (5, TypeError),
+        (None, TypeError),
+    ],
+)
+def test_bad_shapes(cls, shape, error):
+    for use in (cls(), cls().stddev):
+        with pytest.raises(error, match=r"Argument `shape` must .*Received: shape="):
+            use(shape)
+
+
+@BOTH
+def test_unknown_config_keys(cls):
+    with pytest.raises(ValueError, match=r"unknown keys \['mode'\]"):
+        cls.from_config({"gain": 2.0, "mode": "fan_in"})

@@ -1,0 +1,224 @@
+"""A model with our initializers comes back the same, whichever way it went."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_glorot import GlorotNormal, GlorotUniform, as_default
+
+TESTS = Path(__file__).parent
+
+
+def make_model():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(4, 3, kernel_initializer="xavier_uniform"),
+            keras.layers.DepthwiseConv2D(3, depthwise_initializer=GlorotNormal(seed=4)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(
+                6, "tanh", kernel_initializer=GlorotNormal(gain="tanh", seed=1)
+            ),
+            keras.layers.Dense(
+                5,
+                kernel_initializer=GlorotUniform(
+                    gain=0.5, seed=keras.random.SeedGenerator(9)
+                ),
+            ),
+            keras.layers.Dense(
+                3,
+                kernel_initializer=GlorotUniform(
+                    gain="auto", input_axes=[0], output_axes=[1]
+                ),
+            ),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def assert_same(model, other, weights=True):
+    configs = [
+        [layer.get_config() for layer in each.layers if layer.weights]
+        for each in (model, other)
+    ]
+    # A SeedGenerator's automatic name counts up; nothing else may differ.
+    texts = [json.dumps(config, sort_keys=True, default=str) for config in configs]
+    assert texts[0] == texts[1]
+    assert '"tanh"' in texts[1]
+    assert "1.66" not in texts[1]
+    if weights:
+        for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_file(model, tmp_path, suffix):
+    path = str(tmp_path / f"model{suffix}")
+    model.save(path)
+    loaded = keras.saving.load_model(path, compile=False)
+    assert_same(model, loaded)
+    x = np.linspace(-1, 1, 128).reshape(2, 8, 8, 1)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
+
+
+def test_json(model):
+    assert_same(model, keras.models.model_from_json(model.to_json()), weights=False)
+
+
+def test_clone_model(model):
+    clone = keras.models.clone_model(model)
+    assert_same(model, clone, weights=False)
+    # What is seeded by a number is drawn the same again, and so is a fresh generator.
+    for index in (1, 3, 4):
+        np.testing.assert_array_equal(
+            model.layers[index].get_weights()[0], clone.layers[index].get_weights()[0]
+        )
+
+
+def test_model_config(model):
+    assert_same(model, keras.Sequential.from_config(model.get_config()), weights=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copied_model(model, copied):
+    assert_same(model, copied(model))
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        GlorotUniform("tanh", seed=3),
+        GlorotNormal(),
+        GlorotNormal("auto", input_axes=[0], output_axes=[1]),
+    ],
+)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copied_initializer(initializer, copied):
+    other = copied(initializer)
+    assert type(other) is type(initializer)
+    assert other.get_config() == initializer.get_config()
+    # Even an unseeded one: the seed it once drew goes along.
+    one, two = (keras.ops.convert_to_numpy(each((5, 6))) for each in (initializer, other))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_seed_generator_in_the_config():
+    initializer = GlorotUniform(seed=keras.random.SeedGenerator(9))
+    again = keras.initializers.deserialize(keras.initializers.serialize(initializer))
+    assert isinstance(again.seed, keras.random.SeedGenerator)
+    assert again.get_config() == initializer.get_config()
+    one, two = (keras.ops.convert_to_numpy(each((5, 6))) for each in (initializer, again))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_model_built_in_a_scope_loads_outside_it(tmp_path):
+    with as_default(gain="tanh"):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].kernel_initializer.get_config() == {"gain": "tanh"}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a SavedModel is TensorFlow's"
+)
+def test_saved_model(model, tmp_path):
+    import tensorflow as tf
+
+    model.export(str(tmp_path / "exported"), verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "exported"))
+    x = np.linspace(-1, 1, 128, dtype="float32").reshape(2, 8, 8, 1)
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_without_the_import_keras_says_what_is_missing(model, tmp_path):
+    # The README tells to import keras_glorot before loading; this is why.
+    model.save(tmp_path / "model.keras")
+    code = f"import keras; keras.saving.load_model({str(tmp_path / 'model.keras')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "GlorotNormal" in done.stderr
+
+
+# Across processes ----------------------------------------------------------------------
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def run_other(action, path, backend, python=sys.executable):
+    """Lets another process save or check the model, as `python test_round_trips.py`."""
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": str(TESTS.parent),
+    }
+    subprocess.run(
+        [python, __file__, action, str(path)], env=environment, check=True, text=True
+    )
+
+
+@pytest.mark.slow
+def test_every_backend_reads_every_other(tmp_path):
+    for backend in BACKENDS:
+        run_other("save", tmp_path / f"{backend}.keras", backend)
+    for backend in BACKENDS:
+        run_other("check", tmp_path, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "KERAS_GLOROT_OTHER_PYTHON" not in os.environ,
+    reason="KERAS_GLOROT_OTHER_PYTHON names no Python with another Keras",
+)
+def test_newest_and_oldest_keras_read_each_other(tmp_path):
+    other = os.environ["KERAS_GLOROT_OTHER_PYTHON"]
+    for writer, reader in ((sys.executable, other), (other, sys.executable)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        run_other("save", folder / "tensorflow.keras", "tensorflow", writer)
+        run_other("check", folder, "tensorflow", reader)
+
+
+def main():
+    action, path = sys.argv[1], Path(sys.argv[2])
+    if action == "save":
+        saved = make_model()
+        saved.save(path)
+        np.savez(path.with_suffix(".npz"), *saved.get_weights())
+        path.with_suffix(".json").write_text(
+            json.dumps(
+                [layer.kernel_initializer.get_config() for layer in saved.layers[3:]]
+            )
+        )
+        return
+    for file in sorted(path.glob("*.keras")):
+        loaded = keras.saving.load_model(file)
+        stored = np.load(file.with_suffix(".npz"))
+        for one, name in zip(loaded.get_weights(), stored.files, strict=True):
+            np.testing.assert_array_equal(one, stored[name])
+        configs = [layer.kernel_initializer.get_config() for layer in loaded.layers[3:]]
+        assert configs == json.loads(file.with_suffix(".json").read_text())
+        # Seeded kernels are redrawn alike: the stream is the same in every process.
+        redrawn = keras.models.clone_model(loaded)
+        for index in (1, 3, 4):
+            np.testing.assert_array_equal(
+                redrawn.layers[index].get_weights()[0],
+                loaded.layers[index].get_weights()[0],
+            )
+
+
+if __name__ == "__main__":
+    main()

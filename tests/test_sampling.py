@@ -1,0 +1,224 @@
+"""The stream: frozen bits, the right distribution, independent of who draws it."""
+
+import hashlib
+import math
+import statistics
+import subprocess
+import sys
+import threading
+
+import ml_dtypes
+import mpmath
+import numpy as np
+import pytest
+from scipy import stats
+
+from keras_glorot import sampling
+from keras_glorot.sampling import TRUNCATED_STD, draw
+
+DISTRIBUTIONS = ("uniform", "truncated_normal")
+EXACT = {
+    "uniform": stats.uniform(-1, 2),
+    "truncated_normal": stats.truncnorm(-2, 2),
+}
+SIZE = 1_000_000
+
+# SHA-256 (first 16 digits) of the little-endian bytes. These may never change: raising
+# `sampling.VERSION` is the one way, and every user's weights change with it.
+GOLDEN = {
+    ("uniform", "float16", (3, 3, 5, 7)): "89769a57d6d6de41",
+    ("uniform", "bfloat16", (3, 3, 5, 7)): "0017d4d808518dbc",
+    ("uniform", "float32", (3, 3, 5, 7)): "e413bbfb6de1338e",
+    ("uniform", "float64", (3, 3, 5, 7)): "da3a957181066309",
+    ("uniform", "float32", (1500, 1501)): "a937a5ea71905590",
+    ("truncated_normal", "float16", (3, 3, 5, 7)): "4d1652ca24474d51",
+    ("truncated_normal", "bfloat16", (3, 3, 5, 7)): "5d2c7d2f71d94580",
+    ("truncated_normal", "float32", (3, 3, 5, 7)): "06d9426240321e4e",
+    ("truncated_normal", "float64", (3, 3, 5, 7)): "a19417d5cb2cf578",
+    ("truncated_normal", "float64", (64, 33)): "387e547b3b2a17a9",
+}
+
+
+def sha(array):
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("distribution", "dtype", "shape"), GOLDEN)
+def test_golden_bits(distribution, dtype, shape):
+    array = draw(distribution, shape, 0.5, dtype, (2010, 9))
+    assert sha(array) == GOLDEN[distribution, dtype, shape]
+
+
+def test_raw_words_are_numpys():
+    # The contract in plain NumPy: key, generator, halves of words in order.
+    key = sampling._key("uniform", np.float32, (7,), (2, 5))
+    assert key.tolist() == [1, 0, 4, 1, 2, 7, 2, 2, 2, 2, 5]
+    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(5)
+    halves = [half for word in words.tolist() for half in (word & 0xFFFFFFFF, word >> 32)]
+    signed = [half - 2**32 if half >= 2**31 else half for half in halves]
+    expected = np.float32([odd | 1 for odd in signed]) * np.float32(0.5 / 2**31)
+    assert draw("uniform", (2, 5), 0.5, "float32", (7,)).ravel().tolist() == list(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_kolmogorov_smirnov(distribution, dtype):
+    # Significance 1e-3 in each of four tests, at one fixed seed.
+    values = draw(distribution, (SIZE,), 1.0, dtype, (1,))
+    assert stats.kstest(values, EXACT[distribution].cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_moments(distribution, dtype):
+    # Mean, variance, skewness and kurtosis within 5 standard errors of the exact ones.
+    values = draw(distribution, (SIZE,), 1.0, dtype, (2,)).astype(np.float64)
+    for power in (1, 2, 3, 4):
+        wanted, square = (EXACT[distribution].moment(p) for p in (power, 2 * power))
+        error = math.sqrt((square - wanted**2) / SIZE)
+        # Rounding to half precision adds variance, eps²/3 of a value's square at most.
+        rounding = float(ml_dtypes.finfo(dtype).eps) ** 2
+        assert abs((values**power).mean() - wanted) < 5 * error + rounding * square
+
+
+def test_truncated_std_is_the_integral():
+    normal = statistics.NormalDist()
+    mass = normal.cdf(2) - normal.cdf(-2)
+    variance = 1 - 4 * normal.pdf(2) / mass
+    assert math.sqrt(variance) == pytest.approx(TRUNCATED_STD, rel=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 6e-7), ("float64", 5e-15)])
+def test_quantile_function(dtype, tolerance):
+    # Against erfinv in 30 digits, in relative error, with both ends and next to zero.
+    x = np.concatenate([np.linspace(-1, 1, 200), 1 - np.logspace(-7, -1, 60), [1e-9]])
+    x = x.astype(dtype)
+    with mpmath.workdps(30):
+        root = mpmath.sqrt(2)
+        wanted = [root * mpmath.erfinv(float(v) * mpmath.erf(root)) for v in x]
+    result = x.copy()
+    sampling._truncated_normal_quantile(result, np.empty((3, x.size), dtype))
+    relative = [abs(float(r) / w - 1) for r, w in zip(result, wanted, strict=True)]
+    assert max(relative) < tolerance
+
+
+def test_bounds_hold_for_every_float32():
+    # Every float32 from 1/2 to 1 goes through the quantile: none comes out above 2.
+    for start in range(0x3F000000, 0x3F800001, 1 << 20):
+        stop = min(start + (1 << 20), 0x3F800001)
+        x = np.arange(start, stop, dtype=np.uint32).view(np.float32)
+        sampling._truncated_normal_quantile(x, np.empty((3, x.size), np.float32))
+        assert x.max() <= 2
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_symmetric_and_never_zero(distribution):
+    values = draw(distribution, (SIZE,), 1.0, "float32", (3,))
+    assert np.count_nonzero(values) == SIZE
+    positive = np.count_nonzero(values > 0)
+    assert abs(positive - SIZE / 2) < 5 * math.sqrt(SIZE) / 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_half_precision_is_float32_rounded(distribution, dtype):
+    shape = (301, 1001)
+    full = draw(distribution, shape, 0.01, "float32", (4,))
+    half = draw(distribution, shape, 0.01, dtype, (4,))
+    assert half.tobytes() == full.astype(dtype).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_same_bytes_on_any_number_of_threads(distribution, dtype, monkeypatch):
+    # Small pieces, so that many boundaries and many hand-overs are met.
+    shape = (37, 1013)
+    whole = draw(distribution, shape, 1.0, dtype, (5,)).tobytes()
+    monkeypatch.setattr(sampling, "PIECE", 256)
+    monkeypatch.setattr(sampling, "TASK", 1024)
+    for cores in (1, 2, 7, 8):
+        monkeypatch.setattr(sampling, "_available_cores", lambda cores=cores: cores)
+        assert draw(distribution, shape, 1.0, dtype, (5,)).tobytes() == whole
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_longer_tensor_of_one_key_continues_a_shorter_one(distribution, monkeypatch):
+    # Sizes around the piece and task boundaries: the same elements, whoever draws them.
+    monkeypatch.setattr(sampling, "PIECE", 64)
+    monkeypatch.setattr(sampling, "TASK", 128)
+    key = sampling._key(distribution, np.float32, (1,), (1000,))
+    monkeypatch.setattr(sampling, "_key", lambda *_: key)
+    whole = draw(distribution, (1000,), 1.0, "float32", (1,))
+    for size in [0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 999]:
+        part = draw(distribution, (size,), 1.0, "float32", (1,))
+        assert part.tobytes() == whole[:size].tobytes()
+
+
+def test_many_threads_at_once():
+    wanted = draw("truncated_normal", (100, 100), 1.0, "float32", (6,)).tobytes()
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda: results.append(
+                draw("truncated_normal", (100, 100), 1.0, "float32", (6,)).tobytes()
+            )
+        )
+        for _ in range(32)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [wanted] * 32
+
+
+def test_keys_do_not_run_into_each_other():
+    # Words of seed and shape that would be the same sequence without their lengths.
+    draws = {
+        draw("uniform", shape, 1.0, dtype, seed).ravel()[:2].tobytes()
+        for dtype in ("float32", "float64")
+        for shape, seed in [
+            ((5, 3), (1,)),
+            ((3, 5), (1,)),
+            ((15,), (1,)),
+            ((3,), (1, 5)),
+            ((3,), (1 + (5 << 32),)),
+            ((3, 5), (-1,)),
+            ((3, 5), (0,)),
+            ((3, 5), (1, 0)),
+        ]
+    }
+    assert len(draws) == 16
+
+
+def test_neighbouring_seeds_and_shapes_are_independent():
+    # Correlations of a million pairs: 5 standard errors are 5e-3.
+    base = draw("uniform", (SIZE,), 1.0, "float32", (1,))
+    others = [
+        draw("uniform", (SIZE,), 1.0, "float32", (2,)),
+        draw("uniform", (SIZE + 1,), 1.0, "float32", (1,))[:SIZE],
+        draw("truncated_normal", (SIZE,), 1.0, "float32", (1,)),
+        np.roll(base, 1),
+    ]
+    for other in others:
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / math.sqrt(SIZE)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2,), (3,)])
+def test_small_shapes(shape):
+    array = draw("truncated_normal", shape, 1.0, "float32", (1,))
+    assert array.shape == shape
+    assert array.flags.c_contiguous
+    assert array.size == 0 or array.ctypes.data % 64 == 0
+
+
+def test_knows_nothing_of_keras():
+    source = (
+        f"import runpy, sys; runpy.run_path({sampling.__file__!r}); "
+        "print('keras' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
