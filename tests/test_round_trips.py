@@ -186,8 +186,13 @@ def forget_newer_keys(path):
     """
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    config = members["config.json"].decode()
-    members["config.json"] = config.replace('"quantization_config": null, ', "").encode()
+    config = json.loads(
+        members["config.json"],
+        object_hook=lambda entry: {
+            key: value for key, value in entry.items() if key != "quantization_config"
+        },
+    )
+    members["config.json"] = json.dumps(config).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
