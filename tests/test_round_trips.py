@@ -213,6 +213,14 @@ def test_newest_and_oldest_keras_read_each_other(tmp_path):
         run_other("check", folder, "tensorflow", reader)
 
 
+def describe(initializer):
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), dict):
+        # Keras's wrapping of an object differs between its versions; the object may not.
+        config["seed"] = config["seed"]["config"]
+    return config
+
+
 def main():
     action, path = sys.argv[1], Path(sys.argv[2])
     if action == "save":
@@ -230,7 +238,7 @@ def main():
         stored = np.load(file.with_suffix(".npz"))
         for one, name in zip(loaded.get_weights(), stored.files, strict=True):
             np.testing.assert_array_equal(one, stored[name])
-        configs = [layer.kernel_initializer.get_config() for layer in loaded.layers[3:]]
+        configs = [describe(layer.kernel_initializer) for layer in loaded.layers[3:]]
         assert configs == json.loads(file.with_suffix(".json").read_text())
         # Seeded kernels are redrawn alike: the stream is the same in every process.
         redrawn = keras.models.clone_model(loaded)
