@@ -217,7 +217,9 @@ def describe(initializer):
     config = initializer.get_config()
     if isinstance(config.get("seed"), dict):
         # Keras's wrapping of an object differs between its versions; the object may not.
-        config["seed"] = config["seed"]["config"]
+        config["seed"] = (
+            f"{config['seed']['class_name']} {config['seed']['config']['seed']}"
+        )
     return config
 
 
@@ -228,9 +230,7 @@ def main():
         saved.save(path)
         np.savez(path.with_suffix(".npz"), *saved.get_weights())
         path.with_suffix(".json").write_text(
-            json.dumps(
-                [layer.kernel_initializer.get_config() for layer in saved.layers[3:]]
-            )
+            json.dumps([describe(layer.kernel_initializer) for layer in saved.layers[3:]])
         )
         return
     for file in sorted(path.glob("*.keras")):
@@ -239,7 +239,8 @@ def main():
         for one, name in zip(loaded.get_weights(), stored.files, strict=True):
             np.testing.assert_array_equal(one, stored[name])
         configs = [describe(layer.kernel_initializer) for layer in loaded.layers[3:]]
-        assert configs == json.loads(file.with_suffix(".json").read_text())
+        stored = json.loads(file.with_suffix(".json").read_text())
+        assert configs == stored, (configs, stored)
         # Seeded kernels are redrawn alike: the stream is the same in every process.
         redrawn = keras.models.clone_model(loaded)
         for index in (1, 3, 4):
