@@ -17,6 +17,7 @@ import numpy as np
 
 __all__ = ["TRUNCATED_STD", "draw"]
 
+Bounds = tuple[tuple[int, int], ...]
 Distribution = Literal["uniform", "truncated_normal"]
 
 # Part of every key. Whatever changes the bits of any draw must raise it.
@@ -25,10 +26,12 @@ VERSION = 1
 # The std that is left of a standard normal truncated at two: sqrt(1 - 4 φ(2) / erf(√2)).
 TRUNCATED_STD = 0.8796256610342398
 
-# Elements worked on at a time: with its scratch a piece stays in a core's L2 cache.
-PIECE = 1 << 17
-# Elements handed to a thread at a time; a smaller tensor is drawn where it is asked for.
-TASK = 1 << 20
+# Elements worked on at a time. Large enough that a NumPy call outlasts the hand-over of
+# Python's lock between threads, small enough that its scratch stays in the last cache.
+# Nothing depends on it but time. A tensor of one piece is drawn where it is asked for.
+PIECE = 1 << 19
+# More threads than this spend their time on that lock.
+MOST_THREADS = 16
 
 # q(x) / x = N(s) / D(s), s = 1 - x², lowest power first: the quantile function of a
 # normal truncated at ±2, derived by benchmarks/fit_quantile.py. Relative error 1.1e-7
@@ -59,41 +62,69 @@ def draw(
     scale: float,
     dtype: np.dtype | str,
     seed: Sequence[int],
+    region: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
-    """Draws a tensor.
+    """Draws a tensor, or a region of it.
 
     Args:
         distribution: `"uniform"` on (-scale, scale), or `"truncated_normal"`: a normal
             with standard deviation `scale`, cut off at ±2 `scale`.
-        shape: Its shape.
+        shape: The tensor's shape.
         scale: Positive float.
         dtype: `float16`, `bfloat16`, `float32` or `float64`. Half precision is the
             float32 draw, rounded.
         seed: One or more integers of any size and sign.
+        region: A start and a stop for each axis. Nothing outside of it is drawn, and
+            nothing of its size is made but the result.
 
     Returns:
         A new C-contiguous array, aligned to 64 bytes.
     """
-    dtype = np.dtype(dtype)
     shape = tuple(shape)
-    out = _empty(shape, dtype)
+    dtype = np.dtype(dtype)
     work = np.float64 if dtype == np.float64 else np.float32
     key = _key(distribution, work, seed, shape)
+    bounds = tuple(region) if region is not None else tuple((0, size) for size in shape)
+    out = _empty(tuple(stop - start for start, stop in bounds), dtype)
     flat = out.reshape(-1)
+    starts, length = _runs(shape, bounds)
 
-    def task(start: int) -> None:
-        _fill(flat[start : start + TASK], start, key, distribution, scale, work)
+    def fill(begin: int) -> None:
+        end, runs = min(begin + PIECE, flat.size), []
+        position = begin
+        while position < end:
+            run, offset = divmod(position, length)
+            count = min(length - offset, end - position)
+            runs.append((int(starts[run]) + offset, count))
+            position += count
+        _fill(flat[begin:end], runs, key, distribution, scale, work)
 
-    starts = range(0, flat.size, TASK)
-    workers = min(len(starts), _available_cores())
+    pieces = range(0, flat.size, PIECE)
+    workers = min(len(pieces), available_cores(), MOST_THREADS)
     if workers > 1:
         # Threads of this call alone: nothing to start at import or to lose in a fork.
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(task, starts))
+            list(pool.map(fill, pieces))
     else:
-        for start in starts:
-            task(start)
+        for begin in pieces:
+            fill(begin)
     return out
+
+
+def _runs(shape: tuple[int, ...], bounds: Bounds) -> tuple[np.ndarray, int]:
+    """Where a region's runs of neighbouring elements start, and their common length."""
+    axis = len(shape)  # the axes from here on are in the region whole
+    while axis and bounds[axis - 1] == (0, shape[axis - 1]):
+        axis -= 1
+    axis = max(axis - 1, 0)  # and of this one a stretch
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    starts = np.zeros(1, np.int64)
+    for (start, stop), stride in zip(bounds[:axis], strides, strict=False):
+        starts = np.add.outer(starts, np.arange(start, stop) * stride).ravel()
+    if axis < len(shape):
+        start, stop = bounds[axis]
+        return starts + start * strides[axis], (stop - start) * strides[axis]
+    return starts, 1
 
 
 def _key(distribution: Distribution, work: type, seed: Sequence[int], shape) -> np.ndarray:
@@ -118,67 +149,67 @@ def _key(distribution: Distribution, work: type, seed: Sequence[int], shape) -> 
 
 def _fill(
     out: np.ndarray,
-    start: int,
+    runs: list[tuple[int, int]],
     key: np.ndarray,
     distribution: Distribution,
     scale: float,
     work: type,
 ) -> None:
-    """Writes the stream's elements `start`, `start + 1`, ... into a flat array."""
-    stream = np.random.PCG64(np.random.SeedSequence(key))
-    per_word = 8 // np.dtype(work).itemsize
-    if start % per_word:
-        raise ValueError(f"start={start} is within a word of the stream")
-    stream.advance(start // per_word)
-    scratch = np.empty((4, min(PIECE, out.size)), work)
-    for begin in range(0, out.size, PIECE):
-        piece = out[begin : begin + PIECE]
-        x = piece if piece.dtype == work else scratch[0, : piece.size]
-        bits, bound = _odd_integers(stream, piece.size, work)
-        if distribution == "uniform":
-            # Division by a power of two is exact: one rounding to float, one product.
-            np.multiply(bits, work(scale / bound), out=x, casting="unsafe", dtype=work)
-        else:
-            np.multiply(bits, work(1 / bound), out=x, casting="unsafe", dtype=work)
-            _truncated_normal_quantile(x, scratch[1:, : piece.size])
-            np.multiply(x, work(scale), out=x)
-        if x is not piece:
-            # To half precision: rounds to nearest even.
-            np.copyto(piece, x, casting="unsafe")
+    """Writes the elements of some runs (start, length) of the stream to a flat array."""
+    x = out if out.dtype == work else np.empty(out.size, work)
+    bits, bound = _odd_integers(key, runs, work)
+    if distribution == "uniform":
+        # Division by a power of two is exact: one rounding to float, one product.
+        np.multiply(bits, work(scale / bound), out=x, casting="unsafe", dtype=work)
+    else:
+        np.multiply(bits, work(1 / bound), out=x, casting="unsafe", dtype=work)
+        _truncated_normal_quantile(x, s=bits.view(work))  # the bits have been read
+        np.multiply(x, work(scale), out=x)
+    if x is not out:
+        # To half precision: rounds to nearest even.
+        np.copyto(out, x, casting="unsafe")
 
 
 def _odd_integers(
-    stream: np.random.PCG64, size: int, work: type
+    key: np.ndarray, runs: list[tuple[int, int]], work: type
 ) -> tuple[np.ndarray, float]:
     """Random odd integers below a bound: symmetric about zero and never zero.
 
     float32: ±1, ±3, ... ±(2**31 - 1), to be rounded to 24 bits.
     float64: ±1, ±3, ... ±(2**53 - 1), which are exact.
     """
-    if work is np.float64:
-        bits = stream.random_raw(size).view(np.int64)
-        np.right_shift(bits, 10, out=bits)
-        bound = 2.0**53
-    else:
+    stream = np.random.PCG64(np.random.SeedSequence(key))
+    per_word = 8 // np.dtype(work).itemsize
+    parts, position = [], 0
+    for start, length in runs:
+        first, last = start // per_word, -(-(start + length) // per_word)
+        stream.advance(first - position)
         # Little-endian everywhere: the low half of a word comes first.
-        words = stream.random_raw((size + 1) // 2).astype("<u8", copy=False)
-        bits = words.view("<i4")[:size]
-        bound = 2.0**31
-    return np.bitwise_or(bits, 1, out=bits), bound
+        words = stream.random_raw(last - first).astype("<u8", copy=False)
+        parts.append(words.view(f"<i{8 // per_word}")[start % per_word :][:length])
+        position = last
+    bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if work is np.float64:
+        np.right_shift(bits, 10, out=bits)
+    return np.bitwise_or(bits, 1, out=bits), 2.0**53 if work is np.float64 else 2.0**31
 
 
-def _truncated_normal_quantile(x: np.ndarray, scratch: np.ndarray) -> None:
-    """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in place."""
+def _truncated_normal_quantile(x: np.ndarray, s: np.ndarray) -> None:
+    """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in place.
+
+    `s` is scratch of the same size and dtype.
+    """
     numerator, denominator = _QUANTILE[x.dtype.type]
-    s, fraction = scratch[0], scratch[1:]
+    fraction = np.empty((2, x.size), x.dtype)
     np.multiply(x, x, out=s)
     np.subtract(1, s, out=s)
     # Horner's rule for both polynomials at once: one row each.
-    highest, *lower = np.array([numerator, denominator], x.dtype).T[::-1, :, None]
-    fraction[:] = highest
-    for coefficients in lower:
-        np.multiply(fraction, s, out=fraction)
+    highest, *middle, lowest = np.array([numerator, denominator], x.dtype).T[::-1, :, None]
+    np.multiply(highest, s, out=fraction)
+    for coefficients in middle:
         np.add(fraction, coefficients, out=fraction)
+        np.multiply(fraction, s, out=fraction)
+    np.add(fraction, lowest, out=fraction)
     np.multiply(x, fraction[0], out=x)
     np.divide(x, fraction[1], out=x)
 
@@ -191,7 +222,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

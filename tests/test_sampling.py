@@ -98,7 +98,7 @@ def test_quantile_function(dtype, tolerance):
         root = mpmath.sqrt(2)
         wanted = [root * mpmath.erfinv(float(v) * mpmath.erf(root)) for v in x]
     result = x.copy()
-    sampling._truncated_normal_quantile(result, np.empty((3, x.size), dtype))
+    sampling._truncated_normal_quantile(result, np.empty_like(x))
     relative = [abs(float(r) / w - 1) for r, w in zip(result, wanted, strict=True)]
     assert max(relative) < tolerance
 
@@ -108,7 +108,7 @@ def test_bounds_hold_for_every_float32():
     for start in range(0x3F000000, 0x3F800001, 1 << 20):
         stop = min(start + (1 << 20), 0x3F800001)
         x = np.arange(start, stop, dtype=np.uint32).view(np.float32)
-        sampling._truncated_normal_quantile(x, np.empty((3, x.size), np.float32))
+        sampling._truncated_normal_quantile(x, np.empty_like(x))
         assert x.max() <= 2
 
 
@@ -136,9 +136,8 @@ def test_same_bytes_on_any_number_of_threads(distribution, dtype, monkeypatch):
     shape = (37, 1013)
     whole = draw(distribution, shape, 1.0, dtype, (5,)).tobytes()
     monkeypatch.setattr(sampling, "PIECE", 256)
-    monkeypatch.setattr(sampling, "TASK", 1024)
     for cores in (1, 2, 7, 8):
-        monkeypatch.setattr(sampling, "_available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(sampling, "available_cores", lambda cores=cores: cores)
         assert draw(distribution, shape, 1.0, dtype, (5,)).tobytes() == whole
 
 
@@ -146,13 +145,49 @@ def test_same_bytes_on_any_number_of_threads(distribution, dtype, monkeypatch):
 def test_a_longer_tensor_of_one_key_continues_a_shorter_one(distribution, monkeypatch):
     # Sizes around the piece and task boundaries: the same elements, whoever draws them.
     monkeypatch.setattr(sampling, "PIECE", 64)
-    monkeypatch.setattr(sampling, "TASK", 128)
     key = sampling._key(distribution, np.float32, (1,), (1000,))
     monkeypatch.setattr(sampling, "_key", lambda *_: key)
     whole = draw(distribution, (1000,), 1.0, "float32", (1,))
     for size in [0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 999]:
         part = draw(distribution, (size,), 1.0, "float32", (1,))
         assert part.tobytes() == whole[:size].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "region",
+    [
+        ((0, 37), (0, 5), (0, 7)),
+        ((3, 4), (0, 5), (0, 7)),
+        ((3, 30), (0, 5), (0, 7)),
+        ((0, 37), (1, 3), (0, 7)),
+        ((0, 37), (0, 5), (6, 7)),
+        ((1, 36), (1, 4), (1, 6)),
+        ((5, 5), (0, 5), (0, 7)),
+    ],
+)
+@pytest.mark.parametrize("piece", [6, 64, 1 << 19])
+def test_a_region_is_cut_from_the_whole(region, dtype, piece, monkeypatch):
+    # Rows, columns, blocks and single elements, with runs that start at odd places.
+    whole = draw("truncated_normal", (37, 5, 7), 1.0, dtype, (8,))
+    monkeypatch.setattr(sampling, "PIECE", piece)
+    part = draw("truncated_normal", (37, 5, 7), 1.0, dtype, (8,), region)
+    wanted = whole[tuple(slice(*bounds) for bounds in region)]
+    assert part.shape == wanted.shape
+    assert part.tobytes() == wanted.tobytes()
+
+
+def test_a_region_of_a_scalar():
+    whole = draw("uniform", (), 1.0, "float32", (8,))
+    assert draw("uniform", (), 1.0, "float32", (8,), ()).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_no_value_out_of_bounds_in_1e8(distribution):
+    bound = np.float32(0.3 if distribution == "uniform" else 0.6)
+    for seed in range(10):
+        values = draw(distribution, (10_000_000,), 0.3, "float32", (seed,))
+        assert max(values.max(), -values.min()) <= bound
 
 
 def test_many_threads_at_once():
