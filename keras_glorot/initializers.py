@@ -239,7 +239,7 @@ keras.saving.get_custom_objects()["xavier_normal"] = GlorotNormal
 
 
 @contextlib.contextmanager
-def as_default(gain: float | str = 1.0) -> Iterator[None]:
+def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Iterator[None]:
     """A scope in which Keras's strings `glorot_uniform` and `glorot_normal` are ours.
 
     These strings are the default of every Keras layer with a kernel, so models whose
@@ -249,6 +249,9 @@ def as_default(gain: float | str = 1.0) -> Iterator[None]:
 
     Args:
         gain: The gain of every initializer made in the scope, as in `GlorotUniform`.
+        variance_scaling: Whether a `VarianceScaling` that is given by name or config
+            becomes ours too, with `gain` in place of its scale and mode. EfficientNet
+            names its initializers so.
 
     Example:
 
@@ -259,14 +262,16 @@ def as_default(gain: float | str = 1.0) -> Iterator[None]:
     """
     gain = _standardize_gain(gain)
     objects = {
-        name: SimpleNamespace(
-            from_config=lambda config, cls=cls: cls.from_config({"gain": gain, **config})
-        )
-        for name, cls in (
-            ("glorot_uniform", GlorotUniform),
-            ("glorot_normal", GlorotNormal),
-        )
+        "glorot_uniform": SimpleNamespace(from_config=lambda _: GlorotUniform(gain)),
+        "glorot_normal": SimpleNamespace(from_config=lambda _: GlorotNormal(gain)),
     }
+    if variance_scaling:
+
+        def from_config(config: dict[str, Any]) -> _Glorot:
+            uniform = config.get("distribution") == "uniform"
+            return (GlorotUniform if uniform else GlorotNormal)(gain)
+
+        objects["VarianceScaling"] = SimpleNamespace(from_config=from_config)
     outer = keras_bridge.custom_objects_in_scope()
     with keras.saving.custom_object_scope({**outer, **objects}):
         yield

@@ -217,6 +217,18 @@ def test_as_default_keeps_the_custom_objects_around_it():
     assert type(layer.kernel_initializer) is GlorotUniform
 
 
+def test_as_default_for_variance_scaling_by_name():
+    config = {"class_name": "VarianceScaling", "config": {"scale": 2.0}}
+    uniform = {"class_name": "VarianceScaling", "config": {"distribution": "uniform"}}
+    with as_default():
+        assert type(keras.initializers.get(config)) is keras.initializers.VarianceScaling
+    with as_default("relu", variance_scaling=True):
+        assert type(keras.initializers.get(uniform)) is GlorotUniform
+        initializer = keras.initializers.get(config)
+    assert type(initializer) is GlorotNormal
+    assert initializer.get_config() == {"gain": "relu"}
+
+
 def test_as_default_ends_with_an_error():
     with pytest.raises(RuntimeError, match="inside"), as_default():
         raise RuntimeError("inside")
