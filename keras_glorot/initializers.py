@@ -1,6 +1,7 @@
 """`GlorotUniform` and `GlorotNormal`: arguments, config, and shape → std → draw."""
 
 import contextlib
+import functools
 import math
 import numbers
 import random
@@ -40,13 +41,16 @@ class _Glorot(keras.initializers.Initializer):
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
 
-    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+    def __call__(self, shape: Sequence[int], dtype: Any = None, layout: Any = None) -> Any:
         """Draws a kernel.
 
         Args:
             shape: Its shape, fully defined.
             dtype: A floating dtype: `float16`, `bfloat16`, `float32` or `float64`.
                 Defaults to `keras.config.floatx()`.
+            layout: On JAX, how the kernel is to be spread over devices: a
+                `keras.distribution.TensorLayout` or a JAX sharding. Every device's part
+                is drawn for itself; the whole kernel is nowhere.
 
         Returns:
             A tensor of the backend.
@@ -70,11 +74,15 @@ class _Glorot(keras.initializers.Initializer):
                 f"Argument `gain` must be smaller for weights of {dtype}, which end at "
                 f"{largest:g}. Received: gain={self.gain} for shape={shape}"
             )
+        if keras_bridge.is_shape_inference() or keras_bridge.is_on_meta_device():
+            return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         seed = keras_bridge.seed_words(self.seed)
         if seed is None:  # known to the backend alone, while it traces
             return self._draw_traced(shape, scale, dtype)
-        array = draw(self._distribution, shape, scale, dtype, seed)
-        return keras.ops.convert_to_tensor(array, dtype=dtype)
+        draw_region = functools.partial(draw, self._distribution, shape, scale, dtype, seed)
+        if layout is not None:
+            return keras_bridge.to_sharded_tensor(shape, layout, draw_region)
+        return keras_bridge.to_tensor(draw_region())
 
     def stddev(self, shape: Sequence[int]) -> float:
         """The standard deviation of a kernel of this shape, without drawing it.
