@@ -1,11 +1,22 @@
-"""How many inputs an output sums over (fan_in), how many outputs an input reaches."""
+"""How many inputs an output sums over (fan_in), how many outputs an input reaches.
+
+`compute_fans` counts from a shape; below it stand the rules of the Keras layers in
+which the shape alone does not tell, and what asks them.
+"""
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["Fans", "compute_fans"]
+import keras
+
+from keras_glorot.keras_bridge import owned_variables
+
+__all__ = ["Fans", "compute_fans", "layer_fans", "register_fans"]
+
+
+Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 
 
 class Fans(NamedTuple):
@@ -75,6 +86,146 @@ def compute_fans(
         return Fans(size, size)
     *window, inputs, outputs = sizes
     return Fans(math.prod(window) * inputs, math.prod(window) * outputs)
+
+
+def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
+    """Decorates the rule that counts the connections of your own layer's kernels.
+
+    The rule is called as `rule(layer, shape)` for each weight of rank 2 or more that
+    such a layer holds itself, and returns `(fan_in, fan_out)`, or None to leave this
+    weight to the shape rule of `compute_fans`. It holds for subclasses too, unless they
+    have their own; the newest rule for a class replaces the one before. Tell several
+    kernels of a layer apart by their shapes: the rule is asked both while the layer is
+    being built, when its attributes are not all there, and afterwards.
+
+    Args:
+        layer_class: A subclass of `keras.Layer`.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Raises:
+        TypeError: If `layer_class` is not a subclass of `keras.Layer`. While a layer is
+            being built, if the rule returns anything else than a pair of integers.
+
+    Example:
+
+    >>> @register_fans(MixtureOfExperts)  # its kernel: (experts, inputs, outputs)
+    ... def experts_fans(layer, shape):
+    ...     return compute_fans(shape, input_axes=[1], output_axes=[2])
+
+    Without decoration: `register_fans(MixtureOfExperts)(experts_fans)`.
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
+        raise TypeError(
+            "Argument `layer_class` must be a subclass of `keras.Layer`, as in "
+            f"`@register_fans(MyLayer)`. Received: layer_class={layer_class}"
+        )
+
+    def register(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise TypeError(
+                "Argument `rule` must be a function of a layer and a shape. "
+                f"Received: rule={rule}"
+            )
+
+        def checked(layer, shape, variable):
+            fans = rule(layer, shape)
+            if fans is None:
+                return None
+            try:
+                fan_in, fan_out = (operator.index(fan) for fan in fans)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"The rule registered for {layer_class.__name__} must return "
+                    "(fan_in, fan_out), two integers, or None. "
+                    f"Received: {fans} for shape={shape}"
+                ) from None
+            return Fans(fan_in, fan_out)
+
+        _RULES[layer_class] = checked
+        return rule
+
+    return register
+
+
+def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
+    """Lists `fan_in` and `fan_out` of each kernel in a built layer or model.
+
+    That is each weight of rank 2 or more; scalars and vectors, such as scales and most
+    biases, have no connections to count. Quantized kernels count as what they stand
+    for, and the factors of a LoRA-enabled layer for themselves.
+
+    Args:
+        layer: A built layer or model. Sublayers and nested models are included.
+
+    Returns:
+        A dictionary from `variable.path` to `Fans`, in the order of `layer.weights`.
+        Nested models may give one path to several variables; all after the first then
+        have a number added: `"dense/kernel (2)"`.
+
+    Raises:
+        TypeError: If `layer` is not a Keras layer.
+        ValueError: If it is not built.
+
+    Example:
+
+    >>> layer = keras.layers.DepthwiseConv2D(3)
+    >>> layer.build((None, 32, 32, 512))
+    >>> layer_fans(layer)
+    {'depthwise_conv2d/kernel': Fans(fan_in=9, fan_out=9)}
+    """
+    if not isinstance(layer, keras.Layer):
+        raise TypeError(
+            f"Argument `layer` must be a Keras layer or model. Received: layer={layer}"
+        )
+    if not layer.built:
+        raise ValueError(
+            "Argument `layer` must be built: before that it has no weights. Call it on "
+            f"data or call `layer.build(input_shape)` first. Received: layer={layer}"
+        )
+    fans_by_path: dict[str, Fans] = {}
+    seen: dict[str, int] = {}
+    for owner, variable in owned_variables(layer):
+        if len(variable.shape) < 2:
+            continue
+        path = variable.path
+        seen[path] = seen.get(path, 0) + 1
+        if seen[path] > 1:
+            path = f"{path} ({seen[path]})"
+        fans_by_path[path] = kernel_fans(variable.shape, owner, variable)
+    return fans_by_path
+
+
+def kernel_fans(
+    shape: Sequence[int],
+    layer: keras.Layer | None = None,
+    variable: keras.Variable | None = None,
+) -> Fans:
+    """Fans of one weight: by the rule of its layer's class, else by its shape.
+
+    `variable` is the weight itself where it exists already, that is, always except
+    while the layer is being built.
+    """
+    shape = standardize_shape(shape)
+    if layer is None or len(shape) < 2:
+        return compute_fans(shape)
+    if variable is not None and not keras.backend.is_float_dtype(variable.dtype):
+        # Two four-bit weights share a byte; the property of the same name unpacks.
+        shape = tuple(getattr(layer, variable.name, variable).shape)
+    for layer_class in type(layer).__mro__:
+        if layer_class in _RULES:
+            return _RULES[layer_class](layer, shape, variable) or compute_fans(shape)
+    return compute_fans(shape)
+
+
+def kernel_activation(
+    layer: keras.Layer | None, variable: keras.Variable | None = None
+) -> Any:
+    """What stands behind the weight being drawn, for `gain="auto"`; None if nothing."""
+    if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
+        return None  # what follows it is the pointwise kernel
+    return getattr(layer, "activation", None)
 
 
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -160,3 +311,71 @@ def _as_integers(entries: Sequence, name: str, received: object) -> tuple[int, .
         raise TypeError(
             f"Argument `{name}` must hold integers only. Received: {name}={received}"
         ) from None
+
+
+# Rules by layer class, inherited by subclasses. Keras's layers for which the shape rule
+# is right (Dense, recurrent cells and their input kernels with all gates as outputs,
+# Embedding, ...) need none. A rule looks at the shape before it answers: subclasses add
+# weights of their own, and LoRA adds factors.
+
+
+def _grouped(layer, shape, variable):
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.filters:
+        return None
+    fan_in, fan_out = compute_fans(shape)  # Keras has divided the inputs already
+    return Fans(fan_in, fan_out // layer.groups)
+
+
+def _transposed(layer, shape, variable):
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-2] != layer.filters:
+        return None
+    fan_out, fan_in = compute_fans(shape)  # (*window, outputs, inputs)
+    return Fans(fan_in, fan_out)
+
+
+def _depthwise(layer, shape, variable):
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.depth_multiplier:
+        return None
+    window = math.prod(shape[:-2])  # (*window, channels, multiplier)
+    return Fans(window, window * layer.depth_multiplier)
+
+
+def _separable(layer, shape, variable):
+    if not _is_depthwise_half(layer, variable):
+        return None
+    return _depthwise(layer, shape, variable)
+
+
+def _einsum(layer, shape, variable):
+    operands, outputs = layer.equation.split("->")
+    inputs, kernel = operands.split(",")
+    if len(kernel) != len(shape):
+        return None
+    return compute_fans(
+        shape,
+        input_axes=[i for i, letter in enumerate(kernel) if letter not in outputs],
+        # A letter in all three is a batch: there is one kernel for each of its values.
+        output_axes=[i for i, letter in enumerate(kernel) if letter not in inputs],
+    )
+
+
+def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> bool:
+    # The shapes can be equal, so they don't tell. The depthwise kernel is made first:
+    # while it is drawn there is none yet, and no variable either.
+    return getattr(layer, "depthwise_kernel", None) is variable
+
+
+_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+
+_RULES: dict[type, Callable[[Any, tuple[int, ...], Any], Fans | None]] = {
+    keras.layers.Conv1D: _grouped,
+    keras.layers.Conv2D: _grouped,
+    keras.layers.Conv3D: _grouped,
+    keras.layers.Conv1DTranspose: _transposed,
+    keras.layers.Conv2DTranspose: _transposed,
+    keras.layers.Conv3DTranspose: _transposed,
+    keras.layers.DepthwiseConv1D: _depthwise,
+    keras.layers.DepthwiseConv2D: _depthwise,
+    **dict.fromkeys(_SEPARABLE, _separable),
+    keras.layers.EinsumDense: _einsum,
+}

@@ -1,20 +1,187 @@
-"""The only place that touches what Keras does not export."""
+"""The only place that touches what Keras does not export.
 
-from typing import Any
+Above all: whose weight is being drawn. Keras hands an initializer a shape and a dtype,
+and not the layer that asks. It does know: each open name scope remembers its caller. A model without a `build` method makes
+its weights later, when those scopes are closed: Keras calls the model symbolically,
+lists the variables that this creates, and fills them in order afterwards. Such a
+variable is looked up in the model that the symbolic call was seen in.
+"""
+
+import functools
+import threading
+import warnings
+import weakref
+from bisect import bisect_left
+from typing import NamedTuple
 
 import keras
 import numpy as np
 
-__all__ = ["custom_objects_in_scope", "seed_words"]
+try:
+    from keras.src.backend.common import global_state
+except ImportError:  # pragma: no cover
+    global_state = None
+
+__all__ = [
+    "Target",
+    "current_target",
+    "custom_objects_in_scope",
+    "owned_variables",
+    "seed_words",
+]
+
+
+class Target(NamedTuple):
+    """What an initializer is called for.
+
+    Attributes:
+        layer: The layer that owns the weight. None outside of any layer.
+        variable: The variable to fill, where it exists already. None while Keras is
+            still creating it.
+    """
+
+    layer: keras.Layer | None = None
+    variable: keras.Variable | None = None
+
+
+def current_target(initializer: keras.initializers.Initializer) -> Target:
+    """Finds the layer, and the variable if it is known, that asks for a weight.
+
+    Args:
+        initializer: The initializer that Keras is calling.
+
+    Returns:
+        A `Target`, with None for what can't be known.
+    """
+    if not _is_keras_as_expected():
+        return Target()
+    scopes = _keras_state("name_scope_stack") or ()
+    callers = [scope.caller for scope in scopes if scope.caller is not None]
+    layers = [caller for caller in callers if isinstance(caller, keras.Layer)]
+    if _keras_state("stateless_scope") is None:
+        variable = _late_variable(initializer)
+        if variable is not None:
+            return Target(_late.owner(variable, layers[:1]), variable)
+    elif layers:
+        _late.roots[id(layers[0])] = layers[0]
+    # Metrics and optimizers open scopes too; their variables belong to no layer.
+    return Target(layers[-1] if layers and layers[-1] is callers[-1] else None)
+
+
+def owned_variables(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable]]:
+    """Each weight of a layer or model, once, with the layer that made it.
+
+    Args:
+        layer: A layer or model; sublayers and nested models are walked too.
+
+    Returns:
+        Pairs in the order of `layer.weights`. The owner is None where Keras does not
+        tell it.
+    """
+    if not _is_keras_as_expected():
+        return [(None, variable) for variable in layer.weights]
+    owners: dict[int, keras.Layer] = {}
+    for holder in layer._flatten_layers():
+        for variable in _own_variables(holder):
+            # Wrappers and tied layers hold the variables of others. The path tells
+            # who made one; else the innermost holder did, and that one comes last.
+            owner = owners.get(id(variable))
+            if owner is None or variable.path != f"{owner.path}/{variable.name}":
+                owners[id(variable)] = holder
+    return [(owners.get(id(variable)), variable) for variable in layer.weights]
+
+
+class _Late(threading.local):
+    """What symbolic calls in this thread saw of models that are built late."""
+
+    def __init__(self) -> None:
+        # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
+        # model is kept alive; ids are used again, so a hit is checked before use.
+        self.roots = weakref.WeakValueDictionary()
+        self.owners: dict[int, weakref.ref] = {}
+
+    def owner(
+        self, variable: keras.Variable, open_layers: list[keras.Layer]
+    ) -> keras.Layer | None:
+        """The layer that `variable` was made by, or None."""
+        layer = self._known_owner(variable)
+        if layer is None:
+            roots = [*self.roots.values(), *open_layers]
+            self.roots.clear()
+            self.owners = {
+                id(owned): weakref.ref(holder)
+                for root in roots
+                for holder, owned in owned_variables(root)
+                if holder is not None
+            }
+            layer = self._known_owner(variable)
+        return layer
+
+    def _known_owner(self, variable: keras.Variable) -> keras.Layer | None:
+        reference = self.owners.get(id(variable))
+        layer = None if reference is None else reference()
+        if layer is None:
+            return None
+        # `in` would compare the values of variables.
+        mine = any(own is variable for own in _own_variables(layer))
+        return layer if mine else None
+
+
+_late = _Late()
+
+
+def _late_variable(
+    initializer: keras.initializers.Initializer,
+) -> keras.Variable | None:
+    """The variable that Keras fills belatedly by this call, if it does so."""
+    pending = _keras_state("uninitialized_variables") or ()
+    # Filled in order: the first one without a value is the one being filled.
+    position = bisect_left(pending, True, key=lambda variable: variable._value is None)
+    if position < len(pending) and pending[position]._initializer is initializer:
+        return pending[position]
+    return None
+
+
+def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _keras_state(name: str):
+    return global_state.get_global_attribute(name)
+
+
+@functools.cache
+def _is_keras_as_expected() -> bool:
+    """Tries, once, the names that this module takes from inside Keras."""
+    caller = object()
+    try:
+        with keras.name_scope("keras_glorot_probe", caller=caller):
+            as_expected = _keras_state("name_scope_stack")[-1].caller is caller
+        layer = keras.layers.Identity(name="keras_glorot_probe")
+        _own_variables(layer)
+        layer._flatten_layers()
+        as_expected = as_expected and hasattr(keras.Variable, "_deferred_initialize")
+    except (AttributeError, IndexError, TypeError):
+        as_expected = False
+    if not as_expected:
+        warnings.warn(
+            f"keras_glorot can't tell in Keras {keras.__version__} which layer a "
+            "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
+            "alone. That is wrong for depthwise, grouped, transposed and einsum "
+            "kernels: give those `input_axes` and `output_axes`, or install a Keras "
+            "version that this version of keras_glorot was tested with.",
+            stacklevel=2,
+        )
+    return as_expected
 
 
 def custom_objects_in_scope() -> dict[str, Any]:
     """The objects of the innermost `custom_object_scope`, which a new one would hide."""
     try:
-        from keras.src.backend.common import global_state
-
-        return global_state.get_global_attribute("custom_objects_scope_dict") or {}
-    except (ImportError, AttributeError):
+        return get_global_attribute("custom_objects_scope_dict") or {}
+    except AttributeError:
         return {}
 
 
