@@ -123,14 +123,8 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
         )
 
     def register(rule: Rule) -> Rule:
-        if not callable(rule):
-            raise TypeError(
-                "Argument `rule` must be a function of a layer and a shape. "
-                f"Received: rule={rule}"
-            )
-
         def checked(layer, shape, variable):
-            fans = rule(layer, shape)
+            fans = rule(layer, shape) if len(shape) >= 2 else None
             if fans is None:
                 return None
             try:
@@ -152,9 +146,9 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
 def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     """Lists `fan_in` and `fan_out` of each kernel in a built layer or model.
 
-    That is each weight of rank 2 or more; scalars and vectors, such as scales and most
-    biases, have no connections to count. Quantized kernels count as what they stand
-    for, and the factors of a LoRA-enabled layer for themselves.
+    That is each weight of rank 2 or more, and vectors that are einsum kernels; other
+    vectors, such as biases, have no connections to count. Quantized kernels count as
+    what they stand for, and the factors of a LoRA-enabled layer for themselves.
 
     Args:
         layer: A built layer or model. Sublayers and nested models are included.
@@ -186,15 +180,33 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
         )
     fans_by_path: dict[str, Fans] = {}
     seen: dict[str, int] = {}
-    for owner, variable in owned_variables(layer):
-        if len(variable.shape) < 2:
+    for _, variable, fans in variable_fans(layer):
+        if fans is None:
             continue
         path = variable.path
         seen[path] = seen.get(path, 0) + 1
         if seen[path] > 1:
             path = f"{path} ({seen[path]})"
-        fans_by_path[path] = kernel_fans(variable.shape, owner, variable)
+        fans_by_path[path] = fans
     return fans_by_path
+
+
+def variable_fans(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable, Fans | None]]:
+    """Each weight in a layer or model with its owner and, if it is a kernel, fans."""
+    found = []
+    for owner, variable in owned_variables(layer):
+        weight: Any = variable
+        if owner is not None and owner.quantization_mode is not None:
+            # Two four-bit weights share a byte; the property of the same name unpacks.
+            weight = getattr(owner, variable.name, variable)
+        shape = tuple(weight.shape)
+        fans = _fans_by_rule(shape, owner, variable)
+        if fans is None and len(shape) >= 2:
+            fans = compute_fans(shape)
+        found.append((owner, variable, fans))
+    return found
 
 
 def kernel_fans(
@@ -208,15 +220,14 @@ def kernel_fans(
     while the layer is being built.
     """
     shape = standardize_shape(shape)
-    if layer is None or len(shape) < 2:
-        return compute_fans(shape)
-    if variable is not None and not keras.backend.is_float_dtype(variable.dtype):
-        # Two four-bit weights share a byte; the property of the same name unpacks.
-        shape = tuple(getattr(layer, variable.name, variable).shape)
+    return _fans_by_rule(shape, layer, variable) or compute_fans(shape)
+
+
+def _fans_by_rule(shape, layer, variable) -> Fans | None:
     for layer_class in type(layer).__mro__:
         if layer_class in _RULES:
-            return _RULES[layer_class](layer, shape, variable) or compute_fans(shape)
-    return compute_fans(shape)
+            return _RULES[layer_class](layer, shape, variable)
+    return None
 
 
 def kernel_activation(
@@ -349,7 +360,8 @@ def _separable(layer, shape, variable):
 def _einsum(layer, shape, variable):
     operands, outputs = layer.equation.split("->")
     inputs, kernel = operands.split(",")
-    if len(kernel) != len(shape):
+    is_bias = variable is not None and variable is getattr(layer, "bias", None)
+    if is_bias or len(kernel) != len(shape):
         return None
     return compute_fans(
         shape,

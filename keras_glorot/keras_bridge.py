@@ -12,15 +12,18 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 try:
-    from keras.src.backend.common import global_state
-except ImportError:  # pragma: no cover
-    global_state = None
+    from keras.src.backend.common.global_state import get_global_attribute
+except ImportError:  # `_is_keras_as_expected` notices and warns
+
+    def get_global_attribute(name, default=None, set_to_default=False) -> Any:
+        raise AttributeError(name)
+
 
 __all__ = [
     "Target",
@@ -55,10 +58,10 @@ def current_target(initializer: keras.initializers.Initializer) -> Target:
     """
     if not _is_keras_as_expected():
         return Target()
-    scopes = _keras_state("name_scope_stack") or ()
+    scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
     layers = [caller for caller in callers if isinstance(caller, keras.Layer)]
-    if _keras_state("stateless_scope") is None:
+    if get_global_attribute("stateless_scope") is None:
         variable = _late_variable(initializer)
         if variable is not None:
             return Target(_late.owner(variable, layers[:1]), variable)
@@ -136,7 +139,7 @@ def _late_variable(
     initializer: keras.initializers.Initializer,
 ) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
-    pending = _keras_state("uninitialized_variables") or ()
+    pending = get_global_attribute("uninitialized_variables") or ()
     # Filled in order: the first one without a value is the one being filled.
     position = bisect_left(pending, True, key=lambda variable: variable._value is None)
     if position < len(pending) and pending[position]._initializer is initializer:
@@ -148,17 +151,13 @@ def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
-def _keras_state(name: str):
-    return global_state.get_global_attribute(name)
-
-
 @functools.cache
 def _is_keras_as_expected() -> bool:
     """Tries, once, the names that this module takes from inside Keras."""
     caller = object()
     try:
         with keras.name_scope("keras_glorot_probe", caller=caller):
-            as_expected = _keras_state("name_scope_stack")[-1].caller is caller
+            as_expected = get_global_attribute("name_scope_stack")[-1].caller is caller
         layer = keras.layers.Identity(name="keras_glorot_probe")
         _own_variables(layer)
         layer._flatten_layers()
