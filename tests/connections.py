@@ -86,12 +86,13 @@ def _count_cell(cell, x):
 
     names = [variable.name for variable in cell.weights]
     inputs = [values, x + 0.1, states[0]]
+    positions = {"kernel": 1, "recurrent_kernel": 2}
+    jacobians = _jit(jax.jacrev(run, tuple(positions.values())))(*inputs)
+    gradient = _jit(jax.grad(lambda *inputs: run(*inputs).sum()))
     counts = {}
-    for name, position in {"kernel": 1, "recurrent_kernel": 2}.items():
+    for (name, position), rows in zip(positions.items(), jacobians, strict=True):
         source = inputs[position]
-        rows = _jit(jax.jacrev(run, position))(*inputs)
         fan_in = (np.asarray(rows) != 0).reshape(-1, source.size).sum(1).max()
-        gradient = _jit(jax.grad(lambda *inputs: run(*inputs).sum()))
         fan_out = 0
         for unit in range(source.size):
             alone = np.zeros(source.size, "float32")
