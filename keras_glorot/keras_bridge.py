@@ -1,10 +1,12 @@
 """The only place that touches what Keras does not export.
 
 Above all: whose weight is being drawn. Keras hands an initializer a shape and a dtype,
-and not the layer that asks. It does know: each open name scope remembers its caller. A model without a `build` method makes
-its weights later, when those scopes are closed: Keras calls the model symbolically,
-lists the variables that this creates, and fills them in order afterwards. Such a
-variable is looked up in the model that the symbolic call was seen in.
+and not the layer that asks. It does know: each open name scope remembers its caller.
+
+A model without a `build` method makes its weights later, when those scopes are closed:
+Keras calls the model symbolically, lists the variables that this creates, and fills
+them in order afterwards. Such a variable is looked up in the model that the symbolic
+call was seen in.
 """
 
 import functools
