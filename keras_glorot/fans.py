@@ -219,8 +219,7 @@ def kernel_fans(
     `variable` is the weight itself where it exists already, that is, always except
     while the layer is being built.
     """
-    shape = standardize_shape(shape)
-    return _fans_by_rule(shape, layer, variable) or compute_fans(shape)
+    return _fans_by_rule(tuple(shape), layer, variable) or compute_fans(shape)
 
 
 def _fans_by_rule(shape, layer, variable) -> Fans | None:
@@ -363,11 +362,11 @@ def _einsum(layer, shape, variable):
     is_bias = variable is not None and variable is getattr(layer, "bias", None)
     if is_bias or len(kernel) != len(shape):
         return None
-    return compute_fans(
-        shape,
-        input_axes=[i for i, letter in enumerate(kernel) if letter not in outputs],
-        # A letter in all three is a batch: there is one kernel for each of its values.
-        output_axes=[i for i, letter in enumerate(kernel) if letter not in inputs],
+    # A letter in all three is a batch: there is a kernel for each of its values.
+    sizes = list(zip(kernel, shape, strict=True))
+    return Fans(
+        math.prod(size for letter, size in sizes if letter not in outputs),
+        math.prod(size for letter, size in sizes if letter not in inputs),
     )
 
 

@@ -62,15 +62,15 @@ def current_target(initializer: keras.initializers.Initializer) -> Target:
         return Target()
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
-    layers = [caller for caller in callers if isinstance(caller, keras.Layer)]
-    if get_global_attribute("stateless_scope") is None:
+    if get_global_attribute("stateless_scope") is not None:
+        _late.see(callers)
+    else:
         variable = _late_variable(initializer)
         if variable is not None:
-            return Target(_late.owner(variable, layers[:1]), variable)
-    elif layers:
-        _late.roots[id(layers[0])] = layers[0]
+            return Target(_late.owner(variable, callers), variable)
     # Metrics and optimizers open scopes too; their variables belong to no layer.
-    return Target(layers[-1] if layers and layers[-1] is callers[-1] else None)
+    is_layer = bool(callers) and isinstance(callers[-1], keras.Layer)
+    return Target(callers[-1] if is_layer else None)
 
 
 def owned_variables(
@@ -107,20 +107,25 @@ class _Late(threading.local):
         self.roots = weakref.WeakValueDictionary()
         self.owners: dict[int, weakref.ref] = {}
 
-    def owner(
-        self, variable: keras.Variable, open_layers: list[keras.Layer]
-    ) -> keras.Layer | None:
+    def see(self, callers: list) -> None:
+        """Notes the outermost layer of those that call each other."""
+        for caller in callers:
+            if isinstance(caller, keras.Layer):
+                self.roots[id(caller)] = caller
+                break
+
+    def owner(self, variable: keras.Variable, callers: list) -> keras.Layer | None:
         """The layer that `variable` was made by, or None."""
         layer = self._known_owner(variable)
         if layer is None:
-            roots = [*self.roots.values(), *open_layers]
-            self.roots.clear()
+            self.see(callers)
             self.owners = {
                 id(owned): weakref.ref(holder)
-                for root in roots
+                for root in list(self.roots.values())
                 for holder, owned in owned_variables(root)
                 if holder is not None
             }
+            self.roots.clear()
             layer = self._known_owner(variable)
         return layer
 
@@ -141,7 +146,9 @@ def _late_variable(
     initializer: keras.initializers.Initializer,
 ) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
-    pending = get_global_attribute("uninitialized_variables") or ()
+    pending = get_global_attribute("uninitialized_variables")
+    if not pending:
+        return None
     # Filled in order: the first one without a value is the one being filled.
     position = bisect_left(pending, True, key=lambda variable: variable._value is None)
     if position < len(pending) and pending[position]._initializer is initializer:
