@@ -63,9 +63,7 @@ class Late(keras.Model):
 
 
 def report(what, times):
-    first, again = (
-        1e6 * statistics.median(spent) for spent in zip(*times, strict=True)
-    )
+    first, again = (1e6 * statistics.median(spent) for spent in zip(*times, strict=True))
     print(f"{what:28} {len(times):3} variables: {first:5.1f} µs, again {again:5.1f} µs")
 
 

@@ -79,9 +79,7 @@ def _count_cell(cell, x):
     ]
 
     def run(values, x, first_state):
-        (output, _), _ = cell.stateless_call(
-            values, seed, x, [first_state, *states[1:]]
-        )
+        (output, _), _ = cell.stateless_call(values, seed, x, [first_state, *states[1:]])
         return output
 
     names = [variable.name for variable in cell.weights]

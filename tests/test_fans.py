@@ -50,9 +50,7 @@ def assert_drawn(variable, fan_in, fan_out, gain=1.0):
     # uniform distribution is 9/5, and a std is off by half as much as a variance.
     tolerance = STANDARD_ERRORS * math.sqrt(0.8 / values.size) / 2
     ratio = np.sqrt(np.mean(values**2)) / (gain * math.sqrt(2 / (fan_in + fan_out)))
-    assert abs(ratio - 1) < tolerance, (
-        f"{variable.path}: std is {ratio} of the right one"
-    )
+    assert abs(ratio - 1) < tolerance, f"{variable.path}: std is {ratio} of the right one"
 
 
 # What the issue names, with the std that stock Keras gives as a part of the right one.
@@ -126,16 +124,12 @@ def one_of_each():
             },
         ),
         "StackedRNNCells": (
-            layers.RNN(
-                [layers.GRUCell(16, kernel_initializer=init, name=n) for n in "ab"]
-            ),
+            layers.RNN([layers.GRUCell(16, kernel_initializer=init, name=n) for n in "ab"]),
             (3, 64),
             {"a/kernel": (64, 48), "b/kernel": (16, 48)},
         ),
         "TimeDistributed": (
-            layers.TimeDistributed(
-                layers.DepthwiseConv1D(3, depthwise_initializer=init)
-            ),
+            layers.TimeDistributed(layers.DepthwiseConv1D(3, depthwise_initializer=init)),
             (2, 8, 512),
             {"kernel": (3, 3)},
         ),
@@ -492,9 +486,7 @@ class Experts(layers.Layer):
 
     def build(self, shape):
         init = GlorotUniform(seed=1)
-        self.experts = self.add_weight(
-            shape=(8, 64, 32), initializer=init, name="experts"
-        )
+        self.experts = self.add_weight(shape=(8, 64, 32), initializer=init, name="experts")
         self.gate = self.add_weight(shape=(64, 8), initializer=init, name="gate")
         self.bias = self.add_weight(shape=(32,), initializer=init, name="bias")
 
@@ -679,9 +671,7 @@ def test_without_these_names_the_shape_decides_and_one_warning_says_so(monkeypat
     monkeypatch.setattr(keras_bridge, "get_global_attribute", lambda name: None)
     layer = depthwise(name="layer")
     try:
-        with pytest.warns(
-            UserWarning, match=r"fan_in and fan_out from the weight's sh"
-        ):
+        with pytest.warns(UserWarning, match=r"fan_in and fan_out from the weight's sh"):
             layer.build((None, 8, 8, 512))
         check_depthwise(layer, 9 * 512, 9)
         depthwise().build((None, 8, 8, 4))  # a second warning would be an error
