@@ -62,12 +62,14 @@ def current_target(initializer: keras.initializers.Initializer) -> Target:
         return Target()
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
+    outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
     if get_global_attribute("stateless_scope") is not None:
-        _late.see(callers)
-    else:
-        variable = _late_variable(initializer)
-        if variable is not None:
-            return Target(_late.owner(variable, callers), variable)
+        if outermost is not None:
+            _late.roots[id(outermost)] = outermost
+    elif (variable := _late_variable(initializer)) is not None:
+        layer = _late.owner(variable, outermost)
+        if layer is not None:
+            return Target(layer, variable)
     # Metrics and optimizers open scopes too; their variables belong to no layer.
     is_layer = bool(callers) and isinstance(callers[-1], keras.Layer)
     return Target(callers[-1] if is_layer else None)
@@ -105,38 +107,42 @@ class _Late(threading.local):
         # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
         # model is kept alive; ids are used again, so a hit is checked before use.
         self.roots = weakref.WeakValueDictionary()
-        self.owners: dict[int, weakref.ref] = {}
+        self.owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
-    def see(self, callers: list) -> None:
-        """Notes the outermost layer of those that call each other."""
-        for caller in callers:
-            if isinstance(caller, keras.Layer):
-                self.roots[id(caller)] = caller
-                break
-
-    def owner(self, variable: keras.Variable, callers: list) -> keras.Layer | None:
-        """The layer that `variable` was made by, or None."""
-        layer = self._known_owner(variable)
-        if layer is None:
-            self.see(callers)
-            self.owners = {
-                id(owned): weakref.ref(holder)
-                for root in list(self.roots.values())
-                for holder, owned in owned_variables(root)
-                if holder is not None
-            }
-            self.roots.clear()
-            layer = self._known_owner(variable)
-        return layer
-
-    def _known_owner(self, variable: keras.Variable) -> keras.Layer | None:
-        reference = self.owners.get(id(variable))
-        layer = None if reference is None else reference()
-        if layer is None:
+    def owner(
+        self, variable: keras.Variable, outermost: keras.Layer | None
+    ) -> keras.Layer | None:
+        """The layer that made `variable`, if it is the one being filled."""
+        found = self._look_up(variable) or self._search(variable, outermost)
+        if found is None:
             return None
+        layer, root = found
+        # Keras fills variables with no scope open, or in that of the model they are in.
+        # Inside another layer it draws a weight of that one, and this one was left over.
+        return layer if outermost is None or outermost is root else None
+
+    def _search(self, variable, outermost):
+        roots = list(self.roots.values())
+        if outermost is not None:
+            roots.append(outermost)
+        self.roots.clear()
+        self.owners = {
+            id(owned): (weakref.ref(layer), weakref.ref(root))
+            for root in roots
+            for layer, owned in owned_variables(root)
+            if layer is not None
+        }
+        return self._look_up(variable)
+
+    def _look_up(self, variable):
+        references = self.owners.get(id(variable))
+        if references is None:
+            return None
+        layer, root = (reference() for reference in references)
         # `in` would compare the values of variables.
-        mine = any(own is variable for own in _own_variables(layer))
-        return layer if mine else None
+        if layer is not None and any(own is variable for own in _own_variables(layer)):
+            return layer, root
+        return None
 
 
 _late = _Late()

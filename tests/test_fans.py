@@ -296,6 +296,21 @@ def test_late_weights_that_the_symbolic_call_does_not_read(monkeypatch):
     assert final == {used: (3, 3), unused: (5, 5), source: (8, 4)}
 
 
+def test_variables_that_were_never_filled_mislead_nobody():
+    """Models are also built without values, to look at them; Keras keeps a list."""
+    init = GlorotUniform()
+    with keras.StatelessScope(initialize_variables=False):
+        layer = layers.DepthwiseConv2D(3, depthwise_initializer=init)
+        left_over = late_in_functional(layer, (8, 8, 512))
+    try:
+        layer = layers.Conv2DTranspose(512, 3, kernel_initializer=init)
+        layer.build((None, 8, 8, 1))  # of the same shape
+        assert_drawn(layer.kernel, 9, 9 * 512)
+        assert left_over.built
+    finally:
+        keras.utils.clear_session()
+
+
 def test_twenty_separable_layers_keep_the_signal():
     """Stock Keras leaves 6e-16 of it."""
     inputs = x = keras.Input((16, 16, 64))
