@@ -6,6 +6,7 @@ which the shape alone does not tell, and what asks them.
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,10 +94,9 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
 
     The rule is called as `rule(layer, shape)` for each weight of rank 2 or more that
     such a layer holds itself, and returns `(fan_in, fan_out)`, or None to leave this
-    weight to the shape rule of `compute_fans`. It holds for subclasses too, unless they
-    have their own; the newest rule for a class replaces the one before. Tell several
-    kernels of a layer apart by their shapes: the rule is asked both while the layer is
-    being built, when its attributes are not all there, and afterwards.
+    weight to the shape rule of `compute_fans`. Subclasses without a rule of their own
+    inherit it. Tell several kernels of a layer apart by their shapes: the rule is asked
+    afterwards, and also while the layer is being built, when attributes are missing.
 
     Args:
         layer_class: A subclass of `keras.Layer`.
@@ -105,8 +105,8 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
         A decorator that registers the function and returns it unchanged.
 
     Raises:
-        TypeError: If `layer_class` is not a subclass of `keras.Layer`. While a layer is
-            being built, if the rule returns anything else than a pair of integers.
+        TypeError: If `layer_class` is not a subclass of `keras.Layer`; later, when the
+            rule is asked, if it returns anything else.
 
     Example:
 
@@ -125,17 +125,14 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
         def checked(layer, shape, variable):
             fans = rule(layer, shape) if len(shape) >= 2 else None
-            if fans is None:
-                return None
             try:
-                fan_in, fan_out = (operator.index(fan) for fan in fans)
+                return None if fans is None else Fans(*standardize_shape(fans))
             except (TypeError, ValueError):
                 raise TypeError(
-                    f"The rule registered for {layer_class.__name__} must return "
-                    "(fan_in, fan_out), two integers, or None. "
+                    f"The rule registered for {layer_class.__name__} must return None or "
+                    "(fan_in, fan_out), two non-negative integers. "
                     f"Received: {fans} for shape={shape}"
                 ) from None
-            return Fans(fan_in, fan_out)
 
         _RULES[layer_class] = checked
         return rule
@@ -179,15 +176,13 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
             f"data or call `layer.build(input_shape)` first. Received: layer={layer}"
         )
     fans_by_path: dict[str, Fans] = {}
-    seen: dict[str, int] = {}
+    seen = Counter()
     for _, variable, fans in variable_fans(layer):
-        if fans is None:
-            continue
-        path = variable.path
-        seen[path] = seen.get(path, 0) + 1
-        if seen[path] > 1:
-            path = f"{path} ({seen[path]})"
-        fans_by_path[path] = fans
+        if fans is not None:
+            seen[variable.path] += 1
+            count = seen[variable.path]
+            path = variable.path if count == 1 else f"{variable.path} ({count})"
+            fans_by_path[path] = fans
     return fans_by_path
 
 
@@ -201,10 +196,9 @@ def variable_fans(
         if owner is not None and owner.quantization_mode is not None:
             # Two four-bit weights share a byte; the property of the same name unpacks.
             weight = getattr(owner, variable.name, variable)
-        shape = tuple(weight.shape)
-        fans = _fans_by_rule(shape, owner, variable)
-        if fans is None and len(shape) >= 2:
-            fans = compute_fans(shape)
+        fans = _fans_by_rule(weight.shape, owner, variable)
+        if fans is None and len(weight.shape) >= 2:
+            fans = compute_fans(weight.shape)
         found.append((owner, variable, fans))
     return found
 
@@ -216,16 +210,17 @@ def kernel_fans(
 ) -> Fans:
     """Fans of one weight: by the rule of its layer's class, else by its shape.
 
-    `variable` is the weight itself where it exists already, that is, always except
-    while the layer is being built.
+    `variable` is the weight itself, where it exists already.
     """
-    return _fans_by_rule(tuple(shape), layer, variable) or compute_fans(shape)
+    return _fans_by_rule(shape, layer, variable) or compute_fans(shape)
 
 
 def _fans_by_rule(shape, layer, variable) -> Fans | None:
+    if layer is None:
+        return None
     for layer_class in type(layer).__mro__:
         if layer_class in _RULES:
-            return _RULES[layer_class](layer, shape, variable)
+            return _RULES[layer_class](layer, tuple(shape), variable)
     return None
 
 

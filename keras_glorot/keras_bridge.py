@@ -37,12 +37,9 @@ __all__ = [
 
 
 class Target(NamedTuple):
-    """What an initializer is called for.
+    """What an initializer is called for: None is what can't be known.
 
-    Attributes:
-        layer: The layer that owns the weight. None outside of any layer.
-        variable: The variable to fill, where it exists already. None while Keras is
-            still creating it.
+    The variable is known when Keras fills it late, not while it is being created.
     """
 
     layer: keras.Layer | None = None
@@ -50,14 +47,7 @@ class Target(NamedTuple):
 
 
 def current_target(initializer: keras.initializers.Initializer) -> Target:
-    """Finds the layer, and the variable if it is known, that asks for a weight.
-
-    Args:
-        initializer: The initializer that Keras is calling.
-
-    Returns:
-        A `Target`, with None for what can't be known.
-    """
+    """Finds out for what Keras is calling this initializer."""
     if not _is_keras_as_expected():
         return Target()
     scopes = get_global_attribute("name_scope_stack") or ()
@@ -78,14 +68,9 @@ def current_target(initializer: keras.initializers.Initializer) -> Target:
 def owned_variables(
     layer: keras.Layer,
 ) -> list[tuple[keras.Layer | None, keras.Variable]]:
-    """Each weight of a layer or model, once, with the layer that made it.
+    """Each of `layer.weights` with the layer, in any nested model, that made it.
 
-    Args:
-        layer: A layer or model; sublayers and nested models are walked too.
-
-    Returns:
-        Pairs in the order of `layer.weights`. The owner is None where Keras does not
-        tell it.
+    None in its place where Keras does not tell.
     """
     if not _is_keras_as_expected():
         return [(None, variable) for variable in layer.weights]
@@ -109,42 +94,31 @@ class _Late(threading.local):
         self.roots = weakref.WeakValueDictionary()
         self.owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
-    def owner(
-        self, variable: keras.Variable, outermost: keras.Layer | None
-    ) -> keras.Layer | None:
-        """The layer that made `variable`, if it is the one being filled."""
-        found = self._look_up(variable) or self._search(variable, outermost)
-        if found is None:
-            return None
-        layer, root = found
+    def owner(self, variable: keras.Variable, outermost: keras.Layer | None):
+        """The layer that made `variable`, if it is the one being filled, else None."""
+        if self._look_up(variable) is None:
+            roots = [*self.roots.values(), *([] if outermost is None else [outermost])]
+            self.roots.clear()
+            self.owners = {
+                id(owned): (weakref.ref(layer), weakref.ref(root))
+                for root in roots
+                for layer, owned in owned_variables(root)
+                if layer is not None
+            }
+        layer, root = self._look_up(variable) or (None, None)
         # Keras fills variables with no scope open, or in that of the model they are in.
         # Inside another layer it draws a weight of that one, and this one was left over.
         return layer if outermost is None or outermost is root else None
 
-    def _search(self, variable, outermost):
-        roots = list(self.roots.values())
-        if outermost is not None:
-            roots.append(outermost)
-        self.roots.clear()
-        self.owners = {
-            id(owned): (weakref.ref(layer), weakref.ref(root))
-            for root in roots
-            for layer, owned in owned_variables(root)
-            if layer is not None
-        }
-        return self._look_up(variable)
-
-    def _look_up(self, variable):
-        references = self.owners.get(id(variable))
-        if references is None:
-            return None
-        layer, root = (reference() for reference in references)
+    def _look_up(self, variable: keras.Variable):
+        layer, root = (reference() for reference in self.owners.get(id(variable), _NOTHING))
         # `in` would compare the values of variables.
         if layer is not None and any(own is variable for own in _own_variables(layer)):
             return layer, root
         return None
 
 
+_NOTHING = (lambda: None, lambda: None)
 _late = _Late()
 
 

@@ -307,6 +307,7 @@ def test_variables_that_were_never_filled_mislead_nobody():
         layer.build((None, 8, 8, 1))  # of the same shape
         assert_drawn(layer.kernel, 9, 9 * 512)
         assert left_over.built
+        assert_drawn(GlorotUniform()((9, 512)), 9, 512)
     finally:
         keras.utils.clear_session()
 
@@ -542,7 +543,7 @@ def test_register_fans():
 
 
 @pytest.mark.usefixtures("rules")
-@pytest.mark.parametrize("answer", [3, (1, 2, 3), (1.5, 2), "ab", (True, None)])
+@pytest.mark.parametrize("answer", [3, (1, 2, 3), (1.5, 2), "ab", (True, 2), (-1, 2)])
 def test_rules_that_answer_wrongly(answer):
     register_fans(Experts)(lambda layer, shape: answer)
     with pytest.raises(TypeError, match=r"rule registered for Experts must return"):
