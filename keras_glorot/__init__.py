@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from keras_glorot.fans import Fans, compute_fans
+from keras_glorot.fans import Fans, compute_fans, layer_fans, register_fans
 from keras_glorot.gains import calculate_gain
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 
@@ -14,6 +14,8 @@ __all__ = [
     "as_default",
     "calculate_gain",
     "compute_fans",
+    "layer_fans",
+    "register_fans",
 ]
 
 __version__ = version("keras-glorot")

@@ -12,13 +12,21 @@ from typing import Any, Literal, Self
 import keras
 import ml_dtypes
 
-from keras_glorot import keras_bridge
-from keras_glorot.fans import Fans, compute_fans, standardize_axes, standardize_shape
-from keras_glorot.gains import calculate_gain
+from keras_glorot import backends, keras_bridge
+from keras_glorot.fans import (
+    compute_fans,
+    kernel_activation,
+    kernel_fans,
+    standardize_axes,
+    standardize_shape,
+)
+from keras_glorot.gains import activation_gain, calculate_gain
+from keras_glorot.keras_bridge import Target
 from keras_glorot.sampling import TRUNCATED_STD, draw
 
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
+_NO_LAYER = Target()
 _WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -67,29 +75,31 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
                 f"{', '.join(_WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
-        scale = self._scale(shape)
+        scale = self._scale(shape, keras_bridge.current_target(self))
         largest = float(ml_dtypes.finfo(dtype).max)
         if 2 * scale > largest:
             raise ValueError(
                 f"Argument `gain` must be smaller for weights of {dtype}, which end at "
                 f"{largest:g}. Received: gain={self.gain} for shape={shape}"
             )
-        if keras_bridge.is_shape_inference() or keras_bridge.is_on_meta_device():
+        if keras_bridge.is_shape_inference() or backends.is_on_meta_device():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         seed = keras_bridge.seed_words(self.seed)
         if seed is None:  # known to the backend alone, while it traces
             return self._draw_traced(shape, scale, dtype)
         draw_region = functools.partial(draw, self._distribution, shape, scale, dtype, seed)
         if layout is not None:
-            return keras_bridge.to_sharded_tensor(shape, layout, draw_region)
-        return keras_bridge.to_tensor(draw_region())
+            return backends.to_sharded_tensor(shape, layout, draw_region)
+        return backends.to_tensor(draw_region())
 
     def stddev(self, shape: Sequence[int]) -> float:
         """The standard deviation of a kernel of this shape, without drawing it.
 
-        `gain * sqrt(2 / (fan_in + fan_out))`; with `gain="auto"` the gain is 1 here.
+        `gain * sqrt(2 / (fan_in + fan_out))`, the fans counted from explicit axes or
+        else from the shape: no layer is known here, and with `gain="auto"` the gain is
+        1. `compute_fans` and `layer_fans` tell more.
         """
-        return self._gain() * math.sqrt(2 / self._fan_sum(shape))
+        return self._std(shape)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, as the user wrote them."""
@@ -125,20 +135,24 @@ class _Glorot(keras.initializers.Initializer):
         listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         return f"{type(self).__name__}({listed})"
 
-    def _fans(self, shape: Sequence[int]) -> Fans:
-        return compute_fans(shape, self.input_axes, self.output_axes)
+    def _std(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
+        return self._gain(target) * math.sqrt(2 / self._fan_sum(shape, target))
 
-    def _fan_sum(self, shape: Sequence[int]) -> int:
+    def _fan_sum(self, shape: Sequence[int], target: Target) -> int:
+        if self.input_axes is not None:
+            fans = compute_fans(shape, self.input_axes, self.output_axes)
+        else:
+            fans = kernel_fans(shape, *target)
         # At least 2, as in Keras: a kernel without an entry still has a finite std.
-        return max(2, sum(self._fans(shape)))
+        return max(2, sum(fans))
 
-    def _gain(self) -> float:
+    def _gain(self, target: Target) -> float:
         if self.gain == "auto":
-            return 1.0
+            return activation_gain(kernel_activation(*target))
         return calculate_gain(self.gain) if isinstance(self.gain, str) else self.gain
 
-    def _scale(self, shape: Sequence[int]) -> float:
-        """The parameter of the distribution: the limit, or the std before truncation."""
+    def _scale(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
+        """What the distribution is scaled by: its limit, or its std untruncated."""
         raise NotImplementedError
 
     def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
@@ -190,10 +204,10 @@ class GlorotUniform(_Glorot):
 
     def limit(self, shape: Sequence[int]) -> float:
         """The bound of a kernel of this shape: `sqrt(3)` times `stddev(shape)`."""
-        return self._gain() * math.sqrt(6 / self._fan_sum(shape))
+        return self._scale(shape)
 
-    def _scale(self, shape: Sequence[int]) -> float:
-        return self.limit(shape)
+    def _scale(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
+        return self._gain(target) * math.sqrt(6 / self._fan_sum(shape, target))
 
     def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
         return keras.random.uniform(shape, -scale, scale, dtype=dtype, seed=self.seed)
@@ -234,8 +248,8 @@ class GlorotNormal(_Glorot):
 
     _distribution = "truncated_normal"
 
-    def _scale(self, shape: Sequence[int]) -> float:
-        return self.stddev(shape) / TRUNCATED_STD
+    def _scale(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
+        return self._std(shape, target) / TRUNCATED_STD
 
     def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
         return keras.random.truncated_normal(shape, 0.0, scale, dtype=dtype, seed=self.seed)

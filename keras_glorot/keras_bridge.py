@@ -1,30 +1,178 @@
-"""The only place that touches what Keras does not export."""
+"""The only place that touches what Keras does not export.
 
-from collections.abc import Callable
-from typing import Any
+Above all: whose weight is being drawn. Keras hands an initializer a shape and a dtype,
+and not the layer that asks. It does know: each open name scope remembers its caller.
+
+A model without a `build` method makes its weights later, when those scopes are closed:
+Keras calls the model symbolically, lists the variables that this creates, and fills
+them in order afterwards. Such a variable is looked up in the model that the symbolic
+call was seen in.
+"""
+
+import functools
+import threading
+import warnings
+import weakref
+from bisect import bisect_left
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_glorot.sampling import Bounds
+from keras_glorot import backends
+
+try:
+    from keras.src.backend.common.global_state import get_global_attribute
+except ImportError:  # `_is_keras_as_expected` notices and warns
+
+    def get_global_attribute(name, default=None, set_to_default=False) -> Any:
+        raise AttributeError(name)
+
 
 __all__ = [
+    "Target",
+    "current_target",
     "custom_objects_in_scope",
-    "is_on_meta_device",
     "is_shape_inference",
+    "owned_variables",
     "seed_words",
-    "to_sharded_tensor",
-    "to_tensor",
 ]
+
+
+class Target(NamedTuple):
+    """What an initializer is called for: None is what can't be known.
+
+    The variable is known when Keras fills it late, not while it is being created.
+    """
+
+    layer: keras.Layer | None = None
+    variable: keras.Variable | None = None
+
+
+def current_target(initializer: keras.initializers.Initializer) -> Target:
+    """Finds out for what Keras is calling this initializer."""
+    if not _is_keras_as_expected():
+        return Target()
+    scopes = get_global_attribute("name_scope_stack") or ()
+    callers = [scope.caller for scope in scopes if scope.caller is not None]
+    outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
+    if get_global_attribute("stateless_scope") is not None:
+        if outermost is not None:
+            _late.roots[id(outermost)] = outermost
+    elif (variable := _late_variable(initializer)) is not None:
+        layer = _late.owner(variable, outermost)
+        if layer is not None:
+            return Target(layer, variable)
+    # Metrics and optimizers open scopes too; their variables belong to no layer.
+    is_layer = bool(callers) and isinstance(callers[-1], keras.Layer)
+    return Target(callers[-1] if is_layer else None)
+
+
+def owned_variables(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable]]:
+    """Each of `layer.weights` with the layer, in any nested model, that made it.
+
+    None in its place where Keras does not tell.
+    """
+    if not _is_keras_as_expected():
+        return [(None, variable) for variable in layer.weights]
+    owners: dict[int, keras.Layer] = {}
+    for holder in layer._flatten_layers():
+        for variable in _own_variables(holder):
+            # Wrappers and tied layers hold the variables of others. The path tells
+            # who made one; else the innermost holder did, and that one comes last.
+            owner = owners.get(id(variable))
+            if owner is None or variable.path != f"{owner.path}/{variable.name}":
+                owners[id(variable)] = holder
+    return [(owners.get(id(variable)), variable) for variable in layer.weights]
+
+
+class _Late(threading.local):
+    """What symbolic calls in this thread saw of models that are built late."""
+
+    def __init__(self) -> None:
+        # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
+        # model is kept alive; ids are used again, so a hit is checked before use.
+        self.roots = weakref.WeakValueDictionary()
+        self.owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+
+    def owner(self, variable: keras.Variable, outermost: keras.Layer | None):
+        """The layer that made `variable`, if it is the one being filled, else None."""
+        if self._look_up(variable) is None:
+            roots = [*self.roots.values(), *([] if outermost is None else [outermost])]
+            self.roots.clear()
+            self.owners = {
+                id(owned): (weakref.ref(layer), weakref.ref(root))
+                for root in roots
+                for layer, owned in owned_variables(root)
+                if layer is not None
+            }
+        layer, root = self._look_up(variable) or (None, None)
+        # Keras fills variables with no scope open, or in that of the model they are in.
+        # Inside another layer it draws a weight of that one, and this one was left over.
+        return layer if outermost is None or outermost is root else None
+
+    def _look_up(self, variable: keras.Variable):
+        layer, root = (reference() for reference in self.owners.get(id(variable), _NOTHING))
+        # `in` would compare the values of variables.
+        if layer is not None and any(own is variable for own in _own_variables(layer)):
+            return layer, root
+        return None
+
+
+_NOTHING = (lambda: None, lambda: None)
+_late = _Late()
+
+
+def _late_variable(
+    initializer: keras.initializers.Initializer,
+) -> keras.Variable | None:
+    """The variable that Keras fills belatedly by this call, if it does so."""
+    pending = get_global_attribute("uninitialized_variables")
+    if not pending:
+        return None
+    # Filled in order: the first one without a value is the one being filled.
+    position = bisect_left(pending, True, key=lambda variable: variable._value is None)
+    if position < len(pending) and pending[position]._initializer is initializer:
+        return pending[position]
+    return None
+
+
+def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+@functools.cache
+def _is_keras_as_expected() -> bool:
+    """Tries, once, the names that this module takes from inside Keras."""
+    caller = object()
+    try:
+        with keras.name_scope("keras_glorot_probe", caller=caller):
+            as_expected = get_global_attribute("name_scope_stack")[-1].caller is caller
+        layer = keras.layers.Identity(name="keras_glorot_probe")
+        _own_variables(layer)
+        layer._flatten_layers()
+        as_expected = as_expected and hasattr(keras.Variable, "_deferred_initialize")
+    except (AttributeError, IndexError, TypeError):
+        as_expected = False
+    if not as_expected:
+        warnings.warn(
+            f"keras_glorot can't tell in Keras {keras.__version__} which layer a "
+            "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
+            "alone. That is wrong for depthwise, grouped, transposed and einsum "
+            "kernels: give those `input_axes` and `output_axes`, or install a Keras "
+            "version that this version of keras_glorot was tested with.",
+            stacklevel=2,
+        )
+    return as_expected
 
 
 def custom_objects_in_scope() -> dict[str, Any]:
     """The objects of the innermost `custom_object_scope`, which a new one would hide."""
     try:
-        from keras.src.backend.common import global_state
-
-        return global_state.get_global_attribute("custom_objects_scope_dict") or {}
-    except (ImportError, AttributeError):
+        return get_global_attribute("custom_objects_scope_dict") or {}
+    except AttributeError:
         return {}
 
 
@@ -36,7 +184,7 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | No
     if isinstance(seed, int):
         return (seed,)
     state = seed.next()
-    if _is_symbolic(state):
+    if backends.is_symbolic(state):
         return None
     return tuple(np.asarray(keras.ops.convert_to_numpy(state)).tolist())
 
@@ -51,90 +199,3 @@ def is_shape_inference() -> bool:
     except ImportError:
         return False
     return in_symbolic_scope()
-
-
-def is_on_meta_device() -> bool:
-    """Whether torch tensors made here have a shape and no values."""
-    if keras.backend.backend() != "torch":
-        return False
-    import torch
-
-    return torch.empty(0).is_meta or keras.ops.zeros(()).is_meta
-
-
-def to_tensor(array: np.ndarray) -> Any:
-    """Hands an array over to the backend, with as few copies as it allows.
-
-    The tensor may go on living in the array's memory, which must be aligned to 64 bytes
-    and which the caller must not touch again.
-    """
-    backend, dtype = keras.backend.backend(), array.dtype
-    if array.size and backend == "tensorflow":
-        import tensorflow as tf
-
-        # In a graph the array becomes a constant of it; a GPU takes a copy anyway.
-        if tf.executing_eagerly() and not tf.config.list_logical_devices("GPU"):
-            from_dlpack = tf.experimental.dlpack.from_dlpack
-            if dtype.kind != "V":
-                return from_dlpack(array.__dlpack__())
-            # NumPy has no bfloat16, and so no DLPack for it.
-            bits = from_dlpack(array.view(np.uint16).__dlpack__())
-            return tf.bitcast(bits, tf.bfloat16)
-    elif backend == "jax":
-        import jax
-
-        return jax.device_put(array)
-    elif backend == "torch":
-        import torch
-
-        if dtype.kind == "V":
-            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(array)
-        return keras.ops.convert_to_tensor(tensor)  # moves it to Keras's device
-    return keras.ops.convert_to_tensor(array)
-
-
-def to_sharded_tensor(
-    shape: tuple[int, ...], layout: Any, draw_region: Callable[[Bounds], np.ndarray]
-) -> Any:
-    """Assembles a JAX array from the regions that its devices hold, each drawn once.
-
-    Args:
-        shape: The whole array's shape.
-        layout: A `keras.distribution.TensorLayout` or a `jax.sharding.Sharding`.
-        draw_region: Called with a start and a stop for each axis.
-    """
-    import jax
-
-    sharding = getattr(layout, "backend_layout", layout)
-    mesh = getattr(sharding, "mesh", None)
-    if isinstance(mesh, jax.sharding.AbstractMesh):
-        # Keras opens the concrete mesh as the scope's, and hands over the abstract one.
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    devices_of: dict[Bounds, list] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(
-            part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
-        )
-        devices_of.setdefault(bounds, []).append(device)
-    arrays = []
-    for bounds, (first, *others) in devices_of.items():
-        array = draw_region(bounds)
-        # Only one device may live in the array's memory: a donated buffer is written to.
-        arrays += [jax.device_put(array, other, may_alias=False) for other in others]
-        arrays.append(jax.device_put(array, first))
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _is_symbolic(tensor: Any) -> bool:
-    match keras.backend.backend():
-        case "tensorflow":
-            import tensorflow as tf
-
-            return tf.is_symbolic_tensor(tensor)
-        case "jax":
-            from jax.core import Tracer
-
-            return isinstance(tensor, Tracer)
-    return False

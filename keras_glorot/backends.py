@@ -1,0 +1,101 @@
+"""From a NumPy array to a tensor of TensorFlow, JAX or PyTorch, where it must live."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_glorot.sampling import Bounds
+
+__all__ = ["is_on_meta_device", "is_symbolic", "to_sharded_tensor", "to_tensor"]
+
+
+def to_tensor(array: np.ndarray) -> Any:
+    """Hands an array over to the backend, with as few copies as it allows.
+
+    The tensor may go on living in the array's memory, which must be aligned to 64 bytes
+    and which the caller must not touch again.
+    """
+    backend, dtype = keras.backend.backend(), array.dtype
+    if array.size and backend == "tensorflow":
+        import tensorflow as tf
+
+        # In a graph the array becomes a constant of it; a GPU takes a copy anyway.
+        if tf.executing_eagerly() and not tf.config.list_logical_devices("GPU"):
+            from_dlpack = tf.experimental.dlpack.from_dlpack
+            if dtype.kind != "V":
+                return from_dlpack(array.__dlpack__())
+            # NumPy has no bfloat16, and so no DLPack for it.
+            bits = from_dlpack(array.view(np.uint16).__dlpack__())
+            return tf.bitcast(bits, tf.bfloat16)
+    elif backend == "jax":
+        import jax
+
+        return jax.device_put(array)
+    elif backend == "torch":
+        import torch
+
+        if dtype.kind == "V":
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        return keras.ops.convert_to_tensor(tensor)  # moves it to Keras's device
+    return keras.ops.convert_to_tensor(array)
+
+
+def to_sharded_tensor(
+    shape: tuple[int, ...], layout: Any, draw_region: Callable[[Bounds], np.ndarray]
+) -> Any:
+    """Assembles a JAX array from the regions that its devices hold, each drawn once.
+
+    Args:
+        shape: The whole array's shape.
+        layout: A `keras.distribution.TensorLayout` or a `jax.sharding.Sharding`.
+        draw_region: Called with a start and a stop for each axis.
+    """
+    import jax
+
+    sharding = getattr(layout, "backend_layout", layout)
+    mesh = getattr(sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        # Keras opens the concrete mesh as the scope's, and hands over the abstract one.
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    devices_of: dict[Bounds, list] = {}
+    index: Any
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(
+            part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+        )
+        devices_of.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, (first, *others) in devices_of.items():
+        array = draw_region(bounds)
+        # Only one device may live in the array's memory: a donated buffer is written to.
+        arrays += [jax.device_put(array, other, may_alias=False) for other in others]
+        arrays.append(jax.device_put(array, first))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def is_on_meta_device() -> bool:
+    """Whether torch tensors made here have a shape and no values."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    scalar: Any = keras.ops.zeros(())
+    return scalar.is_meta or torch.empty(0).is_meta
+
+
+def is_symbolic(tensor: Any) -> bool:
+    """Whether a tensor has no value yet, because the backend is tracing."""
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            return tf.is_symbolic_tensor(tensor)
+        case "jax":
+            from jax.core import Tracer
+
+            return isinstance(tensor, Tracer)
+    return False
