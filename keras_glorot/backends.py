@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_glorot.sampling import Bounds
 
-__all__ = ["is_on_meta_device", "is_symbolic", "to_sharded_tensor", "to_tensor"]
+__all__ = ["is_symbolic", "meta_tensor", "to_sharded_tensor", "to_tensor"]
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -72,19 +72,22 @@ def to_sharded_tensor(
     for bounds, (first, *others) in devices_of.items():
         array = draw_region(bounds)
         # Only one device may live in the array's memory: a donated buffer is written to.
-        arrays += [jax.device_put(array, other, may_alias=False) for other in others]
+        # (`may_alias=False` does not keep `device_put` from it.)
+        arrays += [jax.device_put(array.copy(), other) for other in others]
         arrays.append(jax.device_put(array, first))
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def is_on_meta_device() -> bool:
-    """Whether torch tensors made here have a shape and no values."""
+def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
+    """A torch tensor with a shape and no values, if such are made here; else None."""
     if keras.backend.backend() != "torch":
-        return False
+        return None
     import torch
 
     scalar: Any = keras.ops.zeros(())
-    return scalar.is_meta or torch.empty(0).is_meta
+    if scalar.is_meta or torch.empty(0).is_meta:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    return None
 
 
 def is_symbolic(tensor: Any) -> bool:

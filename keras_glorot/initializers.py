@@ -82,8 +82,10 @@ class _Glorot(keras.initializers.Initializer):
                 f"Argument `gain` must be smaller for weights of {dtype}, which end at "
                 f"{largest:g}. Received: gain={self.gain} for shape={shape}"
             )
-        if keras_bridge.is_shape_inference() or backends.is_on_meta_device():
+        if keras_bridge.is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
+        if (valueless := backends.meta_tensor(shape, dtype)) is not None:
+            return valueless
         seed = keras_bridge.seed_words(self.seed)
         if seed is None:  # known to the backend alone, while it traces
             return self._draw_traced(shape, scale, dtype)
