@@ -166,7 +166,8 @@ class GlorotUniform(_Glorot):
     """Glorot (Xavier) uniform initializer.
 
     Draws from U(-limit, limit), `limit = gain * sqrt(6 / (fan_in + fan_out))`, whose
-    variance is `gain² * 2 / (fan_in + fan_out)`.
+    variance is `gain² * 2 / (fan_in + fan_out)`. The fans are those of the layer being
+    built, as `layer_fans` lists them; outside of layers the shape decides.
 
     Args:
         gain: Factor on the standard deviation: a positive float; the name of an
