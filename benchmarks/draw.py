@@ -43,7 +43,9 @@ def by_turns(contestants, sync, rounds):
 
 def synchronizer(backend):
     if backend == "jax":
-        return lambda tensor: tensor.block_until_ready()
+        import jax
+
+        return jax.block_until_ready
     return lambda tensor: tensor
 
 

@@ -27,7 +27,11 @@ from keras_glorot.sampling import TRUNCATED_STD, draw
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
 _NO_LAYER = Target()
-_WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# The dtypes that can hold a weight, and the largest that each can.
+_LARGEST = {
+    dtype: float(ml_dtypes.finfo(dtype).max)
+    for dtype in ("float16", "bfloat16", "float32", "float64")
+}
 
 
 class _Glorot(keras.initializers.Initializer):
@@ -70,17 +74,16 @@ class _Glorot(keras.initializers.Initializer):
         """
         shape = standardize_shape(shape)
         dtype = keras.backend.standardize_dtype(dtype)
-        if dtype not in _WEIGHT_DTYPES:
+        if dtype not in _LARGEST:
             raise ValueError(
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
-                f"{', '.join(_WEIGHT_DTYPES)}. Received: dtype={dtype}"
+                f"{', '.join(_LARGEST)}. Received: dtype={dtype}"
             )
         scale = self._scale(shape, keras_bridge.current_target(self))
-        largest = float(ml_dtypes.finfo(dtype).max)
-        if 2 * scale > largest:
+        if 2 * scale > _LARGEST[dtype]:
             raise ValueError(
                 f"Argument `gain` must be smaller for weights of {dtype}, which end at "
-                f"{largest:g}. Received: gain={self.gain} for shape={shape}"
+                f"{_LARGEST[dtype]:g}. Received: gain={self.gain} for shape={shape}"
             )
         if keras_bridge.is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values

@@ -190,12 +190,13 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | No
 
 
 def is_shape_inference() -> bool:
-    """Whether Keras calls a model for its shapes alone, so that no value is looked at.
+    """Whether Keras runs here for shapes alone, so that no value is looked at.
 
     A weight that is still to be filled is then asked of its initializer at every use.
     """
     try:
-        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-    except ImportError:
+        if get_global_attribute("torch_device") == "meta":
+            return True
+        return get_global_attribute("symbolic_scope") is not None
+    except AttributeError:
         return False
-    return in_symbolic_scope()

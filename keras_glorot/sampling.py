@@ -56,6 +56,11 @@ _QUANTILE = {
 }  # fmt: skip
 
 
+# Little-endian everywhere: the low half of a word comes first.
+_WORDS = np.dtype("<u8")
+_SIGNED = {np.float32: np.dtype("<i4"), np.float64: np.dtype("<i8")}
+
+
 def draw(
     distribution: Distribution,
     shape: Sequence[int],
@@ -116,15 +121,15 @@ def _runs(shape: tuple[int, ...], bounds: Bounds) -> tuple[np.ndarray, int]:
     axis = len(shape)  # the axes from here on are in the region whole
     while axis and bounds[axis - 1] == (0, shape[axis - 1]):
         axis -= 1
-    axis = max(axis - 1, 0)  # and of this one a stretch
+    if axis == 0:
+        return np.zeros(1, np.int64), math.prod(shape)
+    axis -= 1  # and of this one a stretch
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     starts = np.zeros(1, np.int64)
     for (start, stop), stride in zip(bounds[:axis], strides, strict=False):
         starts = np.add.outer(starts, np.arange(start, stop) * stride).ravel()
-    if axis < len(shape):
-        start, stop = bounds[axis]
-        return starts + start * strides[axis], (stop - start) * strides[axis]
-    return starts, 1
+    start, stop = bounds[axis]
+    return starts + start * strides[axis], (stop - start) * strides[axis]
 
 
 def _key(distribution: Distribution, work: type, seed: Sequence[int], shape) -> np.ndarray:
@@ -179,14 +184,14 @@ def _odd_integers(
     float64: ±1, ±3, ... ±(2**53 - 1), which are exact.
     """
     stream = np.random.PCG64(np.random.SeedSequence(key))
-    per_word = 8 // np.dtype(work).itemsize
+    signed = _SIGNED[work]
+    per_word = 8 // signed.itemsize
     parts, position = [], 0
     for start, length in runs:
         first, last = start // per_word, -(-(start + length) // per_word)
         stream.advance(first - position)
-        # Little-endian everywhere: the low half of a word comes first.
-        words = stream.random_raw(last - first).astype("<u8", copy=False)
-        parts.append(words.view(f"<i{8 // per_word}")[start % per_word :][:length])
+        words = stream.random_raw(last - first).astype(_WORDS, copy=False)
+        parts.append(words.view(signed)[start % per_word :][:length])
         position = last
     bits = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if work is np.float64:
