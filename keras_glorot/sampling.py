@@ -1,10 +1,11 @@
 """From a seed and a shape to an array: NumPy only, the same bits on every machine.
 
-The stream of a tensor is the raw output of one PCG64 bit generator, whose words NumPy
-guarantees for good (NEP 19), keyed by version, distribution, seed and shape. Element i
-is made from the i-th 32 bits (float64: the i-th 64 bits) alone, by IEEE additions,
-multiplications and divisions, so that it does not matter who draws it: any piece, on
-any thread, for any shard, jumps to its place in the stream and gets the same bits.
+The stream of a tensor is the raw output of one PCG64 bit generator, keyed by version,
+distribution, seed and shape. NumPy's "compatibility guarantee" says that a fixed seed
+"will always produce the same random integer stream". Element i is made from the i-th 32
+bits (float64: the i-th 64 bits) alone, by IEEE additions, multiplications and divisions,
+so that it does not matter who draws it: any piece, on any thread, for any shard, jumps
+to its place in the stream and gets the same bits.
 """
 
 import math
@@ -35,7 +36,8 @@ MOST_THREADS = 16
 
 # q(x) / x = N(s) / D(s), s = 1 - x², lowest power first: the quantile function of a
 # normal truncated at ±2, derived by benchmarks/fit_quantile.py. Relative error 1.1e-7
-# for float32, 9e-16 for float64. All positive: summing them loses no digits.
+# for float32, 9e-16 for float64, so the distribution function is within 3e-8; a
+# Kolmogorov-Smirnov test on 1e9 values sees 6e-5. All positive: no digits are lost.
 _QUANTILE = {
     np.float32: (
         (2.0, 24.128771269065293, 73.35098440267329, 52.45748668255495, 4.129031687243529),

@@ -227,17 +227,52 @@ def test_keys_do_not_run_into_each_other():
     assert len(draws) == 16
 
 
-def test_neighbouring_seeds_and_shapes_are_independent():
-    # Correlations of a million pairs: 5 standard errors are 5e-3.
-    base = draw("uniform", (SIZE,), 1.0, "float32", (1,))
-    others = [
-        draw("uniform", (SIZE,), 1.0, "float32", (2,)),
-        draw("uniform", (SIZE + 1,), 1.0, "float32", (1,))[:SIZE],
-        draw("truncated_normal", (SIZE,), 1.0, "float32", (1,)),
-        np.roll(base, 1),
-    ]
-    for other in others:
-        assert abs(np.corrcoef(base, other)[0, 1]) < 5 / math.sqrt(SIZE)
+def uniform_ranks(distribution, seed, shape=(SIZE,)):
+    """A draw, mapped by its exact distribution to U(0, 1)."""
+    return EXACT[distribution].cdf(draw(distribution, shape, 1.0, "float32", seed).ravel())
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_neighbours_fill_the_square_evenly(distribution):
+    # Chi-square on 64 x 64 cells of pairs (x[i], x[i + lag]), significance 1e-3 each.
+    u = uniform_ranks(distribution, (9,))
+    for lag in (1, 2, 3, 64):
+        pairs = len(u) // (2 * lag) * 2 * lag
+        x, y = u[:pairs].reshape(-1, 2, lag).swapaxes(0, 1).reshape(2, -1)
+        counts, _, _ = np.histogram2d(x, y, bins=64, range=[[0, 1], [0, 1]])
+        assert stats.chisquare(counts.ravel()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_serial_correlation(distribution):
+    # Lags 1 to 50, of values and of squares: 100 numbers within 4.5 standard errors.
+    u = uniform_ranks(distribution, (10,)) - 0.5
+    for values in (u, u * u):
+        values = values - values.mean()
+        for lag in range(1, 51):
+            r = (values[lag:] * values[:-lag]).mean() / values.var()
+            assert abs(r) < 4.5 / math.sqrt(SIZE)
+
+
+def test_neighbouring_seeds_shapes_and_pieces_are_independent():
+    # Correlations of values and of squares within 5 standard errors, 5e-3.
+    base = uniform_ranks("uniform", (1,)) - 0.5
+    others = {
+        "the next seed": uniform_ranks("uniform", (2,)),
+        "a longer shape": uniform_ranks("uniform", (1,), (SIZE + 1,))[:SIZE],
+        "another rank": uniform_ranks("uniform", (1,), (1000, 1000)),
+        "the other distribution": uniform_ranks("truncated_normal", (1,)),
+        "a generator's next state": uniform_ranks("uniform", (1, 1)),
+        "the next piece": uniform_ranks("uniform", (1,), (1, SIZE + sampling.PIECE))[
+            sampling.PIECE :
+        ],
+    }
+    first = uniform_ranks("uniform", (1,), (1, SIZE + sampling.PIECE))[:SIZE] - 0.5
+    for name, other in others.items():
+        reference = first if name == "the next piece" else base
+        for power in (1, 2):
+            r = np.corrcoef(reference**power, (other - 0.5) ** power)[0, 1]
+            assert abs(r) < 5 / math.sqrt(SIZE), name
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2,), (3,)])
