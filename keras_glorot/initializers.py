@@ -27,7 +27,7 @@ from keras_glorot.sampling import TRUNCATED_STD, draw
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
 _NO_LAYER = Target()
-_WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class _Glorot(keras.initializers.Initializer):
@@ -70,10 +70,10 @@ class _Glorot(keras.initializers.Initializer):
         """
         shape = standardize_shape(shape)
         dtype = keras.backend.standardize_dtype(dtype)
-        if dtype not in _WEIGHT_DTYPES:
+        if dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
-                f"{', '.join(_WEIGHT_DTYPES)}. Received: dtype={dtype}"
+                f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
         scale = self._scale(shape, keras_bridge.current_target(self))
         largest = float(ml_dtypes.finfo(dtype).max)
