@@ -16,7 +16,6 @@ from keras_glorot.sampling import TRUNCATED_STD, draw
 __all__ = [
     "Law",
     "activation_after",
-    "check_built",
     "initializer_of",
     "is_kernel",
     "law_of",
@@ -43,20 +42,6 @@ class Law(NamedTuple):
         """How far from the mean a value can lie."""
         factors = {"constant": 0.0, "uniform": 1.0, "truncated_normal": 2.0}
         return self.scale * factors.get(self.form, math.inf) if self.scale else 0.0
-
-
-def check_built(model: Any) -> None:
-    """Refuses what has no weights to look at."""
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            f"Argument `model` must be a Keras layer or model. Received: model={model} "
-            f"(of type {type(model)})"
-        )
-    if not model.built:
-        raise ValueError(
-            "Argument `model` must be built: before that it has no weights. Call it on data "
-            f"or call `model.build(input_shape)` first. Received: model={model}"
-        )
 
 
 def initializer_of(owner: keras.Layer, variable: keras.Variable) -> tuple[Any, str]:

@@ -21,13 +21,12 @@ from rich.progress import Progress
 from keras_glorot import backends, keras_bridge
 from keras_glorot.declared import (
     activation_after,
-    check_built,
     initializer_of,
     is_kernel,
     law_of,
     sample,
 )
-from keras_glorot.fans import Fans, variable_fans
+from keras_glorot.fans import variable_fans
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
 from keras_glorot.keras_bridge import Target
@@ -35,14 +34,12 @@ from keras_glorot.tables import Finding, Table
 
 __all__ = ["initialize"]
 
-Make = Callable[[], Any]
-
 
 class _Step(NamedTuple):
-    """One variable with what will be its value; None leaves it as it is."""
+    """A variable with what makes its value (None: it stays as it is), and its row."""
 
     variable: keras.Variable
-    make: Make | None
+    make: Callable[[], Any] | None
     row: dict[str, Any]
 
 
@@ -68,12 +65,13 @@ def initialize(
     was built, in another process, and on another backend, except where an initializer is
     neither Keras's nor ours. A layer added or removed changes no weight of a layer that you
     named, nor of one with an automatic name unless it comes later in the same parent and is
-    of the same class.
+    of the same class. (On PyTorch, Keras's dropout follows PyTorch's own generator: call
+    `keras.utils.set_random_seed` before `fit` too.)
 
-    If anything is wrong, an error is raised before the first variable is touched: all
-    settings are checked and all foreign initializers called by then; what remains is NumPy
-    drawing into memory. Keeping the old weights instead would double the memory. So only an
-    interrupt, or running out of memory, can leave a model half done.
+    Errors are raised before the first variable is touched: by then all settings are checked
+    and all foreign initializers called; what remains is NumPy drawing into memory. A copy
+    of the old weights would double the memory instead. So only an interrupt, or running out
+    of memory, can leave a model half done.
 
     Args:
         model: A built layer or model.
@@ -83,7 +81,7 @@ def initialize(
             from Python's `random`, which `keras.utils.set_random_seed` governs.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
         layers: Layers of the model, or their names, to which to limit the work. They get
-            the same weights as in a whole run.
+            the same weights as in a whole run; optimizer and metrics are reset whole.
 
     Returns:
         A `Table` with a row per variable: what was done.
@@ -96,7 +94,7 @@ def initialize(
 
     >>> table = keras_glorot.initialize(model, seed=0)
     """
-    check_built(model)
+    weights = variable_fans(model, "model")
     chosen = keras.initializers.get(initializer)
     if not callable(chosen):
         raise TypeError(
@@ -104,10 +102,21 @@ def initialize(
             f"'xavier_uniform'. Received: initializer={initializer}"
         )
     root = _root_seed(seed, chosen)
-    members = {id(layer) for layer in keras_bridge.sublayers(model)}
-    part = members if layers is None else _ids_of(model, layers)
-    steps = _plan(model, chosen, root, members, part)
-    resets, findings = _plan_optimizer(model)
+    members = keras_bridge.sublayers(model)
+    part = members if layers is None else _part(members, layers)
+    ids, wanted = {id(layer) for layer in members}, {id(layer) for layer in part}
+    canonical, seen, steps = _canonical_paths(model, members), Counter(), []
+    for owner, variable, fans in weights:
+        path = canonical(variable.path)
+        seen[path] += 1  # nested models can give one path to several variables
+        derived = _derive(root, f"{path} {seen[path]}")
+        if layers is None or id(owner) in wanted:
+            steps.append(_step(owner, variable, fans, chosen, derived, ids))
+    for layer in part:
+        for i, generator in enumerate(keras_bridge.seed_generators(layer)):
+            derived = _derive(root, f"{canonical(layer.path or layer.name)} generator {i}")
+            steps.append(_generator_step(layer, generator, derived))
+    resets, findings = _optimizer_steps(model)
     for step in _with_progress([*steps, *resets], verbose):
         if step.make is not None:
             backends.assign(step.variable, step.make())
@@ -115,19 +124,17 @@ def initialize(
         model.reset_metrics()
     left = [step.row for step in steps if step.make is None]
     advice = "Reset it yourself if it should be fresh."
-    findings += [
-        Finding("info", row["path"], f"It was {row['done']}.", advice) for row in left
-    ]
+    findings += [Finding("info", row["path"], f"{row['done']}.", advice) for row in left]
     columns = ("path", "done", "shape", "std", "fan_in", "fan_out", "layer", "dtype")
-    note = (
-        f"{len(steps) - len(left)} of {len(steps)} variables are fresh, with seed {root}."
-    )
+    note = f"{len(steps) - len(left)} of {len(steps)} variables are fresh (seed {root})."
     return Table("initialize", [step.row for step in steps], findings, columns, note)
 
 
 def _root_seed(seed: int | None, initializer: Any) -> int:
     if seed is None:
-        seed = getattr(initializer, "_init_seed", None)
+        seed = getattr(initializer, "_init_seed", None)  # Keras's name too
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = int.from_bytes(np.array(keras_bridge.seed_words(seed), ">u4").tobytes())
     if seed is None:
         seed = random.getrandbits(63)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -138,41 +145,28 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def _ids_of(model: keras.Layer, layers: Sequence[keras.Layer | str]) -> set[int]:
+def _derive(root: int, path: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{root}:{path}".encode()).digest()[:8]) >> 1
+
+
+def _part(members: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     """The layers that `layers` stands for, with all that is in them."""
-    members, ids = keras_bridge.sublayers(model), set()
-    for layer in [layers] if isinstance(layers, (str, keras.Layer)) else layers:
+    part = []
+    for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
         found = [one for one in members if one is layer or one.name == layer]
         if not found:
             raise ValueError(
                 "Argument `layers` must list layers of the model, or their names. "
-                f"Received: layers={layers}; {layer} is not one of {model.name}'s."
+                f"Received: layers={layers}, of which {layer} is not in the model."
             )
-        ids |= {id(inner) for one in found for inner in keras_bridge.sublayers(one)}
-    return ids
+        part += [inner for one in found for inner in keras_bridge.sublayers(one)]
+    return part
 
 
-def _plan(model, chosen, root: int, members: set[int], part: set[int]) -> list[_Step]:
-    """What is to be done with each variable; raises whatever there is to raise."""
-    canonical, steps, seen = _canonical_paths(model), [], Counter()
-    for owner, variable, fans in variable_fans(model):
-        path = canonical(variable.path)
-        seen[path] += 1  # nested models can give one path to several variables
-        seed = _derive(root, f"{path} {seen[path]}")
-        if id(owner) in part or part is members:
-            steps.append(_step(owner, variable, fans, chosen, seed, members))
-    for layer in keras_bridge.sublayers(model):
-        for i, generator in enumerate(keras_bridge.seed_generators(layer)):
-            if id(layer) in part:
-                seed = _derive(root, f"{canonical(layer.path or layer.name)} generator {i}")
-                steps.append(_generator_step(layer, generator, seed & 0x7FFFFFFF))
-    return steps
-
-
-def _canonical_paths(model: keras.Layer) -> Callable[[str], str]:
+def _canonical_paths(model: keras.Layer, members) -> Callable[[str], str]:
     """Replaces `dense_7` by `dense#1`, if it is the first Dense that its parent shows."""
     kinds = {}
-    for layer in keras_bridge.sublayers(model):
+    for layer in members:
         kind = re.sub(r"_\d+$", "", layer.name)
         # `Bidirectional` puts its own word in front of the automatic name.
         plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
@@ -194,26 +188,16 @@ def _canonical_paths(model: keras.Layer) -> Callable[[str], str]:
     return canonical
 
 
-def _derive(root: int, path: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{root}:{path}".encode()).digest()[:8]) >> 1
-
-
-def _row(owner: Any, variable: keras.Variable, done: str, fans=None, std=None):
-    fan_in, fan_out = fans or (None, None)
-    return {
+def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
+    """What is to be done with a weight; raises whatever there is to raise."""
+    row = {
         "path": variable.path,
-        "layer": type(owner).__name__ if owner is not None else None,
+        "layer": None if owner is None else type(owner).__name__,
         "shape": tuple(variable.shape),
         "dtype": variable.dtype,
-        "fan_in": fan_in,
-        "fan_out": fan_out,
-        "std": std,
-        "done": done,
+        **dict.fromkeys(("fan_in", "fan_out", "std")),
     }
-
-
-def _step(owner, variable, fans: Fans | None, chosen, seed: int, members) -> _Step:
-    reason = ""
+    reason = initializer = None
     if owner is None:
         reason = "Keras does not tell its layer"
     elif owner.quantization_mode is not None:
@@ -224,41 +208,38 @@ def _step(owner, variable, fans: Fans | None, chosen, seed: int, members) -> _St
         try:
             initializer, argument = initializer_of(owner, variable)
         except Exception as error:  # from a layer of the user: anything
-            reason = f"no initializer was found ({str(error).splitlines()[0]})"
-    if reason:
-        return _Step(variable, None, _row(owner, variable, f"left as it is: {reason}"))
+            reason = f"no initializer was found: {error}"
+    if reason is not None:
+        return _Step(variable, None, {**row, "done": f"left as it is: {reason}"})
     if is_kernel(variable, fans, initializer, argument):
         initializer = chosen
-    else:
-        fans = None
+        row["fan_in"], row["fan_out"] = fans
     if getattr(initializer, "gain", None) == "auto":
         gain = activation_gain(activation_after(owner, variable, members))
         initializer = type(initializer)(**{**initializer.get_config(), "gain": gain})
-    make, std = _maker(initializer, variable, fans, seed, Target(owner, variable))
+    make, row["std"] = _maker(initializer, variable, fans, seed, Target(owner, variable))
     gain = getattr(initializer, "gain", 1.0)
-    done = getattr(initializer, "__name__", type(initializer).__name__)
-    done += f"(gain={gain:.4g})" if isinstance(gain, float) and gain != 1 else ""
-    return _Step(variable, make, _row(owner, variable, done, fans, std))
+    row["done"] = getattr(initializer, "__name__", type(initializer).__name__)
+    row["done"] += f"(gain={gain:.4g})" if isinstance(gain, float) and gain != 1 else ""
+    return _Step(variable, make, row)
 
 
 def _maker(
     initializer, variable, fans, seed: int, target: Target
-) -> tuple[Make, float | None]:
+) -> tuple[Callable[[], Any], float | None]:
     """What makes the variable's value, and the std of its distribution if it has one."""
     shape, dtype = tuple(variable.shape), variable.dtype
     law = law_of(initializer, shape, fans, target)
-    if law is not None and law.form == "constant":
-        return functools.partial(sample, law, shape, dtype, seed), None
-    if law is not None and dtype in WEIGHT_DTYPES:
-        if math.isfinite(law.bound) and law.bound > float(ml_dtypes.finfo(dtype).max):
+    if law is not None and (law.form == "constant" or dtype in WEIGHT_DTYPES):
+        if law.std and float(ml_dtypes.finfo(dtype).max) < law.bound < math.inf:
             raise ValueError(
                 "Argument `initializer` must have a smaller gain for weights of "
                 f"{dtype}. Received: initializer={initializer} for {variable.path}"
             )
-        return functools.partial(sample, law, shape, dtype, seed), law.std
+        return functools.partial(sample, law, shape, dtype, seed), law.std or None
     if "seed" in (config := getattr(initializer, "get_config", dict)()):
         initializer = type(initializer).from_config({**config, "seed": seed & 0x7FFFFFFF})
-    # The initializer can fail, so it is called before any variable is touched.
+    # It can fail, so it is called now, before any variable is touched.
     value = initializer(shape, dtype=dtype)
     if tuple(value.shape) != shape:
         raise ValueError(
@@ -269,47 +250,52 @@ def _maker(
 
 
 def _generator_step(layer, generator, derived: int) -> _Step:
-    """A seed generator that was given a seed starts from it again, others from `derived`."""
-    seed = generator.get_config()["seed"]
-    start = np.array([derived if seed is None else seed, 0]).astype(generator.state.dtype)
-    row = _row(layer, generator.state, f"seed {start[0]}")
-    row["path"] = f"{layer.path or layer.name}/{generator.state.name}"
-    return _Step(generator.state, lambda: start, row)
+    """A generator that was made with a seed starts from it again, others from `derived`."""
+    seed, state = generator.get_config()["seed"], generator.state
+    start = np.array([derived & 0x7FFFFFFF if seed is None else seed, 0]).astype(
+        state.dtype
+    )
+    row = {
+        "path": f"{layer.path or layer.name}/{state.name}",
+        "layer": type(layer).__name__,
+        "shape": (2,),
+        "dtype": state.dtype,
+        **dict.fromkeys(("fan_in", "fan_out", "std")),
+        "done": f"seed {seed}",
+    }
+    return _Step(state, lambda: start, row)
 
 
-def _plan_optimizer(model: keras.Layer) -> tuple[list[_Step], list[Finding]]:
+def _optimizer_steps(model: keras.Layer) -> tuple[list[_Step], list[Finding]]:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return [], []
     try:
         pairs = keras_bridge.blueprint(optimizer)
     except Exception as error:  # from an optimizer of the user: anything
-        message = f"Its state was left as it is ({str(error).splitlines()[0]})."
+        message = f"Its state was left as it is: {error}."
         return [], [Finding("warning", optimizer.name, message, "Compile the model anew.")]
     steps = []
     for variable, made in pairs:
-        if variable.name == "learning_rate":
-            continue
-        make = functools.partial(lambda value: value, made)
-        if callable(made):
-            make, _ = _maker(made, variable, None, 0, Target())
-        steps.append(_Step(variable, make, {}))
+        if variable.name != "learning_rate":
+            make = functools.partial(lambda value: value, made)
+            if callable(made):
+                make, _ = _maker(made, variable, None, 0, Target())
+            steps.append(_Step(variable, make, {}))
     return steps, []
 
 
 def _with_progress(steps: list[_Step], verbose: Any) -> Iterator[_Step]:
     """The steps one by one, with a bar once they have taken a second."""
+    sizes = [math.prod(step.variable.shape) for step in steps]
     bar = Progress(transient=True)
-    task = bar.add_task("initialize", total=sum(map(_size, steps)))
-    wait = {"auto": 1.0 if Console().is_terminal else math.inf}.get(verbose, 0.0)
+    task = bar.add_task("initialize", total=sum(sizes))
+    wait = 1.0 if verbose == "auto" else 0.0
+    shown = Console().is_terminal if verbose == "auto" else verbose
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        for step in steps:
-            if verbose and time.monotonic() - begin >= wait and not bar.live.is_started:
+        for step, size in zip(steps, sizes, strict=True):
+            if shown and time.monotonic() - begin >= wait and not bar.live.is_started:
                 stack.enter_context(bar)
             yield step
-            bar.advance(task, _size(step))
-
-
-def _size(step: _Step) -> int:
-    return math.prod(step.variable.shape)
+            bar.advance(task, size)
