@@ -64,10 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", required=True, type=_output, metavar="OUT.keras", help=text)
     text = "of the kernels (default: uniform)"
     add("--distribution", choices=["uniform", "normal"], default="uniform", help=text)
-    text = (
-        "factor on the std: a number, the gain of an activation such as tanh, or auto, that "
-        "of each layer's activation (default: 1)"
-    )
+    text = "factor on the std: a number, an activation's, or auto: that of each layer's"
     add("--gain", default=1.0, type=_gain, metavar="auto|NAME|FLOAT", help=text)
     add("--seed", type=int, metavar="N", help="the same seed gives the same weights")
     return parser

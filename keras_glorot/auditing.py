@@ -23,13 +23,16 @@ __all__ = ["audit"]
 # One right normal tensor in 500 million is beyond: a model of a thousand weights is called
 # wrong once in half a million times.
 _SIGMAS = 6.0
+# The variance of squared values over that of their mean, squared: the kurtosis less one.
+_SCATTER = {"uniform": 0.8, "truncated_normal": 1.366}
 # What is significant can still be too small to matter.
 _TOLERANCE = 0.05
 # Elements looked at together: their float64 copy stays in the cache.
 _CHUNK = 1 << 16
 # In fewer values than this, two tensors of half precision can be alike by chance.
 _FEWEST_ALIKE = 8
-_RELU_LIKE = ("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish")
+_RELU_LIKE = ("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish",
+              "call")  # of a ReLU, LeakyReLU or ELU layer  # fmt: skip
 _GLOROT = (keras.initializers.GlorotNormal, keras.initializers.GlorotUniform, GlorotNormal,
            GlorotUniform)  # fmt: skip
 _ANEW = "Initialize it anew, or pay no heed if it has been trained."
@@ -112,9 +115,13 @@ class _Weight(NamedTuple):
         """What it should be drawn from: as declared or, a kernel, as by `initialize`."""
         if self.declared is None or not self.kernel:
             return self.declared
-        laws = [self.declared, *(Law("normal", std, std) for std in self.glorot_stds)]
-        fitting = [law for law in laws if law.std and not _is_off(self.drawn, law.std)]
-        return (fitting or laws)[0]
+        ours = (
+            Law("truncated_normal", std / TRUNCATED_STD, std) for std in self.glorot_stds
+        )
+        laws = [self.declared, *ours]
+        return next(
+            (law for law in laws if law.std and not _is_off(self.drawn, law)), laws[0]
+        )
 
 
 def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
@@ -134,7 +141,7 @@ def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
 @np.errstate(all="ignore")  # what is not finite is found by its range
 def _measure(variable: keras.Variable) -> _Drawn:
     """One pass, in float64: a float32 sum over a large kernel loses its digits."""
-    values = np.asarray(keras.ops.convert_to_numpy(variable)).reshape(-1)
+    values = _values(variable).reshape(-1)
     total = squares = 0.0
     low, high = math.inf, -math.inf
     for start in range(0, values.size, _CHUNK):
@@ -149,12 +156,13 @@ def _measure(variable: keras.Variable) -> _Drawn:
     return _Drawn(values.size, float(mean), std, float(low), float(high))
 
 
-def _is_off(drawn: _Drawn, std: float) -> bool:
+def _is_off(drawn: _Drawn, law: Law) -> bool:
     if drawn.size < 2:
         return False
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
-    # in small tensors. Uniform and truncated values scatter less than normal ones.
-    ratio, spread = drawn.std / std, 2 / (9 * (drawn.size - 1))
+    # in small tensors. In large ones, uniform and truncated values scatter less.
+    free = (drawn.size - 1) * (2 / _SCATTER.get(law.form, 2.0) if drawn.size > 100 else 1)
+    ratio, spread = drawn.std / law.std, 2 / (9 * free)
     sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
     return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
 
@@ -175,7 +183,7 @@ def _find(weight: _Weight, twins: dict[Any, keras.Variable]) -> Iterator[Any]:
         if (
             twin is not variable
             and drawn.size >= _FEWEST_ALIKE
-            and _are_equal(twin, variable)
+            and np.array_equal(_values(twin), _values(variable))
         ):
             text = f"Its values are those of {twin.path}."
             yield "warning", text, "Give each layer a seed of its own, or none."
@@ -202,7 +210,7 @@ def _find_misfits(weight: _Weight, right: Law) -> Iterator[Any]:
     """Where a random variable is not what it should be drawn from."""
     drawn, name = weight.drawn, type(weight.initializer).__name__
     error = max(drawn.std, right.std) * max(_TOLERANCE, _SIGMAS / math.sqrt(drawn.size))
-    if _is_off(drawn, right.std):
+    if _is_off(drawn, right):
         text = f"Its std is {drawn.std / right.std:.3g} times the right one."
         yield "warning", text, _cause(weight)
     elif _is_out_of_bounds(weight, right):
@@ -211,10 +219,10 @@ def _find_misfits(weight: _Weight, right: Law) -> Iterator[Any]:
     if abs(drawn.mean - right.mean) > error:
         yield "warning", f"Its mean is {drawn.mean:.4g}, not {right.mean:.4g}.", _ANEW
     plain, gained = weight.glorot_stds
-    activation = getattr(weight.activation, "__name__", "")
-    has_no_gain = isinstance(weight.initializer, _GLOROT) and not _is_off(drawn, plain)
-    if activation in _RELU_LIKE and has_no_gain and 2 * drawn.std < plain + gained:
-        text = f"{name} with gain 1 in front of {activation}."
+    rectified = getattr(weight.activation, "__name__", "") in _RELU_LIKE
+    is_plain = not _is_off(drawn, right) and 2 * drawn.std < plain + gained
+    if rectified and is_plain and isinstance(weight.initializer, _GLOROT):
+        text = f"{name} with gain 1 in front of a ReLU or its kin."
         yield "info", text, "Use `GlorotUniform(gain='relu')` or `HeNormal`."
 
 
@@ -227,7 +235,7 @@ def _is_out_of_bounds(weight: _Weight, right: Law) -> bool:
         return True
     # `initialize` may have drawn from the other form of Glorot's distribution. The normal
     # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
-    values = np.abs(keras.ops.convert_to_numpy(weight.variable).astype(np.float64))
+    values = np.abs(_values(weight.variable).astype(np.float64))
     return bool(np.mean(values > right.bound * slack) < 0.01)
 
 
@@ -236,7 +244,7 @@ def _cause(weight: _Weight) -> str:
     owner, shape = weight.owner, tuple(weight.variable.shape)
     fans, by_shape = weight.fans or compute_fans(shape), compute_fans(shape)
     stock = law_of(weight.initializer, shape, by_shape, Target())
-    if fans == by_shape or stock is None or _is_off(weight.drawn, stock.std):
+    if fans == by_shape or stock is None or _is_off(weight.drawn, stock):
         return f"It was not drawn as declared. {_ANEW}"
     if getattr(owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
@@ -249,8 +257,8 @@ def _cause(weight: _Weight) -> str:
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
-def _are_equal(one: keras.Variable, other: keras.Variable) -> bool:
-    return np.array_equal(*map(keras.ops.convert_to_numpy, (one, other)))
+def _values(variable: keras.Variable) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(variable))
 
 
 def _row(weight: _Weight) -> dict[str, Any]:

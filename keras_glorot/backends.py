@@ -51,8 +51,8 @@ def assign(variable: keras.Variable, value: Any) -> None:
 
         old: Any = variable.value  # Keras keeps to a device only if it chose it itself
         value = jax.device_put(value, old.sharding if old.committed else None)
-    elif isinstance(value, np.ndarray):
-        value = to_tensor(value)
+    elif isinstance(value, np.ndarray) and value.ctypes.data % 64 == 0:
+        value = to_tensor(value)  # TensorFlow aborts on memory that is aligned worse
     variable.assign(value)
 
 

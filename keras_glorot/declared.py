@@ -54,13 +54,12 @@ def initializer_of(owner: keras.Layer, variable: keras.Variable) -> tuple[Any, s
         Exception: If the layer can't be made again from its config.
     """
     name = "depthwise_kernel" if _is_depthwise(owner, variable) else variable.name
-    for argument in (
-        f"{name}_initializer",
-        f"{name.removesuffix('_kernel')}_initializer",
-    ):
-        initializer = getattr(owner, argument, None)
-        if callable(initializer):
-            return initializer, argument
+    # An LSTM puts ones into its bias, whatever its `bias_initializer` is.
+    if not (name == "bias" and getattr(owner, "unit_forget_bias", False)):
+        for stem in (name, name.removesuffix("_kernel")):
+            initializer = getattr(owner, f"{stem}_initializer", None)
+            if callable(initializer):
+                return initializer, f"{stem}_initializer"
     for own, initializer in keras_bridge.blueprint(owner):
         if own is variable and callable(initializer):
             return initializer, ""
@@ -144,7 +143,7 @@ def sample(law: Law, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarra
             tall = generator.standard_normal((max(rows, columns), min(rows, columns)))
             q, r = np.linalg.qr(tall)
             q *= np.sign(np.diagonal(r))  # else not uniform over orthogonal matrices
-            values = (q if rows >= columns else q.T).reshape(shape)
+            values = np.ascontiguousarray(q if rows >= columns else q.T).reshape(shape)
         values *= law.scale
     if law.mean != 0:
         values += law.mean

@@ -65,8 +65,11 @@ def initialize(
     was built, in another process, and on another backend, except where an initializer is
     neither Keras's nor ours. A layer added or removed changes no weight of a layer that you
     named, nor of one with an automatic name unless it comes later in the same parent and is
-    of the same class. (On PyTorch, Keras's dropout follows PyTorch's own generator: call
-    `keras.utils.set_random_seed` before `fit` too.)
+    of the same class.
+
+    For `fit` to repeat itself bit by bit, also shuffle the data yourself:
+    Keras's shuffling, and on PyTorch its dropout without a seed, follow global generators,
+    which the first `fit` of a model advances further than later ones.
 
     Errors are raised before the first variable is touched: by then all settings are checked
     and all foreign initializers called; what remains is NumPy drawing into memory. A copy
@@ -106,16 +109,24 @@ def initialize(
     part = members if layers is None else _part(members, layers)
     ids, wanted = {id(layer) for layer in members}, {id(layer) for layer in part}
     canonical, seen, steps = _canonical_paths(model, members), Counter(), []
-    for owner, variable, fans in weights:
-        path = canonical(variable.path)
+
+    def derive(path: str) -> int:
+        path = canonical(path)
         seen[path] += 1  # nested models can give one path to several variables
-        derived = _derive(root, f"{path} {seen[path]}")
+        digest = hashlib.sha256(f"{root}:{path} {seen[path]}".encode()).digest()
+        return int.from_bytes(digest[:8]) >> 1
+
+    for owner, variable, fans in weights:
+        derived = derive(variable.path)
         if layers is None or id(owner) in wanted:
             steps.append(_step(owner, variable, fans, chosen, derived, ids))
-    for layer in part:
-        for i, generator in enumerate(keras_bridge.seed_generators(layer)):
-            derived = _derive(root, f"{canonical(layer.path or layer.name)} generator {i}")
-            steps.append(_generator_step(layer, generator, derived))
+    for layer in members:
+        for generator in keras_bridge.seed_generators(layer):
+            derived = derive(
+                layer.path or layer.name
+            )  # a layer without weights has no path
+            if id(layer) in wanted:
+                steps.append(_generator_step(layer, generator, derived))
     resets, findings = _optimizer_steps(model)
     for step in _with_progress([*steps, *resets], verbose):
         if step.make is not None:
@@ -145,10 +156,6 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def _derive(root: int, path: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{root}:{path}".encode()).digest()[:8]) >> 1
-
-
 def _part(members: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     """The layers that `layers` stands for, with all that is in them."""
     part = []
@@ -171,7 +178,7 @@ def _canonical_paths(model: keras.Layer, members) -> Callable[[str], str]:
         # `Bidirectional` puts its own word in front of the automatic name.
         plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
         if plain == type(layer).__name__.lower():
-            kinds[layer.path] = kind
+            kinds[layer.path or layer.name] = kind
     # The model's own name is in the paths or not, depending on how it was built.
     known, seen = {"": "", model.path: ""}, Counter()
 
@@ -197,7 +204,9 @@ def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
         "dtype": variable.dtype,
         **dict.fromkeys(("fan_in", "fan_out", "std")),
     }
-    reason = initializer = None
+    reason: str | None = None
+    initializer: Any = None
+    argument = ""
     if owner is None:
         reason = "Keras does not tell its layer"
     elif owner.quantization_mode is not None:
