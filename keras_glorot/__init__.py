@@ -2,8 +2,10 @@
 
 from importlib.metadata import version
 
+from keras_glorot.auditing import audit
 from keras_glorot.fans import Fans, compute_fans, layer_fans, register_fans
 from keras_glorot.gains import calculate_gain
+from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 
 __all__ = [
@@ -12,8 +14,10 @@ __all__ = [
     "GlorotUniform",
     "__version__",
     "as_default",
+    "audit",
     "calculate_gain",
     "compute_fans",
+    "initialize",
     "layer_fans",
     "register_fans",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_glorot.sampling import Bounds
 
-__all__ = ["is_symbolic", "meta_tensor", "to_sharded_tensor", "to_tensor"]
+__all__ = ["assign", "is_symbolic", "meta_tensor", "to_sharded_tensor", "to_tensor"]
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -42,6 +42,18 @@ def to_tensor(array: np.ndarray) -> Any:
             tensor = torch.from_numpy(array)
         return keras.ops.convert_to_tensor(tensor)  # moves it to Keras's device
     return keras.ops.convert_to_tensor(array)
+
+
+def assign(variable: keras.Variable, value: Any) -> None:
+    """Gives a variable a value, a NumPy array or a tensor, on the device that it has."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        old: Any = variable.value  # Keras keeps to a device only if it chose it itself
+        value = jax.device_put(value, old.sharding if old.committed else None)
+    elif isinstance(value, np.ndarray) and value.ctypes.data % 64 == 0:
+        value = to_tensor(value)  # TensorFlow aborts on memory that is aligned worse
+    variable.assign(value)
 
 
 def to_sharded_tensor(

@@ -166,15 +166,6 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     >>> layer_fans(layer)
     {'depthwise_conv2d/kernel': Fans(fan_in=9, fan_out=9)}
     """
-    if not isinstance(layer, keras.Layer):
-        raise TypeError(
-            f"Argument `layer` must be a Keras layer or model. Received: layer={layer}"
-        )
-    if not layer.built:
-        raise ValueError(
-            "Argument `layer` must be built: before that it has no weights. Call it on "
-            f"data or call `layer.build(input_shape)` first. Received: layer={layer}"
-        )
     fans_by_path: dict[str, Fans] = {}
     seen = Counter()
     for _, variable, fans in variable_fans(layer):
@@ -187,9 +178,23 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
 
 
 def variable_fans(
-    layer: keras.Layer,
+    layer: keras.Layer, argument: str = "layer"
 ) -> list[tuple[keras.Layer | None, keras.Variable, Fans | None]]:
-    """Each weight in a layer or model with its owner and, if it is a kernel, fans."""
+    """Each weight in a layer or model with its owner and, if it is a kernel, fans.
+
+    `argument` is the name of what the user gave, for errors.
+    """
+    if not isinstance(layer, keras.Layer):
+        raise TypeError(
+            f"Argument `{argument}` must be a Keras layer or model. "
+            f"Received: {argument}={layer}"
+        )
+    if not layer.built:
+        raise ValueError(
+            f"Argument `{argument}` must be built: before that it has no weights. Call it "
+            "on data or call its `build(input_shape)` first. "
+            f"Received: {argument}={layer}"
+        )
     found = []
     for owner, variable in owned_variables(layer):
         weight: Any = variable

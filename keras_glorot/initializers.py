@@ -28,7 +28,7 @@ __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
 _NO_LAYER = Target()
 # The dtypes that can hold a weight, and the largest that each can.
-_LARGEST = {
+WEIGHT_DTYPES = {
     dtype: float(ml_dtypes.finfo(dtype).max)
     for dtype in ("float16", "bfloat16", "float32", "float64")
 }
@@ -74,16 +74,16 @@ class _Glorot(keras.initializers.Initializer):
         """
         shape = standardize_shape(shape)
         dtype = keras.backend.standardize_dtype(dtype)
-        if dtype not in _LARGEST:
+        if dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
-                f"{', '.join(_LARGEST)}. Received: dtype={dtype}"
+                f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
         scale = self._scale(shape, keras_bridge.current_target(self))
-        if 2 * scale > _LARGEST[dtype]:
+        if 2 * scale > WEIGHT_DTYPES[dtype]:
             raise ValueError(
                 f"Argument `gain` must be smaller for weights of {dtype}, which end at "
-                f"{_LARGEST[dtype]:g}. Received: gain={self.gain} for shape={shape}"
+                f"{WEIGHT_DTYPES[dtype]:g}. Received: gain={self.gain} for shape={shape}"
             )
         if keras_bridge.is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values

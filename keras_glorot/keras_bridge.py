@@ -10,10 +10,12 @@ call was seen in.
 """
 
 import functools
+import re
 import threading
 import warnings
 import weakref
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import keras
@@ -31,11 +33,15 @@ except ImportError:  # `_is_keras_as_expected` notices and warns
 
 __all__ = [
     "Target",
+    "blueprint",
+    "consumers",
     "current_target",
     "custom_objects_in_scope",
     "is_shape_inference",
     "owned_variables",
+    "seed_generators",
     "seed_words",
+    "sublayers",
 ]
 
 
@@ -200,3 +206,59 @@ def is_shape_inference() -> bool:
         return get_global_attribute("symbolic_scope") is not None
     except AttributeError:
         return False
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layer itself and all layers in it, at any depth, each once."""
+    return list(layer._flatten_layers())
+
+
+def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
+    """The seed generators that the layer holds itself."""
+    return list(layer._seed_generators)
+
+
+def consumers(layer: keras.Layer) -> list[keras.Operation]:
+    """What takes the layer's outputs where Keras knows the graph, else nothing."""
+    return [node.operation for node in layer._outbound_nodes]
+
+
+def blueprint(original: Any) -> list[tuple[keras.Variable, Any]]:
+    """Each variable of a layer or an optimizer with what it would be made from anew.
+
+    That is an initializer, or a tensor where there was none. A copy is built in a scope in
+    which variables get no values, and in a thread of its own: the names that Keras counts
+    and the variables that it has yet to fill are one set per thread.
+    """
+
+    def build_layer() -> Any:
+        with keras.StatelessScope(initialize_variables=False):
+            copy = type(original).from_config(original.get_config())
+            if original.get_build_config():
+                copy.build_from_config(original.get_build_config())
+        return copy
+
+    def build_optimizer() -> Any:
+        copy = type(original).from_config(original.get_config())
+        with keras.StatelessScope(initialize_variables=False):
+            copy.build(original._trainable_variables)
+        return copy
+
+    is_layer = isinstance(original, keras.Layer)
+    with ThreadPoolExecutor(1) as pool:
+        copy = pool.submit(build_layer if is_layer else build_optimizer).result()
+    old, new = (
+        _own_variables(each) if is_layer else each.variables for each in (original, copy)
+    )
+    pairs = list(zip(old, new, strict=True))
+    # An automatic name ends in a number, counted anew.
+    if any(
+        re.sub(r"_\d+$", "", mine.name) != re.sub(r"_\d+$", "", its.name)
+        or mine.shape != its.shape
+        for mine, its in pairs
+    ):
+        raise ValueError(f"A copy of {original.name} has other variables.")
+    return [
+        (mine, its._initializer if its._value is None else its._value)
+        for mine, its in pairs
+    ]

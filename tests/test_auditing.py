@@ -1,0 +1,346 @@
+"""`audit` finds every fault that is there, and none that is not."""
+
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
+from keras_glorot.keras_bridge import owned_variables
+
+layers = keras.layers
+
+
+def dense(**options):
+    stack = [layers.Dense(24, "tanh", **options) for _ in range(4)]
+    return keras.Sequential([keras.Input((16,)), *stack, layers.Dense(1, **options)])
+
+
+def convolutional(**options):
+    return keras.Sequential(
+        [
+            keras.Input((9, 9, 3)),
+            layers.Conv2D(16, 3, use_bias=False, **options),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2DTranspose(8, 2, **options),
+            layers.Conv2D(8, 1, groups=4, **options),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(4, "softmax", **options),
+        ]
+    )
+
+
+def mobile(**options):
+    depthwise = {"depthwise_initializer": options.get("kernel_initializer")}
+    pointwise = {"pointwise_initializer": options.get("kernel_initializer")}
+    separable = depthwise | pointwise if options else {}
+    return keras.Sequential(
+        [
+            keras.Input((9, 9, 32)),
+            layers.DepthwiseConv2D(3, **(depthwise if options else {})),
+            layers.SeparableConv2D(16, 3, depth_multiplier=2, **separable),
+            layers.GlobalMaxPooling2D(),
+            layers.Dense(4, **options),
+        ]
+    )
+
+
+def attention(**options):
+    x = keras.Input((5, 32))
+    y = layers.MultiHeadAttention(4, 8, **options)(x, x)
+    y = layers.LayerNormalization()(y + x)
+    z = layers.Dense(64, "tanh", **options)(y)
+    return keras.Model(x, layers.Dense(32, **options)(z) + y)
+
+
+def experts(**options):
+    x = keras.Input((4, 16))
+    return keras.Model(x, layers.EinsumDense("bei,eio->beo", (4, 24), **options)(x))
+
+
+def lstm(**options):
+    stack = [
+        layers.Embedding(40, 8),
+        layers.LSTM(12, **options),
+        layers.Dense(1, **options),
+    ]
+    return keras.Sequential([keras.Input((6,), dtype="int32"), *stack])
+
+
+def gru(**options):
+    both = layers.Bidirectional(layers.GRU(6, return_sequences=True, **options))
+    return keras.Sequential([keras.Input((5, 4)), both, layers.Conv1D(8, 3, **options)])
+
+
+def nested(**options):
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, **options)])
+    x = keras.Input((8,))
+    return keras.Model(x, inner(x) + layers.Dense(8, **options)(inner(x)))
+
+
+def he(**options):
+    own = {"kernel_initializer": "he_normal", **options}
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(16, 3, activation="relu", **own),
+            layers.Flatten(),
+            layers.Dense(64, "relu", **own),
+            layers.Dense(1),
+        ]
+    )
+
+
+def tiny(**options):
+    return keras.Sequential(
+        [keras.Input((1,)), *(layers.Dense(n, **options) for n in (1, 2, 1, 3, 1))]
+    )
+
+
+MODELS = [dense, convolutional, mobile, attention, experts, lstm, gru, nested, he, tiny]
+
+
+def warnings(table):
+    return [finding for finding in table.findings if finding.severity != "info"]
+
+
+def faults(model, word):
+    return {f.path.split("/", 1)[-1] for f in audit(model).findings if word in f.message}
+
+
+def kernel(model):
+    for _, variable in owned_variables(model):
+        if variable.name == "kernel" and math.prod(variable.shape) > 300:
+            return variable
+    raise LookupError
+
+
+def change(variable, function):
+    values = np.array(keras.ops.convert_to_numpy(variable))
+    function(values)
+    variable.assign(values)
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("seeds", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_no_finding_on_a_right_model(make, seeds):
+    """100 seeds x 10 models: at six sigmas one finding in 10,000 such runs is chance."""
+    model = make()
+    for seed in range(seeds):
+        for kind in (GlorotUniform, GlorotNormal):
+            initialize(model, kind(gain="auto"), seed=seed)
+            assert not audit(model).findings
+
+
+@pytest.mark.parametrize("kind", ["xavier_uniform", "xavier_normal"])
+@pytest.mark.parametrize("make", MODELS)
+def test_no_warning_on_a_right_model_as_built(make, kind):
+    keras.utils.set_random_seed(0)
+    assert not warnings(audit(make(kernel_initializer=kind)))
+
+
+def test_what_stock_keras_gets_wrong():
+    options = {"kernel_initializer": keras.initializers.GlorotNormal(seed=0)}
+    assert len(faults(mobile(**options), "times the right one")) == 2
+    wide = layers.Conv2D(256, 3, groups=32)
+    wide.build((None, 8, 8, 256))
+    (finding,) = audit(wide).findings
+    assert "did not divide fan_out by the groups" in finding.advice
+    depthwise = layers.DepthwiseConv2D(3)
+    depthwise.build((None, 8, 8, 512))
+    (finding,) = audit(depthwise).findings
+    assert "channels of a depthwise kernel" in finding.advice
+    assert audit(depthwise).rows[0]["ratio"] == pytest.approx(0.0625, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "cause"),
+    [
+        ("abc,cde->abde", (4, 4, 16), "attention heads"),
+        ("bei,eio->beo", (4, 24), "experts"),
+    ],
+)
+def test_fans_by_shape_alone_are_named(equation, shape, cause):
+    """As Keras before 3.15 drew them, and everyone's own `Initializer` still does."""
+    layer = layers.EinsumDense(equation, shape)
+    layer.build((None, 4, 32))
+    fan_in, fan_out = layer.kernel.shape[-2], layer.kernel.shape[-1]
+    window = math.prod(layer.kernel.shape[:-2])
+    limit = math.sqrt(6 / (window * (fan_in + fan_out)))
+    rng = np.random.default_rng(0)
+    layer.kernel.assign(rng.uniform(-limit, limit, layer.kernel.shape))
+    (finding,) = audit(layer).findings
+    assert cause in finding.advice
+    assert finding.severity == "warning"
+
+
+def test_the_right_std_is_what_the_initializer_would_give():
+    x = keras.Input((64,))
+    init = keras.initializers
+    model = keras.Sequential(
+        [
+            x,
+            layers.Dense(32, kernel_initializer=init.TruncatedNormal(stddev=0.02)),
+            layers.Dense(
+                64, kernel_initializer=init.VarianceScaling(3.0, "fan_out", "uniform")
+            ),
+            layers.Dense(64, kernel_initializer=init.Orthogonal(2.0)),
+            layers.Dense(16, kernel_initializer=init.RandomUniform(-0.1, 0.3)),
+            layers.Dense(16, kernel_initializer=GlorotNormal(gain=3.0)),
+        ]
+    )
+    right = [r["right_std"] for r in audit(model) if r["path"].endswith("kernel")]
+    expected = [
+        0.02 * 0.8796256610342398,
+        math.sqrt(3 / 64),
+        2 / 8,
+        0.4 / math.sqrt(12),
+        3 / 4,
+    ]
+    np.testing.assert_allclose(right, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("fault", "word", "severity"),
+    [
+        (lambda w: w.__imul__(w.dtype.type(0.7)), "times the right one", "warning"),
+        (lambda w: w.__imul__(w.dtype.type(2.0)), "times the right one", "warning"),
+        (lambda w: w.__iadd__(w.dtype.type(0.12)), "mean", "warning"),
+        (lambda w: w.__setitem__((0, 0), 1), "bounds", "warning"),
+        (lambda w: w.__setitem__((2, 3), math.nan), "not finite", "error"),
+        (lambda w: w.__setitem__((2, 3), -math.inf), "not finite", "error"),
+        (lambda w: w.fill(0), "stay alike", "error"),
+        (lambda w: w.fill(0.3), "stay alike", "error"),
+    ],
+    ids=["small", "large", "mean", "bounds", "nan", "inf", "zero", "constant"],
+)
+def test_planted_faults_are_found(fault, word, severity, dtype):
+    model = dense(dtype=dtype)
+    initialize(model, seed=0)
+    change(kernel(model), fault)
+    found = audit(model).findings
+    assert [f.path for f in found if word in f.message] == [kernel(model).path]
+    assert {f.severity for f in found} == {severity}
+
+
+def test_twins_are_found():
+    seeded = keras.initializers.GlorotUniform(seed=3)
+    heads = keras.Input((5, 32))
+    model = keras.Model(
+        heads, layers.MultiHeadAttention(4, 8, kernel_initializer=seeded)(heads, heads)
+    )
+    found = [f for f in audit(model).findings if "Its values are those of" in f.message]
+    assert {f.path.split("/")[-2] for f in found} == {"key", "value"}
+    model = lstm()
+    initialize(model, seed=0)
+    assert not audit(model).findings
+    shared = layers.Dense(8)
+    x = keras.Input((8,))
+    assert not faults(keras.Model(x, shared(shared(x))), "Its values")
+
+
+def test_glorot_where_it_does_not_belong():
+    glorot = keras.initializers.GlorotUniform
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(40, 8, embeddings_initializer=glorot(1)),
+            layers.LSTM(12, recurrent_initializer=glorot(2)),
+            layers.Dense(64, "relu"),
+            layers.Dense(64),
+            layers.LeakyReLU(),
+            layers.Dense(64, "tanh"),
+        ]
+    )
+    initialize(model, seed=0)
+    found = {f.path.split("/")[-1]: f.message for f in audit(model).findings}
+    assert "embedding" in found["embeddings"]
+    assert "recurrent" in found["recurrent_kernel"]
+    relu = [f for f in audit(model).findings if "in front of" in f.message]
+    assert [f.severity for f in relu] == ["info", "info"]
+    initialize(model, GlorotUniform(gain="auto"), seed=0)
+    assert not [f for f in audit(model).findings if "in front of" in f.message]
+
+
+def test_zero_kernels_that_are_meant_are_only_mentioned():
+    layer = layers.Dense(8, kernel_initializer="zeros")
+    layer.build((None, 8))
+    (finding,) = audit(layer).findings
+    assert finding.severity == "info"
+
+
+def test_all_stock_models_are_right_in_our_scope():
+    with as_default():
+        assert not warnings(audit(keras.applications.MobileNetV2(weights=None, alpha=0.35)))
+
+
+class Opaque(layers.Layer):
+    def build(self, shape):
+        self.w = self.add_weight(
+            shape=(8, 8), initializer=lambda s, dtype: keras.ops.ones(s)
+        )
+
+    def get_config(self):
+        raise NotImplementedError
+
+
+def test_what_is_not_known_is_shown_and_not_judged():
+    layer = Opaque()
+    layer.build((None, 8))
+    (row,) = audit(layer)
+    assert (row["initializer"], row["right_std"], row["std"]) == (None, None, 0)
+    layer = layers.Dense(8)
+    layer.build((None, 8))
+    layer.quantize("int8")
+    assert not audit(layer).findings
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_kernels_with_few_or_no_values(size):
+    layer = layers.Dense(1)
+    layer.build((None, size))
+    table = audit(layer)
+    assert not table.findings
+    json.loads(table.to_json())
+
+
+def test_reads_only():
+    model = convolutional()
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+    table = audit(model)
+    assert len(table) == len(model.weights)
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(new))
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="Argument `model` must be built"):
+        audit(layers.Dense(3))
+    with pytest.raises(TypeError, match="Argument `model` must be a Keras layer or model"):
+        audit(3)
+
+
+# Model: how many kernels have the wrong std, and how many stand before a ReLU with gain 1.
+STOCK = {
+    "MobileNetV2": (17, 0),
+    "Xception": (34, 0),
+    "ConvNeXtTiny": (18, 18),
+    "EfficientNetB0": (0, 0),  # its own initializer looks at fan_out, which is right
+    "ResNet50": (0, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_models(name):
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, name)(weights=None)
+    messages = [f.message for f in audit(model).findings]
+    wrong = sum("times the right one" in message for message in messages)
+    assert (wrong, sum("in front of" in message for message in messages)) == STOCK[name]
+    initialize(model, seed=0)
+    assert not warnings(audit(model))
