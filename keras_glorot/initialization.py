@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
-import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
