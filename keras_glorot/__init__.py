@@ -7,6 +7,7 @@ from keras_glorot.fans import Fans, compute_fans, layer_fans, register_fans
 from keras_glorot.gains import calculate_gain
 from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
+from keras_glorot.propagation import propagate
 
 __all__ = [
     "Fans",
@@ -19,6 +20,7 @@ __all__ = [
     "compute_fans",
     "initialize",
     "layer_fans",
+    "propagate",
     "register_fans",
 ]
 

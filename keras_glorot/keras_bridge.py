@@ -9,6 +9,7 @@ them in order afterwards. Such a variable is looked up in the model that the sym
 call was seen in.
 """
 
+import contextlib
 import functools
 import re
 import threading
@@ -35,6 +36,7 @@ __all__ = [
     "Target",
     "blueprint",
     "consumers",
+    "copy_mask",
     "current_target",
     "custom_objects_in_scope",
     "is_shape_inference",
@@ -211,6 +213,14 @@ def is_shape_inference() -> bool:
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer itself and all layers in it, at any depth, each once."""
     return list(layer._flatten_layers())
+
+
+def copy_mask(source: Any, target: Any) -> None:
+    """Marks a tensor as another one is marked: which of its timesteps count."""
+    with contextlib.suppress(ImportError):
+        from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+
+        set_keras_mask(target, get_keras_mask(source))
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:

@@ -1,0 +1,382 @@
+"""`propagate`: right by backpropagation by hand, equal on all backends, leaving no trace."""
+
+import json
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_glorot import GlorotUniform, propagate
+from keras_glorot.recording import moments
+from keras_glorot.sampling import draw
+
+GOLDEN = Path(__file__).parent / "golden" / "propagate.json"
+rng = np.random.default_rng
+
+
+def fill(model, gain=1.0):
+    """The same weights on every backend, whatever made them before."""
+    for number, weight in enumerate(model.weights):
+        if len(weight.shape) > 1:
+            scale = gain * GlorotUniform().limit(weight.shape)
+            weight.assign(draw("uniform", weight.shape, scale, "float32", (number,)))
+    return model
+
+
+def data(*shape):
+    return draw("truncated_normal", shape, 1.0, "float32", (1,))
+
+
+def mlp(depth=3, width=20, activation="tanh", **options):
+    hidden = [layers.Dense(width, activation, **options) for _ in range(depth)]
+    return fill(keras.Sequential([keras.Input((12,)), *hidden, layers.Dense(4)]))
+
+
+def convnet():
+    inputs = keras.Input((9, 9, 3))
+    x = layers.Conv2D(8, 3, activation="relu", name="conv")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.SeparableConv2D(8, 3, padding="same", name="separable")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dropout(0.5, name="dropout")(x)
+    outputs = layers.Dense(4, "softmax", name="softmax")(x)
+    return fill(keras.Model(inputs, outputs, name="convnet"))
+
+
+def branches():
+    """A shared layer, a nested model, two inputs, two outputs, and an Add."""
+    shared = layers.Dense(10, "sigmoid", name="shared")
+    inner = keras.Sequential(
+        [keras.Input((10,)), layers.Dense(10, "softsign", name="dense")], name="inner"
+    )
+    a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
+    left, right = shared(a), shared(b)
+    total = layers.Add(name="add")([inner(left), right])
+    outputs = [layers.Dense(2, name="first")(total), layers.Dense(3, name="second")(total)]
+    return fill(keras.Model([a, b], outputs, name="branches"))
+
+
+def text():
+    inputs = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(11, 8, mask_zero=True, name="embedding")(inputs)
+    x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    x = layers.LSTM(6, return_sequences=True, name="lstm")(x)
+    x = layers.TimeDistributed(layers.Dense(5, "tanh"), name="steps")(x)
+    return fill(keras.Model(inputs, layers.Dense(2, name="last")(x), name="text"))
+
+
+@keras.saving.register_keras_serializable("keras_glorot_tests")
+class Residual(keras.Model):
+    """Adds in its own `call`, takes an argument, and ends in something of its own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = layers.Dense(12, "relu", name="first")
+        self.second = layers.Dense(12, name="second")
+
+    def call(self, x, scale=1.0):
+        return keras.ops.tanh(x + scale * self.second(self.first(x)))
+
+
+def residual():
+    model = Residual(name="residual")
+    model(np.zeros((1, 12), "float32"))
+    return fill(model)
+
+
+NUMBERS = ("std", "forward_gain", "gradient_std", "backward_gain", "kernel_gradient_std",
+           "saturated", "dead")  # fmt: skip
+TOKENS = np.arange(84).reshape(12, 7) % 11
+CASES = {
+    "mlp": lambda: (mlp(), data(16, 12)),
+    "convnet": lambda: (convnet(), data(4, 9, 9, 3)),
+    "branches": lambda: (branches(), [data(16, 6), 2 * data(16, 6)]),
+    "text": lambda: (text(), TOKENS),
+    "residual": lambda: (residual(), data(16, 12)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_the_same_on_every_backend(case, request):
+    model, x = CASES[case]()
+    # Automatic names count up within a process, and the mean is next to zero as a rule.
+    rows = [
+        {
+            "layer": row["layer"],
+            "shape": list(row["shape"]),
+            "mean/std": row["mean"] / row["std"],
+        }
+        | {key: row[key] for key in NUMBERS if row[key] is not None}
+        for row in propagate(model, x, seed=3)
+    ]
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if request.config.getoption("--overwrite"):
+        GOLDEN.write_text(json.dumps(golden | {case: rows}, indent=0) + "\n")
+        return
+    assert len(rows) == len(golden[case])
+    for row, expected in zip(rows, golden[case], strict=True):
+        assert row.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, float):
+                absolute = 1e-4 if key == "mean/std" else 1e-9
+                value = pytest.approx(value, rel=1e-4, abs=absolute)
+            assert row[key] == value, key
+
+
+def test_every_number_is_that_of_backpropagation_by_hand():
+    """tanh, tanh, linear under a mean squared error, in NumPy and float64."""
+    model, x, y = mlp(depth=2), data(16, 12), data(16, 4)[::-1]
+    w1, b1, w2, b2, w3, b3 = (np.float64(weight) for weight in model.get_weights())
+    h1 = np.tanh(x @ w1 + b1)
+    h2 = np.tanh(h1 @ w2 + b2)
+    out = h2 @ w3 + b3
+    g_out = 2 * (out - y) / out.size
+    g_h2 = g_out @ w3.T
+    g_z2 = g_h2 * (1 - h2**2)
+    g_h1 = g_z2 @ w2.T
+    g_z1 = g_h1 * (1 - h1**2)
+    g_x = g_z1 @ w1.T
+    values = [
+        (x, h1, g_x, g_h1, x.T @ g_z1),
+        (h1, h2, g_h1, g_h2, h1.T @ g_z2),
+        (h2, out, g_h2, g_out, h2.T @ g_out),
+        (x, out, g_x, g_out, None),
+    ]
+    table = propagate(model, x, y, "mse")
+    assert len(table) == len(values)
+    for row, (before, after, g_before, g_after, g_kernel) in zip(
+        table, values, strict=True
+    ):
+        assert row["mean"] == pytest.approx(after.mean(), rel=1e-4, abs=1e-6)
+        assert row["std"] == pytest.approx(after.std(), rel=1e-5)
+        assert row["forward_gain"] == pytest.approx(after.std() / before.std(), rel=1e-5)
+        assert row["gradient_std"] == pytest.approx(g_after.std(), rel=1e-4)
+        assert row["backward_gain"] == pytest.approx(
+            g_before.std() / g_after.std(), rel=1e-4
+        )
+        if g_kernel is not None:
+            assert row["kernel_gradient_std"] == pytest.approx(g_kernel.std(), rel=1e-4)
+    assert table.rows[0]["saturated"] == pytest.approx(np.mean(1 - h1**2 < 0.1))
+    assert table.rows[2]["saturated"] is None
+
+
+def test_rows_stand_in_order_of_execution():
+    paths = {
+        "convnet": "conv norm separable relu pool dropout softmax",
+        "branches": "shared shared inner/dense add first second",
+        "text": "embedding attention/query attention/key attention/value "
+        "attention/attention_output lstm steps last",
+        "residual": "first second",
+    }
+    for case, expected in paths.items():
+        model, x = CASES[case]()
+        *rows, last = propagate(model, x)
+        found = [row["path"].split(" (")[0] for row in rows]
+        if case == "branches":  # Keras is free to call the second `shared` when it likes
+            assert sorted(found) == sorted(expected.split())
+            assert "shared (2)" in [row["path"] for row in rows]
+        else:
+            assert found == expected.split()
+        assert last["path"] == case
+
+
+def test_the_gradient_of_a_shared_layer_and_of_branches_is_the_sum():
+    """x -> shared -> shared: the kernel's gradient has two parts; x + 2x: three."""
+    shared = layers.Dense(3, use_bias=False)
+    inputs = keras.Input((3,))
+    x = shared(shared(inputs))
+    model = fill(keras.Model(inputs, layers.Add()([x, layers.Rescaling(2.0)(x)])))
+    x, y = np.float64(data(8, 3)), np.zeros((8, 3))
+    w = np.float64(model.get_weights()[0])
+    h1, h2 = x @ w, x @ w @ w
+    g2 = 3 * (2 * 3 * h2 / h2.size)
+    g1 = g2 @ w.T
+    first, second, *_ = propagate(model, x, y, "mse")
+    assert first["gradient_std"] == pytest.approx(g1.std(), rel=1e-4)
+    assert second["gradient_std"] == pytest.approx(g2.std(), rel=1e-4)
+    for row in (first, second):
+        expected = (x.T @ g1 + h1.T @ g2).std()
+        assert row["kernel_gradient_std"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_may_be_a_name_a_loss_or_a_function():
+    model, x, y = mlp(), data(16, 12), data(16, 4)
+    losses = ["mse", keras.losses.MeanSquaredError()]
+    losses.append(lambda y, outputs: keras.ops.mean((y - outputs) ** 2))
+    tables = [propagate(model, x, y, loss) for loss in losses]
+    assert [row["gradient_std"] for row in tables[0]] == pytest.approx(
+        [row["gradient_std"] for row in tables[1]]
+    )
+    assert [row["gradient_std"] for row in tables[0]] == pytest.approx(
+        [row["gradient_std"] for row in tables[2]]
+    )
+
+
+def test_the_seed_chooses_the_gradient_at_the_output():
+    model, x = mlp(), data(64, 12)
+    one, again, other = (propagate(model, x, seed=seed).rows[-1] for seed in (1, 1, 2))
+    assert one == again
+    assert one["gradient_std"] != other["gradient_std"]
+    # 256 draws of unit variance: the std of their std is 1 / sqrt(2 * 256) = 0.044.
+    assert abs(one["gradient_std"] - 1) < 4 * 0.044
+
+
+def everything(model):
+    """All that a pass over the model could have changed."""
+    objects = model._flatten_layers()
+    return (
+        [np.asarray(weight).tobytes() for weight in model.variables],
+        [sorted(vars(layer)) for layer in objects],
+        [list(layer.losses) for layer in objects],
+        [layer.call.__func__ for layer in objects],
+        [np.asarray(state).tobytes() for m in model.metrics for state in m.variables],
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_trace(fails):
+    """Not in weights, BatchNorm statistics, random states, metrics or layers."""
+    model = convnet()
+    model.compile("sgd", "mse", metrics=["mae"])
+    x = data(4, 9, 9, 3)
+    model.fit(x, np.zeros((4, 4)), verbose=0)
+    scores = model.evaluate(x, np.zeros((4, 4)), verbose=0)
+    before = everything(model)
+    if fails:
+        with pytest.raises(ValueError, match="Argument `x`"):
+            propagate(model, data(4, 9, 9, 2))
+    else:
+        propagate(model, x)
+    assert everything(model) == before
+    assert model.evaluate(x, np.zeros((4, 4)), verbose=0) == scores
+
+
+def test_is_the_model_at_inference():
+    """Dropout and BatchNorm do what they do in `predict`."""
+    model, x = convnet(), data(4, 9, 9, 3)
+    table = propagate(model, x)
+    outputs = np.asarray(keras.ops.convert_to_numpy(model(x, training=False)))
+    assert table.rows[-1]["std"] == pytest.approx(outputs.std(), rel=1e-5)
+    rows = {row["path"]: row for row in table}
+    assert rows["dropout"]["forward_gain"] == rows["dropout"]["backward_gain"] == 1
+
+
+def test_half_precision():
+    model = mlp(dtype="mixed_bfloat16")
+    single = mlp()
+    for row, expected in zip(
+        propagate(model, data(64, 12)), propagate(single, data(64, 12)), strict=True
+    ):
+        assert row["std"] == pytest.approx(expected["std"], rel=0.02)
+        assert row["gradient_std"] == pytest.approx(expected["gradient_std"], rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_squares_neither_vanish_nor_overflow(scale):
+    values = np.float32(scale * (3 + data(1000)))
+    mean, std = keras.ops.convert_to_numpy(moments(keras.ops.convert_to_tensor(values)))
+    assert mean / scale == pytest.approx(3 + data(1000).mean(), rel=1e-5)
+    assert std / scale == pytest.approx(data(1000).std(), rel=1e-5)
+
+
+def test_ten_million_values_keep_five_digits():
+    values = draw("uniform", (10_000_000,), 1.0, "float32", (2,)) + np.float32(10)
+    _, std = keras.ops.convert_to_numpy(moments(keras.ops.convert_to_tensor(values)))
+    assert std == pytest.approx(values.std(dtype="float64"), rel=3e-5)
+
+
+def messages(table):
+    return [finding.message for finding in table.findings]
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.3, ["signal vanishes", "gradient vanishes"]),
+        (1.0, []),
+        (1.2, []),
+        (20.0, ["of its units are saturated"]),
+    ],
+)
+def test_findings_on_deep_tanh(gain, words):
+    model = fill(mlp(10, 100), gain)
+    found = messages(propagate(model, data(64, 12)))
+    for word in words:
+        assert any(word in message for message in found)
+    if not words:
+        assert not found
+
+
+def test_findings_on_relu():
+    """Glorot halves a rectified signal layer by layer; the gain for it does not."""
+    deep = mlp(8, 200, "relu")
+    assert any("signal vanishes" in m for m in messages(propagate(deep, data(64, 12))))
+    table = propagate(fill(deep, math.sqrt(2)), data(64, 12))
+    assert not any("signal" in message for message in messages(table))
+    exploding = propagate(fill(deep, 3.0), data(64, 12))
+    assert any("signal explodes" in message for message in messages(exploding))
+
+
+def test_findings_on_dead_units():
+    model = mlp(2, 20, "relu", bias_initializer=keras.initializers.Constant(-1.0))
+    model.layers[0].bias.assign(np.full(20, -100.0))
+    table = propagate(model, data(16, 12), np.ones((16, 4)), "mse")
+    assert table.rows[0]["dead"] == 1.0
+    assert "100% of its units are dead." in messages(table)
+    assert propagate(model, data(9, 12), np.ones((9, 4)), "mse").rows[0]["dead"] is None
+
+
+def test_findings_on_zero_and_on_nan_weights():
+    model = mlp(4)
+    model.layers[1].kernel.assign(np.zeros((20, 20)))
+    assert any(
+        "vanishes" in message for message in messages(propagate(model, data(16, 12)))
+    )
+    model.layers[1].kernel.assign(np.full((20, 20), np.nan))
+    findings = propagate(model, data(16, 12)).findings
+    assert {finding.severity for finding in findings} == {"error"}
+
+
+class ToClasses(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.argmax(x, -1)
+
+
+class Stop(keras.layers.Layer):
+    def call(self, x):
+        return keras.ops.stop_gradient(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (lambda: (len, data(2, 12)), TypeError, "Argument `model` must be a Keras"),
+        (lambda: (layers.Dense(2), data(2, 12)), ValueError, "`model` must be built"),
+        (lambda: (mlp(), data(2, 13)), ValueError, r"`x` must .* \(2, 13\)"),
+        (lambda: (mlp(), data(0, 12)), ValueError, r"at least one example.*\(0, 12\)"),
+        (lambda: (mlp(), [[1.0] * 12]), ValueError, "at least one example"),
+        (lambda: (mlp(), data(2, 12) * np.nan), ValueError, "`x` must be finite"),
+        (lambda: (mlp(), data(2, 12), data(2, 4)), ValueError, "given together"),
+        (lambda: (mlp(), data(2, 12), None, "mse"), ValueError, "given together"),
+        (
+            lambda: (keras.Sequential([*mlp().layers, ToClasses()]), data(2, 12)),
+            ValueError,
+            "must return floats",
+        ),
+        (
+            lambda: (keras.Sequential([*mlp().layers, Stop()]), data(2, 12)),
+            ValueError,
+            "differentiable path",
+        ),
+    ],
+)
+def test_what_can_not_be_done_is_said(arguments, error, match):
+    model, *rest = arguments()
+    if isinstance(model, keras.Sequential):
+        model.build((None, 12))
+    with pytest.raises(error, match=match):
+        propagate(model, *rest)
