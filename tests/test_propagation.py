@@ -1,4 +1,4 @@
-"""`propagate`: right by backpropagation by hand, equal on all backends, leaving no trace."""
+"""`propagate`: right by hand-made backpropagation, equal on all backends, no trace left."""
 
 import json
 import math
