@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-import time
 
 # PyTorch, because its tensors can be updated in place: see `sgd`.
 os.environ["KERAS_BACKEND"] = "torch"
@@ -144,7 +143,6 @@ def train(training, checkpoint, advance):
             this one goes on from it.
         advance: is called with the number of updates made since the last call.
     """
-    began = time.perf_counter()
     classes, held_out, chunks = DATASETS[training.dataset](training.seed)
     model = build(training, held_out["test"][0].shape[1], classes)
     start, done, curve = restore(checkpoint, training, model)
@@ -164,7 +162,6 @@ def train(training, checkpoint, advance):
         "validation_error": curve[-1][1],
         "test_error": error(model, *held_out["test"]),
         "curve": curve,
-        "seconds": round(time.perf_counter() - began, 1),
     }
 
 
