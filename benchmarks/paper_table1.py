@@ -118,25 +118,33 @@ def report(results):
         tried[row].add(rate)
         if rate == best_rate(results, row):
             rows[row][training.seed] = record["test_error"]
+    rows = {row: rows[row] for row in sorted(rows, key=place)}
     errors = [
         {
             "dataset": row[0],
             "activation": row[1],
             "initialization": row[2],
             "error": interval([*by_seed.values()]),
-            "paper": PAPER.get(row[:3], "—"),
+            "paper": f"{PAPER[row[:3]]:.2f}" if row[:3] in PAPER else "—",
             "seeds": len(by_seed),
             "updates": f"{row[3]:,} ({row[3] / PAPER_UPDATES:.2%} of 5 million)",
             "learning rate": f"{best_rate(results, row)} of {sorted(tried[row])}",
         }
-        for row, by_seed in sorted(rows.items())
+        for row, by_seed in rows.items()
     ]
     return "\n".join([HEADING, *table(errors), PAIRED, *table(differences(rows)), ""])
 
 
+def place(row):
+    """What rows are sorted by: standard above normalized, fewer updates above more."""
+    order = [*DATASETS, *SLOPES, *INITIALIZERS]
+    *names, updates = row
+    return [order.index(name) for name in names], updates
+
+
 def differences(rows):
     """A line for every row of standard weights that has one of normalized beside it."""
-    for (dataset, activation, initialization, updates), ours in sorted(rows.items()):
+    for (dataset, activation, initialization, updates), ours in rows.items():
         theirs = rows.get((dataset, activation, "normalized", updates), {})
         seeds = ours.keys() & theirs.keys()
         if initialization == "standard" and seeds:
