@@ -33,9 +33,7 @@ CLASSES = (
 CLASS_PROBABILITIES = np.array([3, 3, 3, 1, 2, 2, 1, 2, 1]) / 18
 
 
-def stream(
-    seed: int, size: int, start: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def stream(seed: int, size: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield `(images, labels)` of `size` fresh examples for ever; see `draw`.
 
     Every batch has its own generator, so that an interrupted training can go on at
@@ -58,9 +56,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     inverted = rng.random(size) < INVERSION
     background = np.where(inverted, _grey(rng, size, FOREGROUND), _grey(rng, size))
-    colours = np.where(
-        inverted, _grey(rng, (2, size)), _grey(rng, (2, size), FOREGROUND)
-    )
+    colours = np.where(inverted, _grey(rng, (2, size)), _grey(rng, (2, size), FOREGROUND))
     images = np.where(first, colours[0, :, None, None], background[:, None, None])
     images = np.where(second, colours[1, :, None, None], images)
 

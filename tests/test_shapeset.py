@@ -85,9 +85,7 @@ def test_stream_is_a_function_of_its_seed():
         return list(itertools.islice(shapeset.stream(seed, 50, start), count))
 
     first = batches(7)
-    for (images, labels), (same_images, same_labels) in zip(
-        first, batches(7), strict=True
-    ):
+    for (images, labels), (same_images, same_labels) in zip(first, batches(7), strict=True):
         np.testing.assert_array_equal(images, same_images)
         np.testing.assert_array_equal(labels, same_labels)
     assert not np.array_equal(first[0][0], first[1][0])
