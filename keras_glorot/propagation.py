@@ -12,6 +12,11 @@ from keras_glorot.tables import Finding, Table
 __all__ = ["propagate"]
 
 
+# The last ones are left out where there is no room.
+_COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
+            "saturated", "dead", "kernel_gradient_std", "mean", "layer")  # fmt: skip
+
+
 def propagate(
     model: keras.Layer, x: Any, y: Any = None, loss: Any = None, seed: int = 0
 ) -> Table:
@@ -73,7 +78,8 @@ def propagate(
             "Argument `model` must have a differentiable path from its kernels to its "
             f"output, and the gradient there must not be zero. Received: model={model}"
         )
-    return Table("propagate", rows, _findings(rows))
+    filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
+    return Table("propagate", rows, _findings(rows), filled)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
