@@ -9,7 +9,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
-from keras_glorot import keras_bridge
+from keras_glorot import backends, keras_bridge
 from keras_glorot.declared import Law, activation_after, initializer_of, is_kernel, law_of
 from keras_glorot.fans import Fans, compute_fans, variable_fans
 from keras_glorot.gains import activation_gain
@@ -128,7 +128,7 @@ def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
     drawn = _measure(variable)
     try:
         initializer, argument = initializer_of(owner, variable)
-    except Exception:  # from a layer of the user: anything
+    except LookupError:
         initializer, argument = None, ""
     if initializer is None or not keras.backend.is_float_dtype(variable.dtype):
         return _Weight(owner, variable, fans, initializer, None, False, None, drawn)
@@ -138,22 +138,33 @@ def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
     return _Weight(owner, variable, fans, initializer, law, kernel, activation, drawn)
 
 
+def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
+    """The values in float64, a part at a time: to copy them all could be too much."""
+    values = backends.to_array(variable).reshape(-1)
+    for start in range(0, values.size, _CHUNK):
+        yield values[start : start + _CHUNK].astype(np.float64)
+
+
 @np.errstate(all="ignore")  # what is not finite is found by its range
 def _measure(variable: keras.Variable) -> _Drawn:
     """One pass, in float64: a float32 sum over a large kernel loses its digits."""
-    values = _values(variable).reshape(-1)
-    total = squares = 0.0
-    low, high = math.inf, -math.inf
-    for start in range(0, values.size, _CHUNK):
-        chunk = values[start : start + _CHUNK].astype(np.float64)
+    size, total, squares, low, high = (
+        math.prod(variable.shape),
+        0.0,
+        0.0,
+        math.inf,
+        -math.inf,
+    )
+    for chunk in _chunks(variable):
         low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())  # keep nan
         total += chunk.sum()
         chunk *= chunk  # not `@`: to wake the threads of BLAS takes longer than the sum
         squares += chunk.sum()
-    mean = total / max(values.size, 1)
-    variance = (squares - total * mean) / max(values.size - 1, 1)
+    size = math.prod(variable.shape)
+    mean = total / max(size, 1)
+    variance = (squares - total * mean) / max(size - 1, 1)
     std = math.sqrt(variance) if low < high and variance > 0 else 0.0
-    return _Drawn(values.size, float(mean), std, float(low), float(high))
+    return _Drawn(size, float(mean), std, float(low), float(high))
 
 
 def _is_off(drawn: _Drawn, law: Law) -> bool:
@@ -183,7 +194,7 @@ def _find(weight: _Weight, twins: dict[Any, keras.Variable]) -> Iterator[Any]:
         if (
             twin is not variable
             and drawn.size >= _FEWEST_ALIKE
-            and np.array_equal(_values(twin), _values(variable))
+            and _are_equal(twin, variable)
         ):
             text = f"Its values are those of {twin.path}."
             yield "warning", text, "Give each layer a seed of its own, or none."
@@ -235,8 +246,12 @@ def _is_out_of_bounds(weight: _Weight, right: Law) -> bool:
         return True
     # `initialize` may have drawn from the other form of Glorot's distribution. The normal
     # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
-    values = np.abs(_values(weight.variable).astype(np.float64))
-    return bool(np.mean(values > right.bound * slack) < 0.01)
+    outside = (np.abs(chunk) > right.bound * slack for chunk in _chunks(weight.variable))
+    return sum(map(np.count_nonzero, outside)) < 0.01 * weight.drawn.size
+
+
+def _are_equal(one: keras.Variable, other: keras.Variable) -> bool:
+    return all(map(np.array_equal, _chunks(one), _chunks(other)))
 
 
 def _cause(weight: _Weight) -> str:
@@ -255,10 +270,6 @@ def _cause(weight: _Weight) -> str:
     else:
         cause = "Keras took the fans of attention heads from the shape alone"
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
-
-
-def _values(variable: keras.Variable) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(variable))
 
 
 def _row(weight: _Weight) -> dict[str, Any]:

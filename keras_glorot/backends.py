@@ -44,6 +44,14 @@ def to_tensor(array: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(array)
 
 
+def to_array(variable: keras.Variable) -> np.ndarray:
+    """The values of a variable, to be read only: no copy if the host's memory has them."""
+    tensor: Any = keras.ops.convert_to_tensor(variable)
+    if keras.backend.backend() == "torch":
+        tensor = keras.ops.convert_to_numpy(tensor)
+    return np.asarray(tensor)
+
+
 def assign(variable: keras.Variable, value: Any) -> None:
     """Gives a variable a value, a NumPy array or a tensor, on the device that it has."""
     if keras.backend.backend() == "jax":

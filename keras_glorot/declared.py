@@ -44,15 +44,23 @@ class Law(NamedTuple):
         return self.scale * factors.get(self.form, math.inf) if self.scale else 0.0
 
 
-def initializer_of(owner: keras.Layer, variable: keras.Variable) -> tuple[Any, str]:
+def initializer_of(
+    owner: keras.Layer | None, variable: keras.Variable
+) -> tuple[Callable[..., Any], str]:
     """The initializer that a variable was made with, and the argument that named it.
 
     Found by Keras's convention (`bias` is made with `bias_initializer`); where a layer does
     not follow it, by looking at how the layer would make the variable again.
 
     Raises:
-        Exception: If the layer can't be made again from its config.
+        LookupError: If it can't be known; the message says why.
     """
+    if owner is None:
+        raise LookupError("Keras does not tell its layer")
+    if owner.quantization_mode is not None:
+        raise LookupError("its layer is quantized")
+    if isinstance(owner, keras.layers.Normalization):
+        raise LookupError("it holds statistics of a data set, from `adapt`")
     name = "depthwise_kernel" if _is_depthwise(owner, variable) else variable.name
     # An LSTM puts ones into its bias, whatever its `bias_initializer` is.
     if not (name == "bias" and getattr(owner, "unit_forget_bias", False)):
@@ -60,10 +68,14 @@ def initializer_of(owner: keras.Layer, variable: keras.Variable) -> tuple[Any, s
             initializer = getattr(owner, f"{stem}_initializer", None)
             if callable(initializer):
                 return initializer, f"{stem}_initializer"
-    for own, initializer in keras_bridge.blueprint(owner):
+    try:
+        pairs = keras_bridge.blueprint(owner)
+    except Exception as error:  # from a layer of the user: anything
+        raise LookupError(f"its layer could not be made anew: {error}") from error
+    for own, initializer in pairs:
         if own is variable and callable(initializer):
             return initializer, ""
-    raise ValueError(f"{variable.path} was not made with an initializer.")
+    raise LookupError("it was not made with an initializer")
 
 
 def _is_depthwise(owner: keras.Layer, variable: keras.Variable) -> bool:

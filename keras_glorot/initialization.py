@@ -203,22 +203,10 @@ def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
         "dtype": variable.dtype,
         **dict.fromkeys(("fan_in", "fan_out", "std")),
     }
-    reason: str | None = None
-    initializer: Any = None
-    argument = ""
-    if owner is None:
-        reason = "Keras does not tell its layer"
-    elif owner.quantization_mode is not None:
-        reason = "its layer is quantized"
-    elif isinstance(owner, keras.layers.Normalization):
-        reason = "it holds statistics of a data set, from `adapt`"
-    else:
-        try:
-            initializer, argument = initializer_of(owner, variable)
-        except Exception as error:  # from a layer of the user: anything
-            reason = f"no initializer was found: {error}"
-    if reason is not None:
-        return _Step(variable, None, {**row, "done": f"left as it is: {reason}"})
+    try:
+        initializer, argument = initializer_of(owner, variable)
+    except LookupError as error:
+        return _Step(variable, None, {**row, "done": f"left as it is: {error}"})
     if is_kernel(variable, fans, initializer, argument):
         initializer = chosen
         row["fan_in"], row["fan_out"] = fans
