@@ -71,7 +71,8 @@ def initializer_of(
     try:
         pairs = keras_bridge.blueprint(owner)
     except Exception as error:  # from a layer of the user: anything
-        raise LookupError(f"its layer could not be made anew: {error}") from error
+        reason = f"its layer can't be made anew from its config ({type(error).__name__})"
+        raise LookupError(reason) from error
     for own, initializer in pairs:
         if own is variable and callable(initializer):
             return initializer, ""

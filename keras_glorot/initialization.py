@@ -247,10 +247,9 @@ def _maker(
 
 def _generator_step(layer, generator, derived: int) -> _Step:
     """A generator that was made with a seed starts from it again, others from `derived`."""
-    seed, state = generator.get_config()["seed"], generator.state
-    start = np.array([derived & 0x7FFFFFFF if seed is None else seed, 0]).astype(
-        state.dtype
-    )
+    state, seed = generator.state, generator.get_config()["seed"]
+    seed = derived & 0x7FFFFFFF if seed is None else seed
+    start = np.array([seed, 0]).astype(state.dtype)
     row = {
         "path": f"{layer.path or layer.name}/{state.name}",
         "layer": type(layer).__name__,
