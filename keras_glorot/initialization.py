@@ -203,6 +203,7 @@ def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
         "dtype": variable.dtype,
         **dict.fromkeys(("fan_in", "fan_out", "std")),
     }
+    initializer: Any
     try:
         initializer, argument = initializer_of(owner, variable)
     except LookupError as error:
@@ -212,7 +213,9 @@ def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
         row["fan_in"], row["fan_out"] = fans
     if getattr(initializer, "gain", None) == "auto":
         gain = activation_gain(activation_after(owner, variable, members))
-        initializer = type(initializer)(**{**initializer.get_config(), "gain": gain})
+        initializer = type(initializer).from_config(
+            {**initializer.get_config(), "gain": gain}
+        )
     make, row["std"] = _maker(initializer, variable, fans, seed, Target(owner, variable))
     gain = getattr(initializer, "gain", 1.0)
     row["done"] = getattr(initializer, "__name__", type(initializer).__name__)
