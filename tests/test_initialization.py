@@ -555,3 +555,11 @@ def test_every_layer_of_keras_applications_blocks_is_walked():
 
 GOLDEN_KERNELS = ["07c34536", "b5e1dc6e", "f409d470", "4ee41b0d"]
 GOLDEN_OTHERS = [-0.04577212, -0.0713799, 0.97843027]
+
+
+def test_auto_gain_with_a_seed_generator():
+    # The seed is an object in the config then, and has to come through it.
+    initializer = keras_glorot.GlorotUniform("auto", seed=keras.random.SeedGenerator(1))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh")])
+    table = keras_glorot.initialize(model, initializer)
+    assert table.rows[0]["done"] == "GlorotUniform(gain=1.667)"
