@@ -78,7 +78,9 @@ def audit(model: keras.Layer) -> Table:
     columns = ("path", "shape", "right_std", "std", "ratio", "fan_in", "fan_out", "layer",
                "initializer")  # fmt: skip
     counts = Counter(finding.severity for finding in findings)
-    note = f"{len(rows)} variables: {counts['error']} errors, {counts['warning']} warnings."
+    note = (
+        f"{len(rows)} variables; errors: {counts['error']}, warnings: {counts['warning']}."
+    )
     return Table("audit", rows, findings, columns, note)
 
 

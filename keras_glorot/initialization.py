@@ -135,7 +135,7 @@ def initialize(
     left = [step.row for step in steps if step.make is None]
     advice = "Reset it yourself if it should be fresh."
     findings += [Finding("info", row["path"], f"{row['done']}.", advice) for row in left]
-    columns = ("path", "done", "shape", "std", "fan_in", "fan_out", "layer", "dtype")
+    columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
     note = f"{len(steps) - len(left)} of {len(steps)} variables are fresh (seed {root})."
     return Table("initialize", [step.row for step in steps], findings, columns, note)
 

@@ -40,7 +40,7 @@ def test_audit_prints_the_table(model_file, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["audit", model_file]) == 0
     text = capsys.readouterr().out
-    assert "4 variables: 0 errors, 1 warnings." in text
+    assert "4 variables; errors: 0, warnings: 1." in text
     assert "depthwise/kernel: Its std is 0.1" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 

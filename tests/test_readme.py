@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import keras
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -17,8 +18,25 @@ def test_block(block, capsys):
     assert [line for line in printed if line.strip()][: len(expected)] == expected
 
 
+TABLES = re.findall(r"```python\n([^`]*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+
+
+def words(text):
+    """The words of a table: stock Keras draws other numbers on each backend."""
+    return re.sub(r"[-\d.e─]+", " ", text).split()
+
+
+@pytest.mark.parametrize(("block", "table"), TABLES)
+def test_tables_are_what_is_printed(block, table, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "92")
+    keras.utils.clear_session()
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert words(capsys.readouterr().out) == words(table)
+
+
 def test_there_are_blocks():
     assert len(BLOCKS) >= 3
+    assert len(TABLES) >= 2
 
 
 def test_no_reference_to_a_file_that_is_missing():
