@@ -113,17 +113,20 @@ class _Weight(NamedTuple):
         return std, std * activation_gain(self.activation)
 
     @property
-    def right(self) -> Law | None:
-        """What it should be drawn from: as declared or, a kernel, as by `initialize`."""
+    def laws(self) -> list[Law]:
+        """What it may be drawn from: as declared or, a kernel, as `initialize` draws."""
         if self.declared is None or not self.kernel:
-            return self.declared
+            return [self.declared] if self.declared else []
         ours = (
             Law("truncated_normal", std / TRUNCATED_STD, std) for std in self.glorot_stds
         )
         laws = [self.declared, *ours]
-        return next(
-            (law for law in laws if law.std and not _is_off(self.drawn, law)), laws[0]
-        )
+        return [law for law in laws if law.std and not _is_off(self.drawn, law)] or laws[:1]
+
+    @property
+    def right(self) -> Law | None:
+        """The nearest of these. In a small tensor several fit."""
+        return min(self.laws, key=lambda law: abs(law.std - self.drawn.std), default=None)
 
 
 def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
@@ -242,10 +245,10 @@ def _find_misfits(weight: _Weight, right: Law) -> Iterator[Any]:
 def _is_out_of_bounds(weight: _Weight, right: Law) -> bool:
     slack = 1 + float(ml_dtypes.finfo(weight.variable.dtype).eps)
     reach = max(weight.drawn.high - right.mean, right.mean - weight.drawn.low)
-    if reach <= right.bound * slack:
-        return False
-    if not weight.kernel or reach > 2 / TRUNCATED_STD * right.std * slack:
+    if reach > max(law.bound for law in weight.laws) * slack:
         return True
+    if reach <= right.bound * slack or weight.drawn.size < 100:
+        return False
     # `initialize` may have drawn from the other form of Glorot's distribution. The normal
     # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
     outside = (np.abs(chunk) > right.bound * slack for chunk in _chunks(weight.variable))

@@ -251,7 +251,9 @@ def blueprint(original: Any) -> list[tuple[keras.Variable, Any]]:
     def build_optimizer() -> Any:
         copy = type(original).from_config(original.get_config())
         with keras.StatelessScope(initialize_variables=False):
-            copy.build(original._trainable_variables)
+            # A LossScaleOptimizer does not always keep its own list.
+            of = getattr(original, "inner_optimizer", original)
+            copy.build(of._trainable_variables)
         return copy
 
     is_layer = isinstance(original, keras.Layer)
