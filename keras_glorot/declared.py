@@ -44,9 +44,7 @@ class Law(NamedTuple):
         return self.scale * factors.get(self.form, math.inf) if self.scale else 0.0
 
 
-def initializer_of(
-    owner: keras.Layer | None, variable: keras.Variable
-) -> tuple[Callable[..., Any], str]:
+def initializer_of(owner: keras.Layer | None, variable: keras.Variable) -> tuple[Any, str]:
     """The initializer that a variable was made with, and the argument that named it.
 
     Found by Keras's convention (`bias` is made with `bias_initializer`); where a layer does
