@@ -349,6 +349,26 @@ def test_optimizer_is_as_new_but_for_its_learning_rate(optimizer):
         np.testing.assert_allclose(mine, np.asarray(expected))
 
 
+def test_metrics_are_reset():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
+    assert any(array(variable).any() for variable in model.metrics_variables)
+    initialize(model)
+    assert not any(array(variable).any() for variable in model.metrics_variables)
+
+
+def test_orthogonal_kernels_are_uniform_over_rotations():
+    """LAPACK's QR alone makes the first entry negative every time."""
+    layer = layers.Dense(3, bias_initializer="zeros", kernel_initializer="zeros")
+    layer.build((None, 3))
+    signs = set()
+    for seed in range(20):  # all of one sign: two in a million
+        initialize(layer, "orthogonal", seed=seed)
+        signs.add(np.sign(array(layer.kernel)[0, 0]))
+    assert signs == {-1, 1}
+
+
 class Custom(layers.Layer):
     """Names no initializer: it can only be asked by building another."""
 
@@ -381,6 +401,25 @@ def test_layers_that_name_no_initializer():
     after = layers.Dense(1).name  # looking did not count a name
     numbers = [int(name.removeprefix("dense").strip("_") or 0) for name in (counted, after)]
     assert numbers[1] == numbers[0] + 1
+
+
+class Recurrent(layers.Layer):
+    def build(self, shape):
+        self.r = self.add_weight(shape=(8, 8), name="recurrent_kernel")
+        self.p = self.add_weight(shape=(8, 8), name="position_embeddings")
+        self.k = self.add_weight(shape=(8, 8), name="kernel")
+
+    def call(self, x):
+        return x
+
+
+def test_embeddings_and_recurrent_kernels_are_no_kernels():
+    layer = Recurrent()
+    layer(np.zeros((1, 8), "float32"))
+    table = initialize(layer, "he_normal", seed=0)
+    done = {r["path"].split("/")[-1]: r["done"] for r in table}
+    own = dict.fromkeys(("recurrent_kernel", "position_embeddings"), "GlorotUniform")
+    assert done == own | {"kernel": "HeNormal"}
 
 
 class Stubborn(layers.Layer):
