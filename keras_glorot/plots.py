@@ -113,6 +113,7 @@ def plot_histograms(
             ax.plot(values[part], density[part], style, color=colors[i], label=call["path"])
         ax.set_xlabel(title)
         ax.set_ylabel("density")
+        ax.ticklabel_format(scilimits=(-3, 4))
     axes[0].legend(fontsize=8)
     return axes
 
