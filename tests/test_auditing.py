@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
 from keras_glorot.keras_bridge import owned_variables
 
@@ -344,3 +345,23 @@ def test_stock_models(name):
     assert (wrong, sum("in front of" in message for message in messages)) == STOCK[name]
     initialize(model, seed=0)
     assert not warnings(audit(model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # KerasHub's imports are not ours to mend
+def test_kerashub_backbones():
+    keras_hub = pytest.importorskip("keras_hub")
+    common = {"num_layers": 2, "num_heads": 4, "hidden_dim": 64}
+    backbones = (
+        keras_hub.models.BertBackbone(
+            vocabulary_size=500, intermediate_dim=128, max_sequence_length=32, **common
+        ),
+        keras_hub.models.ViTBackbone(
+            image_shape=(32, 32, 3), patch_size=8, mlp_dim=128, **common
+        ),
+    )
+    for backbone in backbones:
+        assert len(keras_glorot.layer_fans(backbone)) > 10
+        keras_glorot.initialize(backbone, seed=1)
+        findings = keras_glorot.audit(backbone).findings
+        assert not [finding for finding in findings if "times the right" in finding.message]
