@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from keras_glorot.recording import moments, record
-from keras_glorot.tables import Table
 
 __all__ = ["plot_histograms", "plot_table"]
 
@@ -17,11 +16,11 @@ ops: Any = keras.ops
 _REACH, _BINS = 4, 80
 
 
-def plot_table(table: Table, ax: Any = None) -> Any:
+def plot_table(table: Any, ax: Any = None) -> Any:
     """Draws what a table is about, by layer.
 
     Args:
-        table: From `audit`: the std drawn and the std wanted of each kernel. From
+        table: A `Table` from `audit`: the std drawn and the std wanted of each kernel. From
             `propagate`: the std of the signal and of the gradient at each output.
         ax: The matplotlib `Axes` to draw on. Defaults to a new figure's.
 
