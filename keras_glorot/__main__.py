@@ -111,9 +111,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _init(options: argparse.Namespace) -> int:
     kind = GlorotNormal if options.distribution == "normal" else GlorotUniform
-    initializer = kind(
-        gain=options.gain
-    )  # errors come before the model, which takes longer
+    initializer = kind(gain=options.gain)  # may fail, so before the model is loaded
     model = _load(options.model)
     rich.print(initialize(model, initializer, seed=options.seed))
     with tempfile.TemporaryDirectory(dir=options.output.parent) as folder:

@@ -153,13 +153,7 @@ def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
 @np.errstate(all="ignore")  # what is not finite is found by its range
 def _measure(variable: keras.Variable) -> _Drawn:
     """One pass, in float64: a float32 sum over a large kernel loses its digits."""
-    size, total, squares, low, high = (
-        math.prod(variable.shape),
-        0.0,
-        0.0,
-        math.inf,
-        -math.inf,
-    )
+    total, squares, low, high = 0.0, 0.0, math.inf, -math.inf
     for chunk in _chunks(variable):
         low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())  # keep nan
         total += chunk.sum()
@@ -208,18 +202,12 @@ def _find(weight: _Weight, twins: dict[Any, keras.Variable]) -> Iterator[Any]:
     if isinstance(weight.initializer, _GLOROT):
         if "embedding" in variable.name:
             text = f"{name} on an embedding, whose rows are looked up and not summed."
-            yield (
-                "warning",
-                text,
-                "Use `embeddings_initializer='uniform'`, Keras's default.",
-            )
+            advice = "Use `embeddings_initializer='uniform'`, Keras's default."
+            yield "warning", text, advice
         elif "recurrent" in variable.name:
             text = f"{name} on a recurrent kernel, whose powers then vanish or explode."
-            yield (
-                "warning",
-                text,
-                "Use `recurrent_initializer='orthogonal'`, Keras's default.",
-            )
+            advice = "Use `recurrent_initializer='orthogonal'`, Keras's default."
+            yield "warning", text, advice
 
 
 def _find_misfits(weight: _Weight, right: Law) -> Iterator[Any]:

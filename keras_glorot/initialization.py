@@ -121,9 +121,8 @@ def initialize(
             steps.append(_step(owner, variable, fans, chosen, derived, ids))
     for layer in members:
         for generator in keras_bridge.seed_generators(layer):
-            derived = derive(
-                layer.path or layer.name
-            )  # a layer without weights has no path
+            # A layer without weights has no path.
+            derived = derive(layer.path or layer.name)
             if id(layer) in wanted:
                 steps.append(_generator_step(layer, generator, derived))
     resets, findings = _optimizer_steps(model)

@@ -26,6 +26,7 @@ from keras_glorot.sampling import TRUNCATED_STD, draw
 
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
+_ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
 _NO_LAYER = Target()
 # The dtypes that can hold a weight, and the largest that each can.
 WEIGHT_DTYPES = {
@@ -121,7 +122,7 @@ class _Glorot(keras.initializers.Initializer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The initializer that `get_config` described."""
-        unknown = set(config) - {"gain", "seed", "input_axes", "output_axes"}
+        unknown = set(config) - _ARGUMENTS
         if unknown:
             raise ValueError(
                 f"Argument `config` must hold arguments of {cls.__name__} only: gain, "
@@ -289,17 +290,21 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
     GlorotUniform()
     """
     gain = _standardize_gain(gain)
+
+    def made_by(cls: type[_Glorot]) -> SimpleNamespace:
+        return SimpleNamespace(from_config=lambda c: cls.from_config({"gain": gain, **c}))
+
+    def from_scaling(config: dict[str, Any]) -> _Glorot:
+        cls = GlorotUniform if config.get("distribution") == "uniform" else GlorotNormal
+        kept = {name: config[name] for name in _ARGUMENTS - {"gain"} if name in config}
+        return cls.from_config({"gain": gain, **kept})
+
     objects = {
-        "glorot_uniform": SimpleNamespace(from_config=lambda _: GlorotUniform(gain)),
-        "glorot_normal": SimpleNamespace(from_config=lambda _: GlorotNormal(gain)),
+        "glorot_uniform": made_by(GlorotUniform),
+        "glorot_normal": made_by(GlorotNormal),
     }
     if variance_scaling:
-
-        def from_config(config: dict[str, Any]) -> _Glorot:
-            uniform = config.get("distribution") == "uniform"
-            return (GlorotUniform if uniform else GlorotNormal)(gain)
-
-        objects["VarianceScaling"] = SimpleNamespace(from_config=from_config)
+        objects["VarianceScaling"] = SimpleNamespace(from_config=from_scaling)
     outer = keras_bridge.custom_objects_in_scope()
     with keras.saving.custom_object_scope({**outer, **objects}):
         yield

@@ -229,6 +229,16 @@ def test_as_default_for_variance_scaling_by_name():
     assert initializer.get_config() == {"gain": "relu"}
 
 
+def test_as_default_keeps_what_a_config_says():
+    config = {"class_name": "glorot_normal", "config": {"seed": 7}}
+    scaling = {"class_name": "VarianceScaling", "config": {"scale": 2.0, "seed": 7}}
+    with as_default("tanh", variance_scaling=True):
+        for named in (config, scaling):
+            initializer = keras.initializers.get(named)
+            assert type(initializer) is GlorotNormal
+            assert initializer.get_config() == {"gain": "tanh", "seed": 7}
+
+
 def test_as_default_ends_with_an_error():
     with pytest.raises(RuntimeError, match="inside"), as_default():
         raise RuntimeError("inside")
