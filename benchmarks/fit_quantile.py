@@ -32,7 +32,7 @@ def crowded(u):
 
 
 def interpolate(degree):
-    """Numerator and denominator, lowest power first, with D(0) = 1."""
+    """Numerator and denominator, highest power first, the denominator's first being 1."""
     count = 2 * degree + 1
     nodes = [crowded((1 - mp.cos(mp.pi * j / (count - 1))) / 2) for j in range(count)]
     matrix, values = mp.matrix(count, count), mp.matrix(count, 1)
@@ -43,20 +43,22 @@ def interpolate(degree):
         for power in range(1, degree + 1):
             matrix[row, degree + power] = -values[row] * s**power
     solution = list(mp.lu_solve(matrix, values))
-    return solution[: degree + 1], [mp.mpf(1), *solution[degree + 1 :]]
+    numerator, denominator = solution[: degree + 1], [mp.mpf(1), *solution[degree + 1 :]]
+    leading = denominator[-1]  # was found with D(0) = 1
+    return [[c / leading for c in reversed(p)] for p in (numerator, denominator)]
 
 
 def main():
     mp.mp.dps = 60
-    for name, degree in (("float32", 4), ("float64", 9)):
+    for name, degree in (("float32", 3), ("float64", 9)):
         numerator, denominator = interpolate(degree)
         error = max(
-            abs(mp.polyval(numerator[::-1], s) / mp.polyval(denominator[::-1], s) / r - 1)
+            abs(mp.polyval(numerator, s) / mp.polyval(denominator, s) / r - 1)
             for s in (crowded(mp.mpf(j) / 1000) for j in range(1001))
             for r in (ratio(s),)
         )
         print(f"# {name}: degree {degree}, relative error {mp.nstr(error, 2)}")
-        for coefficients in (numerator, denominator):
+        for coefficients in (numerator, denominator[1:]):
             print(f"({', '.join(repr(float(c)) for c in coefficients)}),")
 
 
