@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SIDE = 4096
@@ -26,17 +27,25 @@ MODELS = ("ResNet50", "MobileNetV2", "EfficientNetB0")
 
 def clock(function, sync):
     start = time.perf_counter()
-    sync(function())
-    return time.perf_counter() - start
+    result = sync(function())
+    seconds = time.perf_counter() - start
+    del result  # to give memory back is not part of drawing
+    return seconds
 
 
-def by_turns(contestants, sync, rounds):
-    """Times of each contestant, in rounds of one call each after a warm-up."""
+def by_turns(contestants, sync, rounds, pause=0.005):
+    """Times of each contestant, in rounds of one call each after a warm-up.
+
+    The pause before each call lets the last one's threads go to sleep: those of torch
+    and TensorFlow spin for a while when their work is done.
+    """
     times = {name: [] for name in contestants}
     for function in contestants.values():
         sync(function())
     for _ in range(rounds):
         for name, function in contestants.items():
+            if pause:
+                time.sleep(pause)
             times[name].append(clock(function, sync))
     return times
 
@@ -100,6 +109,7 @@ def measure_arrays(backend):
                 },
                 sync,
                 200,
+                pause=0,
             ),
         )
         shapes = iter([(20 + i, 30) for i in range(400)])
@@ -127,6 +137,22 @@ def measure_arrays(backend):
             "1 thread": lambda limited=limited: limited(1),
         }
         yield f"{distribution} threads", by_turns(threads, sync, 9)
+    # What a second thread is worth on this machine now: bits made into the cache alone.
+    raw = {"2 threads": lambda: raw_bits(2), "1 thread": lambda: raw_bits(1)}
+    yield "bare bits, threads", by_turns(raw, sync, 9)
+
+
+def raw_bits(threads):
+    """As many words as a square takes, from a generator for each thread."""
+    import numpy as np
+
+    def make(thread):
+        stream = np.random.SFC64(thread)
+        for _ in range(SIDE * SIDE // 2 // threads >> 17):
+            stream.random_raw(1 << 17)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(make, range(threads)))
 
 
 def measure_model(backend, name, whose):
