@@ -1,24 +1,26 @@
 """How fast weights are drawn: ours against every installed backend's own Glorot.
 
-Run it:  python benchmarks/draw.py [--json results.json] [--only arrays|models|memory]
+    python benchmarks/draw.py [--json FILE] [--only arrays|threads|models|memory]
 
 One process per backend draws ours, Keras's and the framework's own by turns, so that
 what else the machine does meets all alike. Figures are medians; the spread is the range
-of the middle half. The floor is NumPy writing a constant to a new array. Models are
-built in fresh processes, stock against `with as_default(...)`. Memory is the growth of
-the largest resident set, in a fresh process, over a gigabyte of float32.
+of the middle half. The floor is NumPy writing a constant to a new array. What a second
+thread can give is what a second process gives, each drawing one half. Models are built in
+fresh processes, stock against `with as_default(...)`. Memory is the growth of the largest
+resident set, in a fresh process, over a gigabyte of float32.
 """
 
 import argparse
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SIDE = 4096
@@ -79,7 +81,6 @@ def measure_arrays(backend):
     import numpy as np
 
     import keras_glorot
-    from keras_glorot import sampling
 
     sync = synchronizer(backend)
     pairs = {
@@ -125,34 +126,31 @@ def measure_arrays(backend):
                 times[name].append(clock(lambda cls=cls: new_shapes(cls), sync))
         yield f"{distribution} 100 new shapes", times
 
-        def limited(most, ours=ours):
-            sampling.MOST_THREADS, most = most, sampling.MOST_THREADS
-            try:
-                return ours(seed=1)(square)
-            finally:
-                sampling.MOST_THREADS = most
 
-        threads = {
-            "2 threads": lambda limited=limited: limited(2),
-            "1 thread": lambda limited=limited: limited(1),
-        }
-        yield f"{distribution} threads", by_turns(threads, sync, 9)
-    # What a second thread is worth on this machine now: bits made into the cache alone.
-    raw = {"2 threads": lambda: raw_bits(2), "1 thread": lambda: raw_bits(1)}
-    yield "bare bits, threads", by_turns(raw, sync, 9)
+def draw_part(distribution, parts, threads):
+    """Draws that part of a square with NumPy alone; the parts take equal time."""
+    from keras_glorot import sampling
+
+    sampling.MOST_THREADS = threads
+    sampling.draw(distribution, (SIDE // parts, SIDE), 1.0, "float32", (1,))
 
 
-def raw_bits(threads):
-    """As many words as a square takes, from a generator for each thread."""
-    import numpy as np
+def measure_threads():
+    """One thread against two, and against what the machine can give: two processes."""
+    context = multiprocessing.get_context("spawn")
+    for distribution in ("uniform", "truncated_normal"):
+        with ProcessPoolExecutor(2, context) as pool:
 
-    def make(thread):
-        stream = np.random.SFC64(thread)
-        for _ in range(SIDE * SIDE // 2 // threads >> 17):
-            stream.random_raw(1 << 17)
+            def halves(distribution=distribution, pool=pool):
+                jobs = [pool.submit(draw_part, distribution, 2, 1) for _ in range(2)]
+                return [job.result() for job in jobs]
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(make, range(threads)))
+            contestants = {
+                "2 threads": lambda name=distribution: draw_part(name, 1, 2),
+                "1 thread": lambda name=distribution: draw_part(name, 1, 1),
+                "2 processes": halves,
+            }
+            yield f"{distribution} 4096², threads", by_turns(contestants, lambda x: x, 41)
 
 
 def measure_model(backend, name, whose):
@@ -205,11 +203,11 @@ def measure_memory(backend, distribution):
 
 def child(arguments):
     kind, backend, *rest = arguments
-    if kind == "arrays":
-        for case, times in measure_arrays(backend):
-            print(
-                json.dumps({"case": case, "backend": backend, "seconds": times}), flush=True
-            )
+    if kind in ("arrays", "threads"):
+        measured = measure_arrays(backend) if kind == "arrays" else measure_threads()
+        name = backend if kind == "arrays" else "numpy"
+        for case, times in measured:
+            print(json.dumps({"case": case, "backend": name, "seconds": times}), flush=True)
     elif kind == "model":
         print(json.dumps(measure_model(backend, *rest)))
     else:
@@ -255,7 +253,7 @@ def array_rows(records):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="also write every single time to this file")
-    parser.add_argument("--only", choices=("arrays", "models", "memory"))
+    parser.add_argument("--only", choices=("arrays", "threads", "models", "memory"))
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -273,8 +271,10 @@ def main():
     if arguments.only in (None, "arrays"):
         for backend in backends:
             results["arrays"] += ask_child("arrays", backend)
-        for row in array_rows(results["arrays"]):
-            table.add_row(*row)
+    if arguments.only in (None, "threads"):
+        results["arrays"] += ask_child("threads", backends[0])
+    for row in array_rows(results["arrays"]):
+        table.add_row(*row)
     if arguments.only in (None, "models"):
         for name in MODELS:
             for backend in backends:
