@@ -29,7 +29,7 @@ try:
 except ImportError:  # `_is_keras_as_expected` notices and warns
 
     def get_global_attribute(name, default=None, set_to_default=False) -> Any:
-        raise AttributeError(name)
+        return None
 
 
 __all__ = [
@@ -178,10 +178,7 @@ def _is_keras_as_expected() -> bool:
 
 def custom_objects_in_scope() -> dict[str, Any]:
     """The objects of the innermost `custom_object_scope`, which a new one would hide."""
-    try:
-        return get_global_attribute("custom_objects_scope_dict") or {}
-    except AttributeError:
-        return {}
+    return get_global_attribute("custom_objects_scope_dict") or {}
 
 
 def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
@@ -202,12 +199,8 @@ def is_shape_inference() -> bool:
 
     A weight that is still to be filled is then asked of its initializer at every use.
     """
-    try:
-        if get_global_attribute("torch_device") == "meta":
-            return True
-        return get_global_attribute("symbolic_scope") is not None
-    except AttributeError:
-        return False
+    is_meta = get_global_attribute("torch_device") == "meta"
+    return is_meta or get_global_attribute("symbolic_scope") is not None
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
