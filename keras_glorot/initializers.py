@@ -92,7 +92,9 @@ class _Glorot(keras.initializers.Initializer):
             return valueless
         seed = keras_bridge.seed_words(self.seed)
         if seed is None:  # known to the backend alone, while it traces
-            return self._draw_traced(shape, scale, dtype)
+            if self._distribution == "uniform":
+                return keras.random.uniform(shape, -scale, scale, dtype, self.seed)
+            return keras.random.truncated_normal(shape, 0.0, scale, dtype, self.seed)
         draw_region = functools.partial(draw, self._distribution, shape, scale, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)
@@ -161,9 +163,6 @@ class _Glorot(keras.initializers.Initializer):
         """What the distribution is scaled by: its limit, or its std untruncated."""
         raise NotImplementedError
 
-    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
-        raise NotImplementedError
-
 
 @keras.saving.register_keras_serializable("keras_glorot")
 class GlorotUniform(_Glorot):
@@ -216,9 +215,6 @@ class GlorotUniform(_Glorot):
     def _scale(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
         return self._gain(target) * math.sqrt(6 / self._fan_sum(shape, target))
 
-    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
-        return keras.random.uniform(shape, -scale, scale, dtype=dtype, seed=self.seed)
-
 
 @keras.saving.register_keras_serializable("keras_glorot")
 class GlorotNormal(_Glorot):
@@ -257,9 +253,6 @@ class GlorotNormal(_Glorot):
 
     def _scale(self, shape: Sequence[int], target: Target = _NO_LAYER) -> float:
         return self._std(shape, target) / TRUNCATED_STD
-
-    def _draw_traced(self, shape: Sequence[int], scale: float, dtype: str) -> Any:
-        return keras.random.truncated_normal(shape, 0.0, scale, dtype=dtype, seed=self.seed)
 
 
 # `initializers.get` looks strings up here; Keras itself has no name "xavier".
