@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.declared import Law, activation_after, initializer_of, is_kernel, law_of
+from keras_glorot.declared import Law, activation_after, initializer_of, law_of
 from keras_glorot.fans import Fans, compute_fans, variable_fans
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
@@ -132,13 +132,12 @@ class _Weight(NamedTuple):
 def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
     drawn = _measure(variable)
     try:
-        initializer, argument = initializer_of(owner, variable)
+        initializer, kernel = initializer_of(owner, variable, fans)
     except LookupError:
-        initializer, argument = None, ""
+        initializer, kernel = None, False
     if initializer is None or not keras.backend.is_float_dtype(variable.dtype):
         return _Weight(owner, variable, fans, initializer, None, False, None, drawn)
     law = law_of(initializer, variable.shape, fans, Target(owner, variable))
-    kernel = is_kernel(variable, fans, initializer, argument)
     activation = activation_after(owner, variable, members) if kernel else None
     return _Weight(owner, variable, fans, initializer, law, kernel, activation, drawn)
 

@@ -8,7 +8,14 @@ import numpy as np
 
 from keras_glorot.sampling import Bounds
 
-__all__ = ["assign", "is_symbolic", "meta_tensor", "to_sharded_tensor", "to_tensor"]
+__all__ = [
+    "assign",
+    "is_symbolic",
+    "meta_tensor",
+    "to_array",
+    "to_sharded_tensor",
+    "to_tensor",
+]
 
 
 def to_tensor(array: np.ndarray) -> Any:

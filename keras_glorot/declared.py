@@ -1,6 +1,7 @@
 """What a model says about its variables: their initializers, and what these draw from."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,16 +18,14 @@ __all__ = [
     "Law",
     "activation_after",
     "initializer_of",
-    "is_kernel",
     "law_of",
     "sample",
 ]
 
-_KERNEL_ARGUMENTS = (
-    "kernel_initializer",
-    "depthwise_initializer",
-    "pointwise_initializer",
-)
+# `kernel_initializer` and the like are the arguments for kernels.
+_KERNELS = ("kernel", "depthwise", "pointwise")
+# Initializers that are meant for kernels: they look at the fans.
+_SCALED = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
 
 
 class Law(NamedTuple):
@@ -44,11 +43,17 @@ class Law(NamedTuple):
         return self.scale * factors.get(self.form, math.inf) if self.scale else 0.0
 
 
-def initializer_of(owner: keras.Layer | None, variable: keras.Variable) -> tuple[Any, str]:
-    """The initializer that a variable was made with, and the argument that named it.
+def initializer_of(
+    owner: keras.Layer | None, variable: keras.Variable, fans: Fans | None
+) -> tuple[Any, bool]:
+    """The initializer that a variable was made with, and whether the variable is a kernel.
 
     Found by Keras's convention (`bias` is made with `bias_initializer`); where a layer does
     not follow it, by looking at how the layer would make the variable again.
+
+    A kernel is what Glorot's derivation holds for: it has fans, and the layer says so by
+    the argument's name or, where it has none, by an initializer that scales with the fans.
+    Embeddings and recurrent kernels do not count.
 
     Raises:
         LookupError: If it can't be known; the message says why.
@@ -60,12 +65,13 @@ def initializer_of(owner: keras.Layer | None, variable: keras.Variable) -> tuple
     if isinstance(owner, keras.layers.Normalization):
         raise LookupError("it holds statistics of a data set, from `adapt`")
     name = "depthwise_kernel" if _is_depthwise(owner, variable) else variable.name
+    counts = fans is not None and not re.search("embedding|recurrent", variable.name)
     # An LSTM puts ones into its bias, whatever its `bias_initializer` is.
     if not (name == "bias" and getattr(owner, "unit_forget_bias", False)):
         for stem in (name, name.removesuffix("_kernel")):
             initializer = getattr(owner, f"{stem}_initializer", None)
             if callable(initializer):
-                return initializer, f"{stem}_initializer"
+                return initializer, counts and stem.endswith(_KERNELS)
     try:
         pairs = keras_bridge.blueprint(owner)
     except Exception as error:  # from a layer of the user: anything
@@ -73,7 +79,7 @@ def initializer_of(owner: keras.Layer | None, variable: keras.Variable) -> tuple
         raise LookupError(reason) from error
     for own, initializer in pairs:
         if own is variable and callable(initializer):
-            return initializer, ""
+            return initializer, counts and isinstance(initializer, _SCALED)
     raise LookupError("it was not made with an initializer")
 
 
@@ -81,20 +87,6 @@ def _is_depthwise(owner: keras.Layer, variable: keras.Variable) -> bool:
     # Keras calls this kernel just `kernel`, but its initializer `depthwise_initializer`.
     kinds = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
     return isinstance(owner, kinds) and variable is owner.kernel
-
-
-def is_kernel(variable: keras.Variable, fans: Fans | None, initializer: Any, argument: str):
-    """Whether a variable is a kernel, for which Glorot's derivation holds.
-
-    The layer says so by the argument's name or, where it has none, by an initializer that
-    scales with the fans. Embeddings and recurrent kernels do not count.
-    """
-    if fans is None or any(word in variable.name for word in ("embedding", "recurrent")):
-        return False
-    if argument:
-        return argument.endswith(_KERNEL_ARGUMENTS)
-    scaled = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
-    return isinstance(initializer, scaled)
 
 
 def law_of(

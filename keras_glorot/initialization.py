@@ -18,13 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.declared import (
-    activation_after,
-    initializer_of,
-    is_kernel,
-    law_of,
-    sample,
-)
+from keras_glorot.declared import activation_after, initializer_of, law_of, sample
 from keras_glorot.fans import variable_fans
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
@@ -204,10 +198,10 @@ def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
     }
     initializer: Any
     try:
-        initializer, argument = initializer_of(owner, variable)
+        initializer, kernel = initializer_of(owner, variable, fans)
     except LookupError as error:
         return _Step(variable, None, {**row, "done": f"left as it is: {error}"})
-    if is_kernel(variable, fans, initializer, argument):
+    if kernel:
         initializer = chosen
         row["fan_in"], row["fan_out"] = fans
     if getattr(initializer, "gain", None) == "auto":
