@@ -222,7 +222,8 @@ class GlorotNormal(_Glorot):
 
     Draws from a normal distribution truncated at two of its standard deviations, std',
     with `std' = std / 0.8796256610342398`, so that what is left after truncation has
-    `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`.
+    `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`, but for the
+    rounding to half precision.
 
     Args:
         gain: Factor on the standard deviation: a positive float; the name of an

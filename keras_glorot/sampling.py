@@ -11,9 +11,11 @@ SFC64 is the fastest of NumPy's generators: 1.7 ns a word, where PCG64 takes 2.3
 can't jump ahead, and so a shard makes the bits of every chunk that it touches.
 """
 
+import contextlib
 import math
 import os
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -32,7 +34,7 @@ VERSION = 2
 TRUNCATED_STD = 0.8796256610342398
 
 # Elements that share a bit generator: part of the stream, to be changed with VERSION.
-# To set one up takes 8 µs, to draw from it 600.
+# To set one up takes 8 µs, to draw from it 1000.
 CHUNK = 1 << 19
 # Elements worked on at a time, which only time depends on. Large enough that a NumPy call
 # outlasts the hand-over of Python's lock between threads, small enough for the cache.
@@ -81,13 +83,13 @@ def draw(
     """Draws a tensor, or a region of it.
 
     Args:
-        distribution: `"uniform"` on (-scale, scale), or `"truncated_normal"`: a normal
+        distribution: `"uniform"` on [-scale, scale], or `"truncated_normal"`: a normal
             with standard deviation `scale`, cut off at ±2 `scale`.
         shape: The tensor's shape.
         scale: Positive float.
         dtype: `float16`, `bfloat16`, `float32` or `float64`. Half precision is the
             float32 draw, rounded.
-        seed: One or more integers of any size and sign.
+        seed: One or more Python integers, of any size and sign.
         region: A start and a stop for each axis. Chunks that hold nothing of it are not
             drawn, and nothing of its size is made but the result.
 
@@ -106,14 +108,17 @@ def draw(
     if box is not None:
         first, last = box.start(0), box.start(box.runs - 1) + box.length
     flat = out.reshape(-1)
-    chunks = range(first // CHUNK, -(-last // CHUNK))
-    todo = iter(chunks)  # the threads share it: each takes the next
+    todo = deque(range(first // CHUNK, -(-last // CHUNK)))
 
     def fill_chunks() -> None:
         # Made once: memory that is given back costs a page fault per 4 KiB to get again.
         # For the same reason `bits` lives on until there are new ones.
         scratch = np.empty((2, min(PIECE, flat.size)), work)
-        for chunk in todo:
+        while True:
+            try:
+                chunk = todo.popleft()  # all threads take from it: a deque allows that
+            except IndexError:
+                return
             begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, last)
             if box is not None and box.before(begin) == box.before(end):
                 continue
@@ -128,18 +133,22 @@ def draw(
                     part, place = box.cut(bits, start, stop)
                 _fill(flat[place], part, bound, distribution, scale, scratch)
 
-    # A thread for less than a chunk would take longer to start than it saves.
-    workers = (last - first) // CHUNK
-    if workers > 1:
-        workers = min(workers, available_cores(), MOST_THREADS)
-        # Threads of this call alone: nothing to start at import or to lose in a fork.
-        with ThreadPoolExecutor(workers) as pool:
-            others = [pool.submit(fill_chunks) for _ in range(workers - 1)]
-            fill_chunks()
-            for other in others:
-                other.result()
-    else:
+    if len(todo) == 1:
         fill_chunks()
+        return out
+    workers = min(len(todo), available_cores(), MOST_THREADS)
+    # Threads of this call alone: nothing to start at import or to lose in a fork.
+    with ThreadPoolExecutor(workers) as pool:
+        others = []
+        with contextlib.suppress(RuntimeError):  # where no thread can be had, do without
+            for _ in range(workers - 1):
+                others.append(pool.submit(fill_chunks))
+        try:
+            fill_chunks()
+        finally:
+            todo.clear()  # after an error or an interrupt, the others stop too
+        for other in others:
+            other.result()
     return out
 
 
@@ -187,9 +196,13 @@ class _Box:
             Those of the values, and their place in the region.
         """
         begin, end = self.before(start), self.before(stop)
-        runs = np.arange(begin // self.length, -(-end // self.length))
-        starts = (self.start(runs) - start).tolist()
-        parts = [values[max(i, 0) : max(i + self.length, 0)] for i in starts]
+        first, skipped = divmod(begin, self.length)
+        runs = np.arange(first, -(-end // self.length), dtype=np.int64)
+        starts = self.start(runs) - start
+        if self.length < 256:  # an index for each element, or a slice for each run
+            indices = np.add.outer(starts, np.arange(self.length)).ravel()
+            return values[indices[skipped:][: end - begin]], slice(begin, end)
+        parts = [values[max(i, 0) : i + self.length] for i in starts.tolist()]
         return np.concatenate([values[:0], *parts]), slice(begin, end)
 
 
@@ -240,17 +253,19 @@ def _fill(
     """Writes one value for each random integer; the integers are lost."""
     work = scratch.dtype.type
     x = out if out.dtype == work else scratch[0, : out.size]
-    if distribution == "uniform":
-        # Division by a power of two is exact: one rounding to float, one product.
-        np.multiply(bits, work(scale / bound), out=x, casting="unsafe", dtype=work)
-    else:
-        np.multiply(bits, work(1 / bound), out=x, casting="unsafe", dtype=work)
+    # Division by a power of two is exact, but for results as small as subnormal numbers:
+    # the scale can be in the one product that casts, and gives the same bits.
+    at_once = distribution == "uniform" and scale > 1e-20
+    factor = work((scale if at_once else 1) / bound)
+    np.multiply(bits, factor, out=x, casting="unsafe", dtype=work)
+    if distribution == "truncated_normal":
         # The bits have been read: their memory is free.
         _truncated_normal_quantile(x, bits.view(work), scratch[1, : out.size])
+    if not at_once:
         np.multiply(x, work(scale), out=x)
     if x is not out:
-        # To half precision: rounds to nearest even.
-        np.copyto(out, x, casting="unsafe")
+        with np.errstate(under="ignore"):
+            np.copyto(out, x, casting="unsafe")  # rounds to nearest even
 
 
 def _truncated_normal_quantile(

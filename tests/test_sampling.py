@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 
 import ml_dtypes
 import mpmath
@@ -59,6 +60,19 @@ def test_raw_words_are_numpys():
     signed = [half - 2**32 if half >= 2**31 else half for half in halves]
     expected = np.float32([odd | 1 for odd in signed]) * np.float32(0.5 / 2**31)
     assert draw("uniform", (2, 5), 0.5, "float32", (7,)).ravel().tolist() == list(expected)
+
+
+def test_chunks_far_out_and_long_seeds_have_streams_of_their_own():
+    # Chunk 2**17 - 1 of a tensor too large to draw, and a seed of three words.
+    shape, seed = (1 << 36,), (7 + (5 << 70),)
+    start = (1 << 36) - 6
+    key = sampling._key("uniform", np.float32, seed, shape)
+    assert key[3:8] == [1, 6, 7, 0, 5 << 6]
+    stream = np.random.SFC64(np.random.SeedSequence([*key, (1 << 17) - 1]))
+    words = stream.random_raw(sampling.CHUNK // 2)[-3:]
+    wanted = np.float32(words.view(np.int32) | 1) / np.float32(2**31)
+    drawn = draw("uniform", shape, 1.0, "float32", seed, ((start, 1 << 36),))
+    assert np.array_equal(drawn, wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -136,6 +150,15 @@ def test_symmetric_and_never_zero(distribution):
     assert abs(positive - SIZE / 2) < 5 * math.sqrt(SIZE) / 2
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_tiny_scales(distribution):
+    # Down to where float32 itself grows coarse, nothing is lost: 0.3 has all digits.
+    values = draw(distribution, (1000,), 0.3, "float32", (3,))
+    for power in (-10, -64, -66, -80, -95, -110):
+        small = draw(distribution, (1000,), 0.3 * 2.0**power, "float32", (3,))
+        np.testing.assert_allclose(np.ldexp(small, -power), values, rtol=1e-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_half_precision_is_float32_rounded(distribution, dtype):
@@ -157,6 +180,61 @@ def test_same_bytes_on_any_number_of_threads(distribution, dtype, monkeypatch):
             monkeypatch.setattr(sampling, "PIECE", piece)
             draws.add(draw(distribution, (37, 1013), 1.0, dtype, (5,)).tobytes())
     assert len(draws) == 1
+
+
+@pytest.mark.parametrize(("cores", "most", "expected"), [(1, 16, 1), (3, 16, 3), (8, 2, 2)])
+def test_as_many_threads_as_cores_but_not_too_many(cores, most, expected, monkeypatch):
+    fill, everyone, threads = sampling._fill, threading.Barrier(expected), set()
+
+    def meeting(*arguments):
+        if threading.current_thread() not in threads:
+            threads.add(threading.current_thread())
+            everyone.wait(timeout=10)
+        time.sleep(0.02)  # one thread too many would find a chunk left
+        fill(*arguments)
+
+    monkeypatch.setattr(sampling, "_fill", meeting)
+    monkeypatch.setattr(sampling, "CHUNK", 512)
+    monkeypatch.setattr(sampling, "MOST_THREADS", most)
+    monkeypatch.setattr(sampling, "available_cores", lambda: cores)
+    draw("uniform", (512 * 6,), 1.0, "float32", (5,))
+    assert len(threads) == expected
+
+
+@pytest.mark.parametrize("in_caller", [False, True])
+def test_an_error_in_a_thread_is_raised(in_caller, monkeypatch):
+    fill, both, threads, filled = sampling._fill, threading.Barrier(2), set(), []
+
+    def failing(*arguments):
+        thread = threading.current_thread()
+        if thread not in threads:
+            threads.add(thread)
+            both.wait(timeout=10)
+        if (thread is threading.main_thread()) == in_caller:
+            raise MemoryError
+        time.sleep(0.01)
+        fill(*arguments)
+        filled.append(arguments)
+
+    monkeypatch.setattr(sampling, "_fill", failing)
+    monkeypatch.setattr(sampling, "CHUNK", 512)
+    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
+    with pytest.raises(MemoryError):
+        draw("uniform", (512 * 100,), 1.0, "float32", (5,))
+    # The caller's error stops the other thread, the other's is known at the end.
+    assert len(filled) < 50 if in_caller else len(filled) == 99
+
+
+def test_where_no_thread_can_be_had(monkeypatch):
+    arguments = ("uniform", (2 * sampling.CHUNK,), 1.0, "float32", (5,))
+    wanted = draw(*arguments)
+
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
+    assert np.array_equal(draw(*arguments), wanted)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1])
@@ -203,14 +281,19 @@ def test_a_longer_tensor_of_one_key_continues_a_shorter_one(distribution, monkey
         ((5, 5), (0, 5), (0, 7)),
     ],
 )
-@pytest.mark.parametrize(("chunk", "piece"), [(8, 6), (128, 64), (1 << 19, 1 << 18)])
-def test_a_region_is_cut_from_the_whole(region, dtype, chunk, piece, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk", "piece", "width"),
+    [(8, 6, 1), (128, 64, 1), (1 << 19, 1 << 18, 1), (1024, 256, 300), (4096, 3000, 300)],
+)
+def test_a_region_is_cut_from_the_whole(region, dtype, chunk, piece, width, monkeypatch):
     # Rows, columns, blocks and single elements, with runs that start at odd places,
     # longer and shorter than chunks, and chunks that hold nothing of the region.
     monkeypatch.setattr(sampling, "CHUNK", chunk)
     monkeypatch.setattr(sampling, "PIECE", piece)
-    whole = draw("truncated_normal", (37, 5, 7), 1.0, dtype, (8,))
-    part = draw("truncated_normal", (37, 5, 7), 1.0, dtype, (8,), region)
+    *rows, (start, stop) = region
+    shape, region = (37, 5, 7 * width), (*rows, (start * width, stop * width))
+    whole = draw("truncated_normal", shape, 1.0, dtype, (8,))
+    part = draw("truncated_normal", shape, 1.0, dtype, (8,), region)
     wanted = whole[tuple(slice(*bounds) for bounds in region)]
     assert part.shape == wanted.shape
     assert part.tobytes() == wanted.tobytes()
@@ -249,21 +332,38 @@ def test_many_threads_at_once():
 
 def test_keys_do_not_run_into_each_other():
     # Words of seed and shape that would be the same sequence without their lengths.
-    draws = {
-        draw("uniform", shape, 1.0, dtype, seed).ravel()[:2].tobytes()
-        for dtype in ("float32", "float64")
+    keys = {
+        tuple(sampling._key(distribution, dtype, seed, shape))
+        for distribution in DISTRIBUTIONS
+        for dtype in (np.float32, np.float64)
         for shape, seed in [
             ((5, 3), (1,)),
             ((3, 5), (1,)),
             ((15,), (1,)),
             ((3,), (1, 5)),
             ((3,), (1 + (5 << 32),)),
+            ((3,), (1 + (5 << 96),)),
             ((3, 5), (-1,)),
             ((3, 5), (0,)),
             ((3, 5), (1, 0)),
         ]
     }
-    assert len(draws) == 16
+    assert len(keys) == 36
+    # No key is the start of another: a chunk's number can't make up for what differs.
+    assert not any(a != b and a == b[: len(a)] for a in keys for b in keys)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [((0, 4), 4), ((3, 4), 1), ((1, 3), 2)],
+)
+def test_only_chunks_that_are_touched_are_drawn(bounds, expected, monkeypatch):
+    # Eight chunks in four rows; the region has the first half of each row.
+    monkeypatch.setattr(sampling, "CHUNK", 64)
+    generator, made = np.random.SFC64, []
+    monkeypatch.setattr(np.random, "SFC64", lambda s: made.append(s) or generator(s))
+    draw("uniform", (4, 128), 1.0, "float32", (1,), (bounds, (0, 64)))
+    assert len(made) == expected
 
 
 def uniform_ranks(distribution, seed, shape=(SIZE,)):
