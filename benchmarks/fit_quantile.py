@@ -52,12 +52,17 @@ def main():
     mp.mp.dps = 60
     for name, degree in (("float32", 3), ("float64", 9)):
         numerator, denominator = interpolate(degree)
-        error = max(
-            abs(mp.polyval(numerator, s) / mp.polyval(denominator, s) / r - 1)
-            for s in (crowded(mp.mpf(j) / 1000) for j in range(1001))
-            for r in (ratio(s),)
+        error = shift = 0  # of the quantile, relative; of the distribution function
+        for s in (crowded(mp.mpf(j) / 1000) for j in range(1001)):
+            fitted, q = mp.polyval(numerator, s) / mp.polyval(denominator, s), ratio(s)
+            x = mp.sqrt(1 - s)
+            error = max(error, abs(fitted / q - 1))
+            density = mp.npdf(x * q) / mp.erf(mp.sqrt(2))
+            shift = max(shift, abs(fitted - q) * x * density)
+        print(
+            f"# {name}: degree {degree}, relative error {mp.nstr(error, 2)}, "
+            f"distribution function within {mp.nstr(shift, 2)}"
         )
-        print(f"# {name}: degree {degree}, relative error {mp.nstr(error, 2)}")
         for coefficients in (numerator, denominator[1:]):
             print(f"({', '.join(repr(float(c)) for c in coefficients)}),")
 
