@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from keras_glorot import fans, keras_bridge
+from keras_glorot import keras_bridge, layers
 
 LAYERS = keras.layers
 
@@ -38,17 +38,17 @@ class Clock(keras.initializers.Initializer):
         self.ask(shape)
         first = time.thread_time()
         for _ in range(AGAIN):
-            target = self.ask(shape)
+            site = self.ask(shape)
         again = (time.thread_time() - first) / AGAIN
-        kind = "being built" if target.variable is None else "late"
+        kind = "being built" if site.variable is None else "late"
         self.times[kind].append((first - start, again))
         return keras.ops.zeros(shape, dtype)
 
     def ask(self, shape):
-        target = keras_bridge.current_target(self)
-        fans.kernel_fans(shape, *target)
-        fans.kernel_activation(*target)
-        return target
+        site = keras_bridge.current_call_site(self)
+        layers.kernel_fans(shape, *site)
+        layers.kernel_activation(*site)
+        return site
 
 
 class Late(keras.Model):

@@ -1,18 +1,24 @@
 """Glorot (Xavier) initialization that is right in every Keras layer."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from keras_glorot.auditing import audit
-from keras_glorot.fans import Fans, compute_fans, layer_fans, register_fans
+from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
 from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
+from keras_glorot.layers import register_fans
+from keras_glorot.plots import plot_histograms
 from keras_glorot.propagation import propagate
+from keras_glorot.tables import Finding, Table
+from keras_glorot.variables import layer_fans
 
 __all__ = [
     "Fans",
+    "Finding",
     "GlorotNormal",
     "GlorotUniform",
+    "Table",
     "__version__",
     "as_default",
     "audit",
@@ -20,8 +26,14 @@ __all__ = [
     "compute_fans",
     "initialize",
     "layer_fans",
+    "plot_histograms",
     "propagate",
     "register_fans",
 ]
 
-__version__ = version("keras-glorot")
+__version__ = _version("keras-glorot")
+
+
+def __dir__() -> list[str]:
+    """What is public, and not the modules that it comes from."""
+    return __all__

@@ -2,40 +2,41 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import keras
 import ml_dtypes
 import numpy as np
 
-from keras_glorot import backends, keras_bridge
-from keras_glorot.declared import Law, activation_after, initializer_of, law_of
-from keras_glorot.fans import Fans, compute_fans, variable_fans
+from keras_glorot import backends
+from keras_glorot.distributions import Distribution
+from keras_glorot.fans import compute_fans
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.keras_bridge import Target
-from keras_glorot.sampling import TRUNCATED_STD
-from keras_glorot.tables import Finding, Table
+from keras_glorot.keras_bridge import CallSite
+from keras_glorot.layers import is_relu_like
+from keras_glorot.tables import Finding, Row, Severity, Table
+from keras_glorot.variables import Weight, describe, distribution_of
 
-__all__ = ["audit"]
+__all__ = ["CODES", "audit"]
 
-# One right normal tensor in 500 million is beyond: a model of a thousand weights is called
-# wrong once in half a million times.
+# Six standard errors: one false alarm in 500 million tensors, so a model of a thousand
+# weights is called wrong by chance once in half a million times.
 _SIGMAS = 6.0
-# The variance of squared values over that of their mean, squared: the kurtosis less one.
-_SCATTER = {"uniform": 0.8, "truncated_normal": 1.366}
 # What is significant can still be too small to matter.
 _TOLERANCE = 0.05
 # Elements looked at together: their float64 copy stays in the cache.
 _CHUNK = 1 << 16
-# In fewer values than this, two tensors of half precision can be alike by chance.
-_FEWEST_ALIKE = 8
-_RELU_LIKE = ("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish",
-              "call")  # of a ReLU, LeakyReLU or ELU layer  # fmt: skip
-_GLOROT = (keras.initializers.GlorotNormal, keras.initializers.GlorotUniform, GlorotNormal,
-           GlorotUniform)  # fmt: skip
-_ANEW = "Initialize it anew, or pay no heed if it has been trained."
+# In fewer values than this, two tensors of half precision can be equal by chance.
+_FEWEST_TO_COMPARE = 8
+_GLOROT = (
+    keras.initializers.GlorotNormal,
+    keras.initializers.GlorotUniform,
+    GlorotNormal,
+    GlorotUniform,
+)
+_REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 
 
 def audit(model: keras.Layer) -> Table:
@@ -43,9 +44,9 @@ def audit(model: keras.Layer) -> Table:
 
     For each variable: the std that its initializer should give, with the fans that its
     layer really has, and the std, mean and range that it has. Read only; no data needed.
-    Findings are of three kinds: "error" (values no training can start from: not finite,
-    constant kernels, twins), "warning" (not the declared distribution, or Glorot where it
-    does not belong) and "info" (Glorot with gain 1 in front of a ReLU or its kin).
+    Findings have three severities: "error" (values that no training can start from: not
+    finite, constant kernels), "warning" (not the declared distribution, twins, or Glorot
+    where it does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation).
 
     A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
     the activation. Scale and mean are called wrong where they are off by more than 5 % and
@@ -57,6 +58,9 @@ def audit(model: keras.Layer) -> Table:
 
     Returns:
         A `Table` with a row per variable. `print` it, or take its `.rows` and `.findings`.
+        The keys of a row: `path`, `layer`, `shape`, `dtype`, `initializer`, `fan_in`,
+        `fan_out`, `expected_std`, `std`, `ratio` (of these two) and `mean`; what can't be
+        known is None.
 
     Raises:
         ValueError: If the model is not built.
@@ -64,27 +68,34 @@ def audit(model: keras.Layer) -> Table:
 
     Example:
 
-    >>> print(keras_glorot.audit(keras.applications.MobileNetV2(weights=None)))
+    >>> layer = keras.layers.DepthwiseConv2D(3, name="depthwise")  # stock Keras
+    >>> layer.build((None, 32, 32, 512))
+    >>> [(finding.code, finding.path) for finding in audit(layer).findings]
+    [('std', 'depthwise/kernel')]
     """
-    weights = variable_fans(model, "model")
-    members = {id(layer) for layer in keras_bridge.sublayers(model)}
-    rows, findings, twins = [], [], {}
-    for owner, variable, fans in weights:
-        weight = _look_at(owner, variable, fans, members)
-        rows.append(_row(weight))
-        findings += [
-            Finding(found[0], variable.path, *found[1:]) for found in _find(weight, twins)
-        ]
-    columns = ("path", "shape", "right_std", "std", "ratio", "fan_in", "fan_out", "layer",
-               "initializer")  # fmt: skip
+    measured = [_measure_weight(weight) for weight in describe(model)]
+    findings = [finding for subject in measured for finding in _check(subject)]
+    findings += _find_twins(measured)
+    columns = (
+        "path",
+        "shape",
+        "expected_std",
+        "std",
+        "ratio",
+        "fan_in",
+        "fan_out",
+        "layer",
+        "initializer",
+    )
     counts = Counter(finding.severity for finding in findings)
+    rows = [_row(subject) for subject in measured]
     note = (
         f"{len(rows)} variables; errors: {counts['error']}, warnings: {counts['warning']}."
     )
     return Table("audit", rows, findings, columns, note)
 
 
-class _Drawn(NamedTuple):
+class _Statistics(NamedTuple):
     """What the values of a variable are like."""
 
     size: int
@@ -94,52 +105,61 @@ class _Drawn(NamedTuple):
     high: float
 
 
-class _Weight(NamedTuple):
-    """A variable, what the model says about it, and what it is."""
+class _Measured(NamedTuple):
+    """A weight, what its values are like, and what they may be drawn from."""
 
-    owner: keras.Layer | None
-    variable: keras.Variable
-    fans: Fans | None
-    initializer: Any  # None if it is not known
-    declared: Law | None  # what the initializer draws from, with the right fans
-    kernel: bool
-    activation: Any  # behind a kernel
-    drawn: _Drawn
+    weight: Weight
+    statistics: _Statistics
+    plausible: list[Distribution]
 
     @property
-    def glorot_stds(self) -> tuple[float, float]:
-        """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
-        std = math.sqrt(2 / max(2, sum(self.fans or ())))
-        return std, std * activation_gain(self.activation)
+    def expected(self) -> Distribution | None:
+        """The plausible distribution nearest to the values: small tensors fit several."""
+        std = self.statistics.std
+        return min(self.plausible, key=lambda each: abs(each.std - std), default=None)
 
     @property
-    def laws(self) -> list[Law]:
-        """What it may be drawn from: as declared or, a kernel, as `initialize` draws."""
-        if self.declared is None or not self.kernel:
-            return [self.declared] if self.declared else []
-        ours = (
-            Law("truncated_normal", std / TRUNCATED_STD, std) for std in self.glorot_stds
-        )
-        laws = [self.declared, *ours]
-        return [law for law in laws if law.std and not _is_off(self.drawn, law)] or laws[:1]
+    def is_finite(self) -> bool:
+        low, high = self.statistics.low, self.statistics.high
+        return self.statistics.size == 0 or math.isfinite(low + high)
 
     @property
-    def right(self) -> Law | None:
-        """The nearest of these. In a small tensor several fit."""
-        return min(self.laws, key=lambda law: abs(law.std - self.drawn.std), default=None)
+    def varies(self) -> bool:
+        return self.is_finite and self.statistics.low < self.statistics.high
+
+    @property
+    def initializer_name(self) -> str:
+        return type(self.weight.initializer).__name__
 
 
-def _look_at(owner, variable, fans: Fans | None, members: set[int]) -> _Weight:
-    drawn = _measure(variable)
-    try:
-        initializer, kernel = initializer_of(owner, variable, fans)
-    except LookupError:
-        initializer, kernel = None, False
-    if initializer is None or not keras.backend.is_float_dtype(variable.dtype):
-        return _Weight(owner, variable, fans, initializer, None, False, None, drawn)
-    law = law_of(initializer, variable.shape, fans, Target(owner, variable))
-    activation = activation_after(owner, variable, members) if kernel else None
-    return _Weight(owner, variable, fans, initializer, law, kernel, activation, drawn)
+def _measure_weight(weight: Weight) -> _Measured:
+    statistics = _measure(weight.variable)
+    return _Measured(weight, statistics, _plausible(weight, statistics))
+
+
+def _plausible(weight: Weight, statistics: _Statistics) -> list[Distribution]:
+    """Acceptable distributions: the declared one and, of kernels, those of `initialize`."""
+    declared = weight.distribution
+    if declared is None or not keras.backend.is_float_dtype(weight.variable.dtype):
+        return []
+    if not weight.is_kernel:
+        return [declared]
+    candidates = [
+        declared,
+        *(Distribution.from_std("truncated_normal", std) for std in _glorot_stds(weight)),
+    ]
+    fitting = [
+        distribution
+        for distribution in candidates
+        if distribution.std and not _is_off(statistics, distribution)
+    ]
+    return fitting or [declared]
+
+
+def _glorot_stds(weight: Weight) -> tuple[float, float]:
+    """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
+    std = math.sqrt(2 / max(2, sum(weight.fans or ())))
+    return std, std * activation_gain(weight.activation)
 
 
 def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
@@ -150,134 +170,244 @@ def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
 
 
 @np.errstate(all="ignore")  # what is not finite is found by its range
-def _measure(variable: keras.Variable) -> _Drawn:
+def _measure(variable: keras.Variable) -> _Statistics:
     """One pass, in float64: a float32 sum over a large kernel loses its digits."""
-    total, squares, low, high = 0.0, 0.0, math.inf, -math.inf
+    total, squares = 0.0, 0.0
+    low, high = math.inf, -math.inf
     for chunk in _chunks(variable):
-        low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())  # keep nan
+        low = np.minimum(low, chunk.min())  # keeps nan
+        high = np.maximum(high, chunk.max())
         total += chunk.sum()
-        chunk *= chunk  # not `@`: to wake the threads of BLAS takes longer than the sum
+        chunk *= chunk  # not `@`: starting BLAS threads costs more than the sum
         squares += chunk.sum()
     size = math.prod(variable.shape)
     mean = total / max(size, 1)
     variance = (squares - total * mean) / max(size - 1, 1)
     std = math.sqrt(variance) if low < high and variance > 0 else 0.0
-    return _Drawn(size, float(mean), std, float(low), float(high))
+    return _Statistics(size, float(mean), std, float(low), float(high))
 
 
-def _is_off(drawn: _Drawn, law: Law) -> bool:
-    if drawn.size < 2:
+def _is_off(statistics: _Statistics, distribution: Distribution) -> bool:
+    """Whether a std is wrong: by more than the tolerance and more than chance allows."""
+    if statistics.size < 2:
         return False
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
     # in small tensors. In large ones, uniform and truncated values scatter less.
-    free = (drawn.size - 1) * (2 / _SCATTER.get(law.form, 2.0) if drawn.size > 100 else 1)
-    ratio, spread = drawn.std / law.std, 2 / (9 * free)
+    degrees_of_freedom = statistics.size - 1.0
+    if statistics.size > 100:
+        degrees_of_freedom *= 2 / (distribution.kurtosis - 1)
+    ratio = statistics.std / distribution.std
+    spread = 2 / (9 * degrees_of_freedom)
     sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
     return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
 
 
-def _find(weight: _Weight, twins: dict[Any, keras.Variable]) -> Iterator[Any]:
-    """What is wrong with one variable: severity, a sentence, what to do."""
-    variable, drawn, right = weight.variable, weight.drawn, weight.right
-    name = type(weight.initializer).__name__
-    random = right is not None and right.std > 0
-    if drawn.size and not math.isfinite(drawn.low + drawn.high):
-        yield "error", "It holds values that are not finite.", "Initialize it anew."
-    elif weight.kernel and drawn.size > 1 and drawn.low == drawn.high:
-        meant = weight.declared is not None and weight.declared.form == "constant"
-        text = f"All values of the kernel are {drawn.low:.4g}, so its units stay alike."
-        yield "info" if meant else "error", text, "Draw it at random, unless that is meant."
-    elif (weight.kernel or random) and drawn.low < drawn.high:
-        twin = twins.setdefault((variable.shape, drawn), variable)
-        if (
-            twin is not variable
-            and drawn.size >= _FEWEST_ALIKE
-            and _are_equal(twin, variable)
-        ):
-            text = f"Its values are those of {twin.path}."
-            yield "warning", text, "Give each layer a seed of its own, or none."
-        if random and right is not None:
-            yield from _find_misfits(weight, right)
-    if isinstance(weight.initializer, _GLOROT):
-        if "embedding" in variable.name:
-            text = f"{name} on an embedding, whose rows are looked up and not summed."
-            advice = "Use `embeddings_initializer='uniform'`, Keras's default."
-            yield "warning", text, advice
-        elif "recurrent" in variable.name:
-            text = f"{name} on a recurrent kernel, whose powers then vanish or explode."
-            advice = "Use `recurrent_initializer='orthogonal'`, Keras's default."
-            yield "warning", text, advice
+class _Verdict(NamedTuple):
+    """What a check says of a weight: a `Finding` without its code and path."""
+
+    severity: Severity
+    message: str
+    advice: str
 
 
-def _find_misfits(weight: _Weight, right: Law) -> Iterator[Any]:
-    """Where a random variable is not what it should be drawn from."""
-    drawn, name = weight.drawn, type(weight.initializer).__name__
-    error = max(drawn.std, right.std) * max(_TOLERANCE, _SIGMAS / math.sqrt(drawn.size))
-    if _is_off(drawn, right):
-        text = f"Its std is {drawn.std / right.std:.3g} times the right one."
-        yield "warning", text, _cause(weight)
-    elif _is_out_of_bounds(weight, right):
-        text = f"It goes from {drawn.low:.4g} to {drawn.high:.4g}, beyond {name}'s bounds."
-        yield "warning", text, _ANEW
-    if abs(drawn.mean - right.mean) > error:
-        yield "warning", f"Its mean is {drawn.mean:.4g}, not {right.mean:.4g}.", _ANEW
-    plain, gained = weight.glorot_stds
-    rectified = getattr(weight.activation, "__name__", "") in _RELU_LIKE
-    is_plain = not _is_off(drawn, right) and 2 * drawn.std < plain + gained
-    if rectified and is_plain and isinstance(weight.initializer, _GLOROT):
-        text = f"{name} with gain 1 in front of a ReLU or its kin."
-        yield "info", text, "Use `GlorotUniform(gain='relu')` or `HeNormal`."
+def _check(subject: _Measured) -> Iterator[Finding]:
+    for code, check in _CHECKS.items():
+        verdict = check(subject)
+        if verdict is not None:
+            severity, message, advice = verdict
+            yield Finding(severity, code, subject.weight.path, message, advice)
 
 
-def _is_out_of_bounds(weight: _Weight, right: Law) -> bool:
-    slack = 1 + float(ml_dtypes.finfo(weight.variable.dtype).eps)
-    reach = max(weight.drawn.high - right.mean, right.mean - weight.drawn.low)
-    if reach > max(law.bound for law in weight.laws) * slack:
-        return True
-    if reach <= right.bound * slack or weight.drawn.size < 100:
-        return False
-    # `initialize` may have drawn from the other form of Glorot's distribution. The normal
-    # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
-    outside = (np.abs(chunk) > right.bound * slack for chunk in _chunks(weight.variable))
-    return sum(map(np.count_nonzero, outside)) < 0.01 * weight.drawn.size
+def _check_finite(subject: _Measured) -> _Verdict | None:
+    if subject.is_finite:
+        return None
+    return _Verdict("error", "Some values are not finite.", "Reinitialize it.")
+
+
+def _check_constant(subject: _Measured) -> _Verdict | None:
+    weight, statistics = subject.weight, subject.statistics
+    is_constant = statistics.size > 1 and statistics.low == statistics.high
+    if not (weight.is_kernel and is_constant and subject.is_finite):
+        return None
+    declared = weight.distribution
+    is_declared = declared is not None and declared.form == "constant"
+    message = (
+        f"All kernel values are {statistics.low:.4g}, so every unit learns the same thing."
+    )
+    advice = "Use a random initializer, unless this is intended."
+    return _Verdict("info" if is_declared else "error", message, advice)
+
+
+def _check_std(subject: _Measured) -> _Verdict | None:
+    expected, statistics = subject.expected, subject.statistics
+    if not subject.varies or expected is None or not expected.std:
+        return None
+    if not _is_off(statistics, expected):
+        return None
+    ratio = statistics.std / expected.std
+    message = f"The std is {ratio:.3g} times the expected value."
+    return _Verdict("warning", message, _explain_std(subject.weight, statistics))
+
+
+def _check_bounds(subject: _Measured) -> _Verdict | None:
+    expected, statistics = subject.expected, subject.statistics
+    if not subject.varies or expected is None or not expected.std:
+        return None
+    if _is_off(statistics, expected) or not _is_out_of_bounds(subject, expected):
+        return None
+    message = (
+        f"Values range from {statistics.low:.4g} to {statistics.high:.4g}, outside the "
+        f"bounds of {subject.initializer_name}."
+    )
+    return _Verdict("warning", message, _REINITIALIZE)
+
+
+def _check_mean(subject: _Measured) -> _Verdict | None:
+    expected, statistics = subject.expected, subject.statistics
+    if not subject.varies or expected is None or not expected.std:
+        return None
+    tolerance = max(_TOLERANCE, _SIGMAS / math.sqrt(statistics.size))
+    if abs(statistics.mean - expected.mean) <= tolerance * max(
+        statistics.std, expected.std
+    ):
+        return None
+    message = f"The mean is {statistics.mean:.4g}, expected {expected.mean:.4g}."
+    return _Verdict("warning", message, _REINITIALIZE)
+
+
+def _check_relu_gain(subject: _Measured) -> _Verdict | None:
+    weight, statistics, expected = subject.weight, subject.statistics, subject.expected
+    if not (weight.is_kernel and subject.varies and is_relu_like(weight.activation)):
+        return None
+    if not isinstance(weight.initializer, _GLOROT) or expected is None:
+        return None
+    plain, with_gain = _glorot_stds(weight)
+    if _is_off(statistics, expected) or 2 * statistics.std >= plain + with_gain:
+        return None
+    message = f"{subject.initializer_name} with gain 1 before a ReLU-like activation."
+    return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
+
+
+def _check_embedding(subject: _Measured) -> _Verdict | None:
+    if not isinstance(subject.weight.initializer, _GLOROT):
+        return None
+    if "embedding" not in subject.weight.variable.name:
+        return None
+    name = subject.initializer_name
+    message = f"{name} on an embedding: its rows are looked up, not summed."
+    advice = "Use `embeddings_initializer='uniform'`, Keras's default."
+    return _Verdict("warning", message, advice)
+
+
+def _check_recurrent(subject: _Measured) -> _Verdict | None:
+    if not isinstance(subject.weight.initializer, _GLOROT):
+        return None
+    if "recurrent" not in subject.weight.variable.name:
+        return None
+    message = (
+        f"{subject.initializer_name} on a recurrent kernel: repeated multiplication makes "
+        "the state vanish or explode."
+    )
+    advice = "Use `recurrent_initializer='orthogonal'`, Keras's default."
+    return _Verdict("warning", message, advice)
+
+
+# A new finding is one function and one entry here; the README lists the codes.
+_CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
+    "not-finite": _check_finite,
+    "constant-kernel": _check_constant,
+    "std": _check_std,
+    "bounds": _check_bounds,
+    "mean": _check_mean,
+    "relu-gain": _check_relu_gain,
+    "embedding": _check_embedding,
+    "recurrent": _check_recurrent,
+}
+
+
+# What `audit` can find, by code.
+CODES = (*_CHECKS, "twin")
+
+
+def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
+    """Random weights with the same values: the same statistics first, then all values."""
+    first_of: dict[tuple[object, ...], Weight] = {}
+    for weight, statistics, _ in filter(_is_random, measured):
+        twin = first_of.setdefault((weight.shape, statistics), weight)
+        if twin is not weight and _are_equal(twin.variable, weight.variable):
+            message = f"Identical to {twin.path}."
+            advice = "Give each layer its own seed, or no seed."
+            yield Finding("warning", "twin", weight.path, message, advice)
+
+
+def _is_random(subject: _Measured) -> bool:
+    expected = subject.expected
+    is_drawn = subject.weight.is_kernel or (expected is not None and expected.std > 0)
+    return is_drawn and subject.varies and subject.statistics.size >= _FEWEST_TO_COMPARE
 
 
 def _are_equal(one: keras.Variable, other: keras.Variable) -> bool:
     return all(map(np.array_equal, _chunks(one), _chunks(other)))
 
 
-def _cause(weight: _Weight) -> str:
+def _is_out_of_bounds(subject: _Measured, expected: Distribution) -> bool:
+    weight, statistics = subject.weight, subject.statistics
+    slack = 1 + float(ml_dtypes.finfo(weight.variable.dtype).eps)
+    reach = max(statistics.high - expected.mean, expected.mean - statistics.low)
+    if reach > max(each.bound for each in subject.plausible) * slack:
+        return True
+    if reach <= expected.bound * slack or statistics.size < 100:
+        return False
+    # `initialize` may have drawn from the other form of Glorot's distribution. The normal
+    # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
+    limit = expected.bound * slack
+    parts = _chunks(weight.variable)
+    outside = sum(int(np.count_nonzero(np.abs(part) > limit)) for part in parts)
+    return outside < 0.01 * statistics.size
+
+
+def _explain_std(weight: Weight, statistics: _Statistics) -> str:
     """Why a std is off, if the fans of the shape alone explain it, and what to do."""
-    owner, shape = weight.owner, tuple(weight.variable.shape)
-    fans, by_shape = weight.fans or compute_fans(shape), compute_fans(shape)
-    stock = law_of(weight.initializer, shape, by_shape, Target())
-    if fans == by_shape or stock is None or _is_off(weight.drawn, stock):
-        return f"It was not drawn as declared. {_ANEW}"
-    if getattr(owner, "depth_multiplier", None) is not None:
+    fans_by_shape = compute_fans(weight.shape)
+    fans = weight.fans or fans_by_shape
+    stock = distribution_of(weight.initializer, weight.shape, fans_by_shape, CallSite())
+    if fans == fans_by_shape or stock is None or _is_off(statistics, stock):
+        return f"The values do not match the declared initializer. {_REINITIALIZE}"
+    if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
-    elif getattr(owner, "groups", 1) > 1:
+    elif getattr(weight.owner, "groups", 1) > 1:
         cause = "Keras did not divide fan_out by the groups"
-    elif math.prod(fans) < math.prod(shape):
+    elif math.prod(fans) < math.prod(weight.shape):
         cause = "Keras counted the experts as inputs or outputs"
     else:
         cause = "Keras took the fans of attention heads from the shape alone"
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
-def _row(weight: _Weight) -> dict[str, Any]:
-    initializer, right, drawn = weight.initializer, weight.right, weight.drawn
+def _row(subject: _Measured) -> Row:
+    weight, statistics, _ = subject
+    expected = subject.expected
     fan_in, fan_out = weight.fans or (None, None)
-    return {
-        "path": weight.variable.path,
+    std = statistics.std if statistics.size > 1 else None
+    row: Row = {
+        "path": weight.path,
         "layer": None if weight.owner is None else type(weight.owner).__name__,
-        "shape": tuple(weight.variable.shape),
+        "shape": weight.shape,
         "dtype": weight.variable.dtype,
-        "initializer": None if initializer is None
-        else getattr(initializer, "__name__", type(initializer).__name__),
+        "initializer": None,
         "fan_in": fan_in,
         "fan_out": fan_out,
-        "right_std": None if right is None else right.std,
-        "std": drawn.std if drawn.size > 1 else None,
-        "ratio": drawn.std / right.std if right and right.std and drawn.size > 1 else None,
-        "mean": drawn.mean,
-    }  # fmt: skip
+        "expected_std": None,
+        "std": std,
+        "ratio": None,
+        "mean": statistics.mean,
+    }
+    if weight.initializer is not None:
+        row["initializer"] = getattr(
+            weight.initializer, "__name__", subject.initializer_name
+        )
+    if expected is not None:
+        row["expected_std"] = expected.std
+        if expected.std and std is not None:
+            row["ratio"] = std / expected.std
+    return row

@@ -18,22 +18,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.declared import activation_after, initializer_of, law_of, sample
-from keras_glorot.fans import variable_fans
+from keras_glorot.distributions import Distribution, keras_distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
-from keras_glorot.keras_bridge import Target
-from keras_glorot.tables import Finding, Table
+from keras_glorot.tables import Finding, Row, Table
+from keras_glorot.variables import Weight, describe, distribution_of
 
 __all__ = ["initialize"]
 
 
-class _Step(NamedTuple):
-    """A variable with what makes its value (None: it stays as it is), and its row."""
+class _Assignment(NamedTuple):
+    """A variable with what makes its new value (None: it is not changed), and its row."""
 
     variable: keras.Variable
-    make: Callable[[], Any] | None
-    row: dict[str, Any]
+    new_value: Callable[[], Any] | None
+    row: Row
 
 
 def initialize(
@@ -80,7 +79,9 @@ def initialize(
             the same weights as in a whole run; optimizer and metrics are reset whole.
 
     Returns:
-        A `Table` with a row per variable: what was done.
+        A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
+        `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
+        initializer, or why the variable is not changed.
 
     Raises:
         ValueError: If the model is not built, or an initializer does not fit a weight.
@@ -89,53 +90,62 @@ def initialize(
     Example:
 
     >>> table = keras_glorot.initialize(model, seed=0)
+    >>> table.rows[0]["done"]
+    'GlorotUniform'
     """
-    weights = variable_fans(model, "model")
-    chosen = keras.initializers.get(initializer)
-    if not callable(chosen):
+    weights = describe(model)
+    kernel_initializer = keras.initializers.get(initializer)
+    if not callable(kernel_initializer):
         raise TypeError(
             "Argument `initializer` must be an initializer or the name of one, such as "
             f"'xavier_uniform'. Received: initializer={initializer}"
         )
-    root = _root_seed(seed, chosen)
-    members = keras_bridge.sublayers(model)
-    part = members if layers is None else _part(members, layers)
-    ids, wanted = {id(layer) for layer in members}, {id(layer) for layer in part}
-    canonical, seen, steps = _canonical_paths(model, members), Counter(), []
+    root = _root_seed(seed, kernel_initializer)
+    all_layers = keras_bridge.sublayers(model)
+    selected = all_layers if layers is None else _select(all_layers, layers)
+    selected_ids = {id(layer) for layer in selected}
+    derive = _seed_deriver(root, _canonical_paths(model, all_layers))
 
-    def derive(path: str) -> int:
-        path = canonical(path)
-        seen[path] += 1  # nested models can give one path to several variables
-        digest = hashlib.sha256(f"{root}:{path} {seen[path]}".encode()).digest()
-        return int.from_bytes(digest[:8]) >> 1
-
-    for owner, variable, fans in weights:
-        derived = derive(variable.path)
-        if layers is None or id(owner) in wanted:
-            steps.append(_step(owner, variable, fans, chosen, derived, ids))
-    for layer in members:
+    assignments = []
+    for weight in weights:
+        derived = derive(weight.variable.path)
+        if layers is None or id(weight.owner) in selected_ids:
+            assignments.append(_plan_weight(weight, kernel_initializer, derived))
+    layer_paths = keras_bridge.sublayer_paths(model)
+    for layer in all_layers:
         for generator in keras_bridge.seed_generators(layer):
             # A layer without weights has no path.
             derived = derive(layer.path or layer.name)
-            if id(layer) in wanted:
-                steps.append(_generator_step(layer, generator, derived))
-    resets, findings = _optimizer_steps(model)
-    for step in _with_progress([*steps, *resets], verbose):
-        if step.make is not None:
-            backends.assign(step.variable, step.make())
+            if id(layer) in selected_ids:
+                path = f"{layer_paths[id(layer)]}/{generator.state.name}"
+                assignments.append(_plan_generator(layer, generator, path, derived))
+    resets, findings = _plan_optimizer(model)
+
+    for assignment in _with_progress([*assignments, *resets], verbose):
+        if assignment.new_value is not None:
+            backends.assign(assignment.variable, assignment.new_value())
     if isinstance(model, keras.Model):
         model.reset_metrics()
-    left = [step.row for step in steps if step.make is None]
-    advice = "Reset it yourself if it should be fresh."
-    findings += [Finding("info", row["path"], f"{row['done']}.", advice) for row in left]
+
+    skipped = [assignment.row for assignment in assignments if not assignment.new_value]
+    advice = "Reset it manually if needed."
+    findings += [
+        Finding("info", "not-reset", row["path"], f"{row['done']}.", advice)
+        for row in skipped
+    ]
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
-    note = f"{len(steps) - len(left)} of {len(steps)} variables are fresh (seed {root})."
-    return Table("initialize", [step.row for step in steps], findings, columns, note)
+    count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
+    note = f"Reinitialized {count} variables (seed {root})."
+    rows = [assignment.row for assignment in assignments]
+    return Table("initialize", rows, findings, columns, note)
 
 
 def _root_seed(seed: int | None, initializer: Any) -> int:
     if seed is None:
-        seed = getattr(initializer, "_init_seed", None)  # Keras's name too
+        config = getattr(initializer, "get_config", dict)()
+        # The config has what the user gave; a generator stands in it serialized.
+        if config.get("seed") is not None:
+            seed = initializer.seed
     if isinstance(seed, keras.random.SeedGenerator):
         seed = int.from_bytes(np.array(keras_bridge.seed_words(seed), ">u4").tobytes())
     if seed is None:
@@ -148,24 +158,42 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def _part(members: list[keras.Layer], layers: Any) -> list[keras.Layer]:
+def _select(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     """The layers that `layers` stands for, with all that is in them."""
-    part = []
+    selected = []
     for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
-        found = [one for one in members if one is layer or one.name == layer]
-        if not found:
+        matches = [
+            member for member in all_layers if member is layer or member.name == layer
+        ]
+        if not matches:
             raise ValueError(
                 "Argument `layers` must list layers of the model, or their names. "
                 f"Received: layers={layers}, of which {layer} is not in the model."
             )
-        part += [inner for one in found for inner in keras_bridge.sublayers(one)]
-    return part
+        for match in matches:
+            selected += keras_bridge.sublayers(match)
+    return selected
 
 
-def _canonical_paths(model: keras.Layer, members) -> Callable[[str], str]:
+def _seed_deriver(root: int, canonical: Callable[[str], str]) -> Callable[[str], int]:
+    """Makes one seed for each path; a path that comes again gets another one."""
+    counts = Counter()
+
+    def derive(path: str) -> int:
+        path = canonical(path)
+        counts[path] += 1  # nested models can give one path to several variables
+        digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
+        return int.from_bytes(digest[:8]) >> 1
+
+    return derive
+
+
+def _canonical_paths(
+    model: keras.Layer, all_layers: list[keras.Layer]
+) -> Callable[[str], str]:
     """Replaces `dense_7` by `dense#1`, if it is the first Dense that its parent shows."""
     kinds = {}
-    for layer in members:
+    for layer in all_layers:
         kind = re.sub(r"_\d+$", "", layer.name)
         # `Bidirectional` puts its own word in front of the automatic name.
         plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
@@ -187,50 +215,62 @@ def _canonical_paths(model: keras.Layer, members) -> Callable[[str], str]:
     return canonical
 
 
-def _step(owner, variable, fans, chosen, seed: int, members: set[int]) -> _Step:
+def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignment:
     """What is to be done with a weight; raises whatever there is to raise."""
-    row = {
-        "path": variable.path,
-        "layer": None if owner is None else type(owner).__name__,
-        "shape": tuple(variable.shape),
-        "dtype": variable.dtype,
+    row: Row = {
+        "path": weight.path,
+        "layer": None if weight.owner is None else type(weight.owner).__name__,
+        "shape": weight.shape,
+        "dtype": weight.variable.dtype,
         **dict.fromkeys(("fan_in", "fan_out", "std")),
     }
-    initializer: Any
-    try:
-        initializer, kernel = initializer_of(owner, variable, fans)
-    except LookupError as error:
-        return _Step(variable, None, {**row, "done": f"left as it is: {error}"})
-    if kernel:
-        initializer = chosen
-        row["fan_in"], row["fan_out"] = fans
+    if weight.reason:
+        row["done"] = f"not changed: {weight.reason}"
+        return _Assignment(weight.variable, None, row)
+    initializer = weight.initializer
+    if weight.is_kernel and weight.fans is not None:
+        initializer = kernel_initializer
+        row["fan_in"], row["fan_out"] = weight.fans
     if getattr(initializer, "gain", None) == "auto":
-        gain = activation_gain(activation_after(owner, variable, members))
-        initializer = type(initializer).from_config(
-            {**initializer.get_config(), "gain": gain}
-        )
-    make, row["std"] = _maker(initializer, variable, fans, seed, Target(owner, variable))
+        gain = activation_gain(weight.activation)
+        initializer = _with_config(initializer, gain=gain)
+    distribution = distribution_of(initializer, weight.shape, weight.fans, weight.site)
+    if distribution is not None:
+        row["std"] = distribution.std or None
+    row["done"] = _describe_initializer(initializer)
+    new_value = _value_factory(initializer, distribution, weight.variable, seed)
+    return _Assignment(weight.variable, new_value, row)
+
+
+def _describe_initializer(initializer: Any) -> str:
+    name = getattr(initializer, "__name__", type(initializer).__name__)
     gain = getattr(initializer, "gain", 1.0)
-    row["done"] = getattr(initializer, "__name__", type(initializer).__name__)
-    row["done"] += f"(gain={gain:.4g})" if isinstance(gain, float) and gain != 1 else ""
-    return _Step(variable, make, row)
+    return f"{name}(gain={gain:.4g})" if isinstance(gain, float) and gain != 1 else name
 
 
-def _maker(
-    initializer, variable, fans, seed: int, target: Target
-) -> tuple[Callable[[], Any], float | None]:
-    """What makes the variable's value, and the std of its distribution if it has one."""
+def _with_config(initializer: Any, **changes: Any) -> Any:
+    return type(initializer).from_config({**initializer.get_config(), **changes})
+
+
+def _value_factory(
+    initializer: Any,
+    distribution: Distribution | None,
+    variable: keras.Variable,
+    seed: int,
+) -> Callable[[], Any]:
+    """What makes the variable's new value, later."""
     shape, dtype = tuple(variable.shape), variable.dtype
-    law = law_of(initializer, shape, fans, target)
-    if law is not None and (law.form == "constant" or dtype in WEIGHT_DTYPES):
-        if law.std and WEIGHT_DTYPES[dtype] < law.bound < math.inf:
+    if distribution is not None and (
+        distribution.form == "constant" or dtype in WEIGHT_DTYPES
+    ):
+        if distribution.std and WEIGHT_DTYPES[dtype] < distribution.bound < math.inf:
             raise ValueError(
                 "Argument `initializer` must have a smaller gain for weights of "
                 f"{dtype}. Received: initializer={initializer} for {variable.path}"
             )
-        return functools.partial(sample, law, shape, dtype, seed), law.std or None
-    if "seed" in (config := getattr(initializer, "get_config", dict)()):
-        initializer = type(initializer).from_config({**config, "seed": seed & 0x7FFFFFFF})
+        return functools.partial(distribution.draw, shape, dtype, (seed,))
+    if "seed" in getattr(initializer, "get_config", dict)():
+        initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
     value = initializer(shape, dtype=dtype)
     if tuple(value.shape) != shape:
@@ -238,55 +278,64 @@ def _maker(
             f"The initializer of {variable.path} must return a tensor of shape {shape}. "
             f"Received: {initializer} returned one of shape {tuple(value.shape)}"
         )
-    return lambda: value, None
+    return lambda: value
 
 
-def _generator_step(layer, generator, derived: int) -> _Step:
+def _plan_generator(
+    layer: keras.Layer, generator: keras.random.SeedGenerator, path: str, derived: int
+) -> _Assignment:
     """A generator that was made with a seed starts from it again, others from `derived`."""
-    state, seed = generator.state, generator.get_config()["seed"]
-    seed = derived & 0x7FFFFFFF if seed is None else seed
+    state: Any = generator.state
+    seed = generator.get_config()["seed"]
+    if seed is None:
+        seed = derived & 0x7FFFFFFF
     start = np.array([seed, 0]).astype(state.dtype)
-    row = {
-        "path": f"{layer.path or layer.name}/{state.name}",
+    row: Row = {
+        "path": path,
         "layer": type(layer).__name__,
         "shape": (2,),
         "dtype": state.dtype,
         **dict.fromkeys(("fan_in", "fan_out", "std")),
         "done": f"seed {seed}",
     }
-    return _Step(state, lambda: start, row)
+    return _Assignment(state, lambda: start, row)
 
 
-def _optimizer_steps(model: keras.Layer) -> tuple[list[_Step], list[Finding]]:
+def _plan_optimizer(model: keras.Layer) -> tuple[list[_Assignment], list[Finding]]:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return [], []
     try:
-        pairs = keras_bridge.blueprint(optimizer)
+        sources = keras_bridge.rebuild_sources(optimizer)
     except Exception as error:  # from an optimizer of the user: anything
-        message = f"Its state was left as it is: {error}."
-        return [], [Finding("warning", optimizer.name, message, "Compile the model anew.")]
-    steps = []
-    for variable, made in pairs:
-        if variable.name != "learning_rate":
-            make = functools.partial(lambda value: value, made)
-            if callable(made):
-                make, _ = _maker(made, variable, None, 0, Target())
-            steps.append(_Step(variable, make, {}))
-    return steps, []
+        message = f"Its state is not changed: {error}."
+        advice = "Compile the model again."
+        return [], [Finding("warning", "optimizer", optimizer.name, message, advice)]
+    assignments = []
+    for variable, source in sources:
+        if variable.name == "learning_rate":
+            continue
+        new_value = functools.partial(lambda value: value, source)
+        if callable(source):
+            distribution = keras_distribution(source, tuple(variable.shape), None)
+            new_value = _value_factory(source, distribution, variable, 0)
+        assignments.append(_Assignment(variable, new_value, {}))
+    return assignments, []
 
 
-def _with_progress(steps: list[_Step], verbose: Any) -> Iterator[_Step]:
-    """The steps one by one, with a bar once they have taken a second."""
-    sizes = [math.prod(step.variable.shape) for step in steps]
+def _with_progress(
+    assignments: list[_Assignment], verbose: Literal["auto"] | bool
+) -> Iterator[_Assignment]:
+    """The assignments one by one, with a bar once they have taken a second."""
+    sizes = [math.prod(assignment.variable.shape) for assignment in assignments]
     bar = Progress(transient=True)
     task = bar.add_task("initialize", total=sum(sizes))
     wait = 1.0 if verbose == "auto" else 0.0
     shown = Console().is_terminal if verbose == "auto" else verbose
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        for step, size in zip(steps, sizes, strict=True):
+        for assignment, size in zip(assignments, sizes, strict=True):
             if shown and time.monotonic() - begin >= wait and not bar.live.is_started:
                 stack.enter_context(bar)
-            yield step
+            yield assignment
             bar.advance(task, size)

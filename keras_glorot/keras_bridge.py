@@ -1,4 +1,4 @@
-"""The only place that touches what Keras does not export.
+"""The only module that touches what Keras does not export.
 
 Above all: whose weight is being drawn. Keras hands an initializer a shape and a dtype,
 and not the layer that asks. It does know: each open name scope remembers its caller.
@@ -33,21 +33,22 @@ except ImportError:  # `_is_keras_as_expected` notices and warns
 
 
 __all__ = [
-    "Target",
-    "blueprint",
-    "consumers",
+    "CallSite",
     "copy_mask",
-    "current_target",
+    "current_call_site",
     "custom_objects_in_scope",
+    "downstream_operations",
     "is_shape_inference",
     "owned_variables",
+    "rebuild_sources",
     "seed_generators",
     "seed_words",
+    "sublayer_paths",
     "sublayers",
 ]
 
 
-class Target(NamedTuple):
+class CallSite(NamedTuple):
     """What an initializer is called for: None is what can't be known.
 
     The variable is known when Keras fills it late, not while it is being created.
@@ -57,23 +58,23 @@ class Target(NamedTuple):
     variable: keras.Variable | None = None
 
 
-def current_target(initializer: keras.initializers.Initializer) -> Target:
+def current_call_site(initializer: keras.initializers.Initializer) -> CallSite:
     """Finds out for what Keras is calling this initializer."""
     if not _is_keras_as_expected():
-        return Target()
+        return CallSite()
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
     outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
     if get_global_attribute("stateless_scope") is not None:
         if outermost is not None:
-            _late.roots[id(outermost)] = outermost
-    elif (variable := _late_variable(initializer)) is not None:
-        layer = _late.owner(variable, outermost)
+            _deferred.seen_models[id(outermost)] = outermost
+    elif (variable := _deferred_variable(initializer)) is not None:
+        layer = _deferred.owner(variable, outermost)
         if layer is not None:
-            return Target(layer, variable)
+            return CallSite(layer, variable)
     # Metrics and optimizers open scopes too; their variables belong to no layer.
     is_layer = bool(callers) and isinstance(callers[-1], keras.Layer)
-    return Target(callers[-1] if is_layer else None)
+    return CallSite(callers[-1] if is_layer else None)
 
 
 def owned_variables(
@@ -96,44 +97,48 @@ def owned_variables(
     return [(owners.get(id(variable)), variable) for variable in layer.weights]
 
 
-class _Late(threading.local):
+class _Deferred(threading.local):
     """What symbolic calls in this thread saw of models that are built late."""
 
     def __init__(self) -> None:
         # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
         # model is kept alive; ids are used again, so a hit is checked before use.
-        self.roots = weakref.WeakValueDictionary()
+        self.seen_models = weakref.WeakValueDictionary()
         self.owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
 
     def owner(self, variable: keras.Variable, outermost: keras.Layer | None):
         """The layer that made `variable`, if it is the one being filled, else None."""
         if self._look_up(variable) is None:
-            roots = [*self.roots.values(), *([] if outermost is None else [outermost])]
-            self.roots.clear()
+            models = [
+                *self.seen_models.values(),
+                *([] if outermost is None else [outermost]),
+            ]
+            self.seen_models.clear()
             self.owners = {
-                id(owned): (weakref.ref(layer), weakref.ref(root))
-                for root in roots
-                for layer, owned in owned_variables(root)
+                id(owned): (weakref.ref(layer), weakref.ref(model))
+                for model in models
+                for layer, owned in owned_variables(model)
                 if layer is not None
             }
-        layer, root = self._look_up(variable) or (None, None)
+        layer, model = self._look_up(variable) or (None, None)
         # Keras fills variables with no scope open, or in that of the model they are in.
         # Inside another layer it draws a weight of that one, and this one was left over.
-        return layer if outermost is None or outermost is root else None
+        return layer if outermost is None or outermost is model else None
 
     def _look_up(self, variable: keras.Variable):
-        layer, root = (reference() for reference in self.owners.get(id(variable), _NOTHING))
+        references = self.owners.get(id(variable), _DEAD_REFERENCES)
+        layer, model = (reference() for reference in references)
         # `in` would compare the values of variables.
         if layer is not None and any(own is variable for own in _own_variables(layer)):
-            return layer, root
+            return layer, model
         return None
 
 
-_NOTHING = (lambda: None, lambda: None)
-_late = _Late()
+_DEAD_REFERENCES = (lambda: None, lambda: None)
+_deferred = _Deferred()
 
 
-def _late_variable(
+def _deferred_variable(
     initializer: keras.initializers.Initializer,
 ) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
@@ -208,8 +213,26 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return list(layer._flatten_layers())
 
 
+def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
+    """By `id`, the path of each sublayer: the names from below `layer` down to it.
+
+    `layer` itself goes by its name. A layer with several parents has the path of the first.
+    Unlike Keras's own `path`, this does not depend on how and when a layer was built.
+    """
+    paths = {id(layer): layer.name}
+
+    def walk(parent: keras.Layer, prefix: str) -> None:
+        for child in parent._layers:
+            if id(child) not in paths:
+                paths[id(child)] = prefix + child.name
+                walk(child, f"{prefix}{child.name}/")
+
+    walk(layer, "")
+    return paths
+
+
 def copy_mask(source: Any, target: Any) -> None:
-    """Marks a tensor as another one is marked: which of its timesteps count."""
+    """Copies the Keras mask, which says which timesteps count, from source to target."""
     with contextlib.suppress(ImportError):
         from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
@@ -221,49 +244,55 @@ def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     return list(layer._seed_generators)
 
 
-def consumers(layer: keras.Layer) -> list[keras.Operation]:
+def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
     """What takes the layer's outputs where Keras knows the graph, else nothing."""
     return [node.operation for node in layer._outbound_nodes]
 
 
-def blueprint(original: Any) -> list[tuple[keras.Variable, Any]]:
-    """Each variable of a layer or an optimizer with what it would be made from anew.
+def rebuild_sources(
+    original: keras.Layer | keras.optimizers.Optimizer,
+) -> list[tuple[keras.Variable, Any]]:
+    """Each variable of a layer or an optimizer, and what a rebuilt one is made from.
 
-    That is an initializer, or a tensor where there was none. A copy is built in a scope in
-    which variables get no values, and in a thread of its own: the names that Keras counts
-    and the variables that it has yet to fill are one set per thread.
+    That is an initializer, or a tensor where there was none. The copy is built in a scope
+    in which variables get no values, and in a thread of its own: the names that Keras
+    counts and the variables that it has yet to fill are one set per thread.
     """
-
-    def build_layer() -> Any:
-        with keras.StatelessScope(initialize_variables=False):
-            copy = type(original).from_config(original.get_config())
-            if original.get_build_config():
-                copy.build_from_config(original.get_build_config())
-        return copy
-
-    def build_optimizer() -> Any:
-        copy = type(original).from_config(original.get_config())
-        with keras.StatelessScope(initialize_variables=False):
-            # A LossScaleOptimizer does not always keep its own list.
-            of = getattr(original, "inner_optimizer", original)
-            copy.build(of._trainable_variables)
-        return copy
-
     is_layer = isinstance(original, keras.Layer)
     with ThreadPoolExecutor(1) as pool:
-        copy = pool.submit(build_layer if is_layer else build_optimizer).result()
-    old, new = (
-        _own_variables(each) if is_layer else each.variables for each in (original, copy)
-    )
-    pairs = list(zip(old, new, strict=True))
+        copy_source = _rebuild_layer if is_layer else _rebuild_optimizer
+        rebuilt = pool.submit(copy_source, original).result()
+    if is_layer:
+        pairs = zip(_own_variables(original), _own_variables(rebuilt), strict=True)
+    else:
+        pairs = zip(original.variables, rebuilt.variables, strict=True)
+    sources = []
+    for variable, copy in pairs:
+        if not _is_same_variable(variable, copy):
+            raise ValueError(f"A copy of {original.name} has other variables.")
+        source = copy._initializer if copy._value is None else copy._value
+        sources.append((variable, source))
+    return sources
+
+
+def _rebuild_layer(original: keras.Layer) -> keras.Layer:
+    with keras.StatelessScope(initialize_variables=False):
+        copy = type(original).from_config(original.get_config())
+        if original.get_build_config():
+            copy.build_from_config(original.get_build_config())
+    return copy
+
+
+def _rebuild_optimizer(original: Any) -> Any:
+    copy = type(original).from_config(original.get_config())
+    with keras.StatelessScope(initialize_variables=False):
+        # A LossScaleOptimizer does not always keep its own list.
+        source = getattr(original, "inner_optimizer", original)
+        copy.build(source._trainable_variables)
+    return copy
+
+
+def _is_same_variable(original: keras.Variable, rebuilt: keras.Variable) -> bool:
     # An automatic name ends in a number, counted anew.
-    if any(
-        re.sub(r"_\d+$", "", mine.name) != re.sub(r"_\d+$", "", its.name)
-        or mine.shape != its.shape
-        for mine, its in pairs
-    ):
-        raise ValueError(f"A copy of {original.name} has other variables.")
-    return [
-        (mine, its._initializer if its._value is None else its._value)
-        for mine, its in pairs
-    ]
+    names = [re.sub(r"_\d+$", "", variable.name) for variable in (original, rebuilt)]
+    return names[0] == names[1] and original.shape == rebuilt.shape

@@ -20,7 +20,7 @@ def plot_table(table: Any, ax: Any = None) -> Any:
     """Draws what a table is about, by layer.
 
     Args:
-        table: A `Table` from `audit`: the std drawn and the std wanted of each kernel. From
+        table: A `Table` from `audit`: the std of each kernel and the std expected. From
             `propagate`: the std of the signal and of the gradient at each output.
         ax: The matplotlib `Axes` to draw on. Defaults to a new figure's.
 
@@ -32,7 +32,7 @@ def plot_table(table: Any, ax: Any = None) -> Any:
         ValueError: If there is nothing to draw: `initialize` tells what was done.
     """
     lines = {
-        "audit": {"std": "drawn", "right_std": "wanted"},
+        "audit": {"std": "drawn", "expected_std": "expected"},
         "propagate": {"std": "signal, forward", "gradient_std": "gradient, backward"},
     }.get(table.kind, {})
     rows = table.rows[:-1] if table.kind == "propagate" else table.rows
@@ -87,8 +87,8 @@ def plot_histograms(
     if layers is None:
         calls = [call for call in calls if call["kernel"][0][0] is not None][:-1]
     else:
-        wanted = set(layers)
-        calls = [call for call in calls if call["path"] in wanted]
+        selected = set(layers)
+        calls = [call for call in calls if call["path"] in selected]
     if not calls:
         raise ValueError(
             "Argument `layers` must name rows of `propagate(model, x)`; without it, there "

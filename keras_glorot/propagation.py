@@ -103,11 +103,14 @@ def _findings(rows: list[dict[str, Any]]) -> list[Finding]:
     for row in rows[:-1] or rows:
         if not math.isfinite((row["std"] or 0) + (row["gradient_std"] or 0)):
             message = "Its signal or gradient is not finite."
-            found.append(Finding("error", row["path"], message, _ADVICE["not finite"]))
+            advice = _ADVICE["not finite"]
+            found.append(Finding("error", "not-finite", row["path"], message, advice))
         for state in ("saturated", "dead"):
             if (row[state] or 0) > 0.5:
                 message = f"{row[state]:.0%} of its units are {state}."
-                found.append(Finding("warning", row["path"], message, _ADVICE[state]))
+                found.append(
+                    Finding("warning", state, row["path"], message, _ADVICE[state])
+                )
     # The last kernel's layer is left out: its gains are those of its width and softmax.
     hidden = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None][:-1]
     found += _trend(hidden, "std", "signal")
@@ -137,4 +140,5 @@ def _trend(rows: list[dict[str, Any]], key: str, name: str) -> list[Finding]:
         f"The {name} {'vanishes' if change < 0 else 'explodes'}: from {rows[0]['path']} on "
         f"its std changes by a factor of {math.exp(change):.2g} per layer."
     )
-    return [Finding("warning", path, message, _REDRAW)]
+    code = "vanishing" if change < 0 else "exploding"
+    return [Finding("warning", code, path, message, _REDRAW)]

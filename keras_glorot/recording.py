@@ -14,9 +14,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot.fans import variable_fans
 from keras_glorot.keras_bridge import copy_mask, sublayers
 from keras_glorot.sampling import TRUNCATED_STD, draw
+from keras_glorot.variables import describe
 
 __all__ = ["NOTHING", "moments", "record"]
 
@@ -203,14 +203,15 @@ _DIFFERENTIATE = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 def _audible(model: keras.Layer) -> tuple[list[keras.Layer], dict[int, int]]:
     """Layers that can be listened to; by `id` of each, the `id` of its first kernel."""
-    owned = variable_fans(model, "model")  # checks the model
+    weights = describe(model)  # checks the model
     loops: dict[int, keras.Layer] = {}
     for layer in sublayers(model):
         if isinstance(layer, _LOOPS):
             loops = {id(inner): layer for inner in sublayers(layer)} | loops
     kernels: dict[int, int] = {}
-    for owner, variable, fans in owned:
-        if fans and owner is not None and "float" in variable.dtype:
+    for weight in weights:
+        owner, variable = weight.owner, weight.variable
+        if weight.fans and owner is not None and "float" in variable.dtype:
             kernels.setdefault(id(loops.get(id(owner), owner)), id(variable))
     return [each for each in sublayers(model) if loops.get(id(each), each) is each], kernels
 

@@ -10,18 +10,32 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-__all__ = ["Finding", "Table"]
+__all__ = ["Finding", "Row", "Severity", "Table"]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _ROWS_PRINTED = 50
-# Narrower than this a path is folded beyond recognition; other columns go before it does.
+# A path that is narrower than this can't be read; other columns are left out before.
 _PATH_WIDTH = 32
 
 
-class Finding(NamedTuple):
-    """One thing worth knowing about one row: what it is, and what to do about it."""
+Kind = Literal["initialize", "audit", "propagate", "calibrate"]
+Row = dict[str, Any]
+Severity = Literal["error", "warning", "info"]
 
-    severity: Literal["error", "warning", "info"]
+
+class Finding(NamedTuple):
+    """One thing worth knowing about one row: what it is, and what to do about it.
+
+    Attributes:
+        severity: `"error"`, `"warning"` or `"info"`.
+        code: What kind of finding it is, such as `"std"`. The README lists all codes.
+        path: The row that it is about.
+        message: One sentence that says what is so.
+        advice: One sentence that says what to do.
+    """
+
+    severity: Severity
+    code: str
     path: str
     message: str
     advice: str
@@ -31,7 +45,7 @@ class Table:
     """Rows of figures with findings; prints itself to the width of the terminal.
 
     Attributes:
-        kind: `"initialize"`, `"audit"` or `"propagate"`: what the rows hold.
+        kind: The name of the function that made it: what the rows hold.
         rows: A list of dictionaries, all with the same keys; `"path"` is one of them.
         findings: A list of `Finding`s.
         columns: The keys that are printed, all by default. The first is folded and the
@@ -39,17 +53,24 @@ class Table:
         note: A line to print below the rows.
     """
 
-    def __init__(self, kind: Literal["initialize", "audit", "propagate"],
-                 rows: Sequence[dict[str, Any]], findings: Sequence[Finding] = (),
-                 columns: Sequence[str] = (), note: str = ""):  # fmt: skip
-        self.kind, self.note = kind, note
-        self.rows, self.findings = list(rows), list(findings)
+    def __init__(
+        self,
+        kind: Kind,
+        rows: Sequence[Row],
+        findings: Sequence[Finding] = (),
+        columns: Sequence[str] = (),
+        note: str = "",
+    ):
+        self.kind = kind
+        self.rows = list(rows)
+        self.findings = list(findings)
+        self.note = note
         self.columns = list(columns or (self.rows[0] if self.rows else ()))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def to_json(self) -> str:
@@ -103,15 +124,16 @@ class Table:
             grid.add_row(*line)
         yield from [grid, ""] if rows else []
         if len(self) > len(rows):
-            yield f"{len(rows)} of {len(self)} rows; `.rows` has all."
+            yield f"Showing {len(rows)} of {len(self)} rows; see `.rows` for all."
         yield from [Text(self.note)] if self.note else []
         # One line for all findings that ask for the same thing.
-        groups: dict[tuple[str, str], list[Finding]] = {}
+        groups: dict[tuple[str, ...], list[Finding]] = {}
         for finding in sorted(self.findings, key=lambda f: list(_STYLES).index(f.severity)):
-            groups.setdefault((finding.severity, finding.advice), []).append(finding)
+            key = (finding.severity, finding.code, finding.advice)
+            groups.setdefault(key, []).append(finding)
         for finding, *others in groups.values():
             where = finding.path + (f" and {len(others)} more" if others else "")
-            text = f" {where}: {finding.message} {finding.advice}"
+            text = f" [{finding.code}] {where}: {finding.message} {finding.advice}"
             yield Text(finding.severity, _STYLES[finding.severity]).append(text, "default")
 
 

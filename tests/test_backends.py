@@ -70,7 +70,7 @@ def test_meta_device_draws_nothing(monkeypatch):
     def fail(*arguments):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("keras_glorot.initializers.draw", fail)
+    monkeypatch.setattr("keras_glorot.distributions.draw", fail)
     for scope in (torch.device("meta"), keras.device("meta")):
         with scope:
             assert GlorotUniform()((1 << 20, 1 << 20)).is_meta
@@ -79,7 +79,7 @@ def test_meta_device_draws_nothing(monkeypatch):
 def test_shape_inference_draws_nothing(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "keras_glorot.initializers.draw", lambda *a, **k: drawn.append(a) or draw(*a, **k)
+        "keras_glorot.distributions.draw", lambda *a, **k: drawn.append(a) or draw(*a, **k)
     )
 
     class Late(keras.Model):
@@ -166,7 +166,7 @@ def test_no_array_is_larger_than_a_shard_and_its_scratch(name, eight_devices, mo
         drawn.append(array.nbytes)
         return array
 
-    monkeypatch.setattr("keras_glorot.initializers.draw", recording)
+    monkeypatch.setattr("keras_glorot.distributions.draw", recording)
     monkeypatch.setattr(sampling, "CHUNK", 1 << 15)
     monkeypatch.setattr(sampling, "PIECE", 1 << 14)
     monkeypatch.setattr(sampling, "available_cores", lambda: 1)

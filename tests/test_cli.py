@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_glorot.__main__ import main
+from keras_glorot.cli import main
 
 layers = keras.layers
 
@@ -41,7 +41,7 @@ def test_audit_prints_the_table(model_file, capsys, monkeypatch):
     assert main(["audit", model_file]) == 0
     text = capsys.readouterr().out
     assert "4 variables; errors: 0, warnings: 1." in text
-    assert "depthwise/kernel: Its std is 0.1" in " ".join(text.split())
+    assert "warning [std] depthwise/kernel: The std is 0.1" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -55,6 +55,15 @@ def test_json_is_all_that_stands_on_stdout(model_file, capfd):
 @pytest.mark.parametrize(("severity", "code"), [("error", 0), ("warning", 1), ("info", 1)])
 def test_fail_on(model_file, severity, code):
     assert main(["audit", model_file, "--fail-on", severity]) == code
+
+
+def test_ignored_findings_are_neither_shown_nor_counted(model_file, capsys):
+    arguments = ["audit", model_file, "--fail-on", "info"]
+    assert main([*arguments, "--ignore", "twin", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["code"] == "std"
+    assert main([*arguments, "--ignore", "twin", "--ignore", "std"]) == 0
+    assert "[std]" not in capsys.readouterr().out
 
 
 def test_init_then_audit(model_file, tmp_path, capsys):

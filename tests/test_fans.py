@@ -16,11 +16,14 @@ from keras_glorot import (
     GlorotNormal,
     GlorotUniform,
     compute_fans,
-    fans,
     keras_bridge,
     layer_fans,
     register_fans,
 )
+from keras_glorot import (
+    layers as glorot_layers,
+)
+from keras_glorot.variables import describe
 
 layers = keras.layers
 BACKEND = keras.backend.backend()
@@ -32,7 +35,7 @@ STANDARD_ERRORS = 5
 def recorded(monkeypatch):
     """Has every draw noted as `(shape, layer, fans)`, in the order they happen."""
     draws = []
-    ask = fans.kernel_fans
+    ask = glorot_layers.kernel_fans
 
     def note(shape, layer=None, variable=None):
         answer = ask(shape, layer, variable)
@@ -229,10 +232,10 @@ def test_drawn_std_is_right(way):
         model = way(layer, shape)
         for suffix, pair in kernels.items():
             end = "/" + suffix
-            (variable,) = (v for v in model.weights if f"/{v.path}".endswith(end))
-            assert_drawn(variable, *pair)
-            reported = layer_fans(model)[variable.path]
-            assert reported == pair, f"{name}: {variable.path}"
+            (weight,) = (w for w in describe(model) if f"/{w.path}".endswith(end))
+            assert_drawn(weight.variable, *pair)
+            reported = layer_fans(model)[weight.path]
+            assert reported == pair, f"{name}: {weight.path}"
 
 
 def test_layers_of_a_late_model_share_one_initializer(monkeypatch):
@@ -472,10 +475,9 @@ def test_auto_gain_is_that_of_the_layers_activation(kind, late):
     layer = make(kernel_initializer=GlorotUniform(gain="auto", seed=1))
     shape = (size,) if kind in ("Dense", "without activation", "softmax") else (5, size)
     model = (late_called if late else sequential)(layer, shape)
-    for path, pair in layer_fans(model).items():
-        if path.endswith("/kernel"):
-            (variable,) = (v for v in model.weights if v.path == path)
-            assert_drawn(variable, *pair, gain=gain)
+    for weight in describe(model):
+        if weight.path.endswith("/kernel"):
+            assert_drawn(weight.variable, *weight.fans, gain=gain)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -512,7 +514,7 @@ class Experts(layers.Layer):
 
 @pytest.fixture
 def rules(monkeypatch):
-    monkeypatch.setattr(fans, "_RULES", dict(fans._RULES))
+    monkeypatch.setattr(glorot_layers, "_RULES", dict(glorot_layers._RULES))
 
 
 @pytest.mark.usefixtures("rules")
@@ -588,14 +590,14 @@ def test_layer_fans_of_a_nested_model():
     x = layers.Concatenate(1)([block("one")(inputs), block("two")(shared(inputs))])
     model = keras.Model(inputs, [x, outputs])
     found = layer_fans(model)
-    # Keras gives both blocks' kernels the same path.
+    # Keras gives both blocks' kernels the same path, "conv/kernel".
     assert sorted(found) == [
-        "conv/kernel",
-        "conv/kernel (2)",
         "grouped/kernel",
+        "one/conv/kernel",
         "shared/kernel",
+        "two/conv/kernel",
     ]
-    assert found["conv/kernel"] == found["conv/kernel (2)"] == (9, 18)
+    assert found["one/conv/kernel"] == found["two/conv/kernel"] == (9, 18)
     assert found["grouped/kernel"] == (18, 18)
     assert found["shared/kernel"] == (4, 4)
 
@@ -606,7 +608,7 @@ def test_layer_fans_of_a_trained_model_leaves_out_its_optimizer():
     )
     model.compile("adam", "mse", metrics=["mae"])
     model.train_on_batch(np.zeros((2, 3)), np.zeros((2, 2)))
-    assert layer_fans(model) == {"model/last/kernel": (3, 2)}
+    assert layer_fans(model) == {"last/kernel": (3, 2)}
 
 
 def test_layer_fans_of_embeddings_and_vectors():

@@ -64,12 +64,12 @@ def test_propagate_draws_both_stds_by_depth():
     assert first.get_linestyle() != second.get_linestyle()
 
 
-def test_audit_draws_the_std_wanted_against_the_one_drawn():
+def test_audit_draws_the_expected_std_against_the_one_drawn():
     model = net()
     model.layers[1].kernel.assign(3 * model.layers[1].kernel.numpy())
-    drawn, wanted = (np.array(line.get_ydata()) for line in audit(model).plot().lines)
+    drawn, expected = (np.array(line.get_ydata()) for line in audit(model).plot().lines)
     assert len(drawn) == 5
-    np.testing.assert_allclose(drawn / wanted, [1, 3, 1, 1, 1], rtol=0.2)
+    np.testing.assert_allclose(drawn / expected, [1, 3, 1, 1, 1], rtol=0.2)
 
 
 def test_draws_on_the_axes_that_it_is_given():

@@ -33,13 +33,15 @@ ROWS = [
     ]
 ]  # fmt: skip
 FINDINGS = [
-    Finding("info", "conv/kernel", "A remark.", "Nothing to do."),
+    Finding("info", "relu-gain", "conv/kernel", "A remark.", "Nothing to do."),
     *(
-        Finding("warning", row["path"], f"The std is {row['ratio']:.2g} of 1.", "Mend it.")
+        Finding(
+            "warning", "std", row["path"], f"The std is {row['ratio']:.2g} of 1.", "Fix it."
+        )
         for row in ROWS[1:3]
     ),
     Finding(
-        "error", ROWS[3]["path"], "It holds values that are not finite.", "Draw it anew."
+        "error", "not-finite", ROWS[3]["path"], "Some values are not finite.", "Redraw it."
     ),
 ]
 
@@ -76,9 +78,9 @@ def test_a_long_table_shows_the_rows_with_findings(width):
     width(80)
     rows = [{"path": f"dense_{i}/kernel", "std": 1.0} for i in range(500)]
     text = str(
-        Table("audit", rows, [Finding("error", "dense_499/kernel", "Bad.", "Mend.")])
+        Table("audit", rows, [Finding("error", "std", "dense_499/kernel", "Bad.", "Fix.")])
     )
-    assert "50 of 500 rows" in text
+    assert "Showing 50 of 500 rows" in text
     assert text.count("dense_499/kernel") == 2  # the row and the finding
     assert "dense_48/" in text
     assert "dense_49/" not in text
@@ -112,7 +114,7 @@ def test_html_shows_names_as_they_are():
     html = table()._repr_html_()
     assert html.startswith("<pre")
     assert "[bold]odd[/]" in html
-    assert "Draw it anew." in html
+    assert "Redraw it." in html
     hostile = Table("audit", [{"path": "<script>alert()</script>"}])
     assert "<script>" not in hostile._repr_html_()
 

@@ -1,0 +1,177 @@
+"""What a weight is drawn from: the form of its distribution, and how wide it is."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_glorot.fans import Fans, compute_fans
+from keras_glorot.sampling import TRUNCATED_STD, Bounds, draw
+
+__all__ = ["Distribution", "Form", "keras_distribution"]
+
+Form = Literal["constant", "uniform", "truncated_normal", "normal", "orthogonal"]
+
+
+class Distribution(NamedTuple):
+    """A distribution, symmetric about its mean.
+
+    Attributes:
+        form: Its name.
+        scale: What a draw of the standard form is multiplied by: the limit of a uniform
+            distribution, the std of a normal one before truncation, an orthogonal gain.
+        std: The standard deviation of what comes out.
+        mean: The mean of what comes out.
+    """
+
+    form: Form
+    scale: float
+    std: float
+    mean: float = 0.0
+
+    @classmethod
+    def from_std(cls, form: Form, std: float, mean: float = 0.0) -> "Distribution":
+        """The distribution of this form that has this std."""
+        return cls(form, std / _FORMS[form].std, std, mean)
+
+    @classmethod
+    def constant(cls, value: float) -> "Distribution":
+        """The distribution that has one value only."""
+        return cls("constant", 0.0, 0.0, value)
+
+    @property
+    def bound(self) -> float:
+        """How far from the mean a value can lie."""
+        return self.scale * _FORMS[self.form].bound if self.scale else 0.0
+
+    @property
+    def kurtosis(self) -> float:
+        """The fourth central moment over the squared variance."""
+        return _FORMS[self.form].kurtosis
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        seed: Sequence[int],
+        region: Bounds | None = None,
+    ) -> np.ndarray:
+        """Draws a tensor, or a region of it, by NumPy: the same on every backend.
+
+        Args:
+            shape: The tensor's shape.
+            dtype: Any dtype for a constant, else a floating dtype.
+            seed: One or more integers.
+            region: A start and a stop for each axis.
+        """
+        return _FORMS[self.form].draw(self, shape, dtype, seed, region)
+
+
+def _draw_constant(distribution, shape, dtype, seed, region) -> np.ndarray:
+    if region is not None:
+        shape = [stop - start for start, stop in region]
+    return np.full(shape, distribution.mean, dtype)
+
+
+def _draw_from_stream(distribution, shape, dtype, seed, region) -> np.ndarray:
+    form, scale, _, mean = distribution
+    if mean == 0:
+        return draw(form, shape, scale, dtype, seed, region)
+    work = "float64" if dtype == "float64" else "float32"
+    values = draw(form, shape, scale, work, seed, region)
+    values += mean
+    return values.astype(dtype, copy=False)
+
+
+def _draw_normal(distribution, shape, dtype, seed, region) -> np.ndarray:
+    values = _generator(seed).standard_normal(shape, np.float32)
+    return _finish(values, distribution, dtype, region)
+
+
+def _draw_orthogonal(distribution, shape, dtype, seed, region) -> np.ndarray:
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    tall = _generator(seed).standard_normal((max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(tall)
+    q *= np.sign(np.diagonal(r))  # without it, not uniform over orthogonal matrices
+    values = np.ascontiguousarray(q if rows >= columns else q.T).reshape(shape)
+    return _finish(values, distribution, dtype, region)
+
+
+def _generator(seed: Sequence[int]) -> np.random.Generator:
+    # Unlike our own stream, these bits may change with NumPy.
+    return np.random.Generator(np.random.PCG64(list(seed)))
+
+
+def _finish(values, distribution, dtype, region) -> np.ndarray:
+    values *= distribution.scale
+    values += distribution.mean
+    if region is not None:
+        values = values[tuple(slice(*bounds) for bounds in region)]
+    return np.ascontiguousarray(values, dtype)
+
+
+class _Form(NamedTuple):
+    """What belongs to a form: its std, bound and kurtosis at scale 1; how to draw it."""
+
+    std: float
+    bound: float
+    kurtosis: float
+    draw: Callable[..., np.ndarray]
+
+
+# A new form is one entry here and, if Keras draws from it, one case below.
+_FORMS: dict[Form, _Form] = {
+    "constant": _Form(0.0, 0.0, 1.0, _draw_constant),
+    "uniform": _Form(1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream),
+    # The kurtosis of a normal distribution truncated at two, by integration.
+    "truncated_normal": _Form(TRUNCATED_STD, 2.0, 2.366, _draw_from_stream),
+    "normal": _Form(1.0, math.inf, 3.0, _draw_normal),
+    # Its std depends on the shape; single entries are all but normal.
+    "orthogonal": _Form(math.nan, math.inf, 3.0, _draw_orthogonal),
+}
+
+
+# Where Keras's name for a form is another one.
+_KERAS_FORMS: dict[str, Any] = {"untruncated_normal": "normal"}
+
+
+def keras_distribution(
+    initializer: Any, shape: Sequence[int], fans: Fans | None
+) -> Distribution | None:
+    """What an initializer of Keras draws from; None for everyone else's.
+
+    Args:
+        initializer: Anything that makes weights.
+        shape: The weight's shape.
+        fans: Its fans. Defaults to those of the shape.
+    """
+    name = type(initializer).__name__
+    if getattr(keras.initializers, name, None) is not type(initializer):
+        return None  # a subclass may do anything
+    match initializer:
+        case keras.initializers.Zeros():
+            return Distribution.constant(0.0)
+        case keras.initializers.Ones():
+            return Distribution.constant(1.0)
+        case keras.initializers.Constant(value=int() | float() as value):
+            return Distribution.constant(value)
+        case keras.initializers.RandomUniform(minval=low, maxval=high):
+            limit = (high - low) / 2
+            return Distribution("uniform", limit, limit / math.sqrt(3), (high + low) / 2)
+        case keras.initializers.RandomNormal(mean=mean, stddev=std):
+            return Distribution.from_std("normal", std, mean)
+        case keras.initializers.TruncatedNormal(mean=mean, stddev=scale):
+            return Distribution("truncated_normal", scale, scale * TRUNCATED_STD, mean)
+        case keras.initializers.Orthogonal(gain=gain):
+            std = gain / math.sqrt(max(math.prod(shape[:-1]), shape[-1]))
+            return Distribution("orthogonal", gain, std)
+        case keras.initializers.VarianceScaling(mode=mode, distribution=form):
+            fan_in, fan_out = fans or compute_fans(shape)
+            fan_avg = (fan_in + fan_out) / 2
+            fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": fan_avg}[mode]
+            std = math.sqrt(initializer.scale / max(1, fan))
+            own_form = _KERAS_FORMS.get(form, form)
+            return Distribution.from_std(own_form, std)
+    return None

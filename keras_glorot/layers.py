@@ -1,0 +1,225 @@
+"""What each Keras layer class means: the fans of its kernels, and its activations."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_glorot import keras_bridge
+from keras_glorot.fans import Fans, compute_fans, standardize_shape
+
+__all__ = [
+    "Activation",
+    "fans_by_rule",
+    "following_activation",
+    "is_relu_like",
+    "kernel_activation",
+    "kernel_fans",
+    "register_fans",
+]
+
+Activation = Callable[[Any], Any]
+Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
+
+_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+# Zero, or nearly zero, for about half of all inputs.
+_RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
+
+
+def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
+    """Decorates the rule that counts the connections of your own layer's kernels.
+
+    The rule is called as `rule(layer, shape)` for each weight of rank 2 or more that
+    such a layer holds itself, and returns `(fan_in, fan_out)`, or None to leave this
+    weight to the shape rule of `compute_fans`. Subclasses without a rule of their own
+    inherit it. Tell several kernels of a layer apart by their shapes: the rule is asked
+    afterwards, and also while the layer is being built, when attributes are missing.
+
+    Args:
+        layer_class: A subclass of `keras.Layer`.
+
+    Returns:
+        A decorator that registers the function and returns it unchanged.
+
+    Raises:
+        TypeError: If `layer_class` is not a subclass of `keras.Layer`; later, when the
+            rule is asked, if it returns anything else.
+
+    Example:
+
+    >>> class MixtureOfExperts(keras.layers.Layer):
+    ...     "Its kernel has the shape (experts, inputs, outputs)."
+    >>> @register_fans(MixtureOfExperts)
+    ... def experts_fans(layer, shape):
+    ...     return compute_fans(shape, input_axes=[1], output_axes=[2])
+
+    Without decoration: `register_fans(MixtureOfExperts)(experts_fans)`.
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
+        raise TypeError(
+            "Argument `layer_class` must be a subclass of `keras.Layer`, as in "
+            f"`@register_fans(MyLayer)`. Received: layer_class={layer_class}"
+        )
+
+    def register(rule: Rule) -> Rule:
+        def checked_rule(layer: keras.Layer, shape: tuple[int, ...]) -> Fans | None:
+            fans = rule(layer, shape) if len(shape) >= 2 else None
+            try:
+                return None if fans is None else Fans(*standardize_shape(fans))
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"The rule registered for {layer_class.__name__} must return None or "
+                    "(fan_in, fan_out), two non-negative integers. "
+                    f"Received: {fans} for shape={shape}"
+                ) from None
+
+        _RULES[layer_class] = checked_rule
+        return rule
+
+    return register
+
+
+def kernel_fans(
+    shape: tuple[int, ...],
+    layer: keras.Layer | None = None,
+    variable: keras.Variable | None = None,
+) -> Fans:
+    """Fans of one weight: by the rule of its layer's class, else by its shape.
+
+    `variable` is the weight itself, where it exists already.
+    """
+    return fans_by_rule(shape, layer, variable) or compute_fans(shape)
+
+
+def fans_by_rule(
+    shape: tuple[int, ...], layer: keras.Layer | None, variable: keras.Variable | None
+) -> Fans | None:
+    """Fans by the rule of the layer's class; None where there is none or it passes."""
+    if layer is None or _is_bias(layer, variable):
+        return None
+    for layer_class in type(layer).__mro__:
+        if layer_class in _SEPARABLE and not _is_depthwise_half(layer, variable):
+            return None  # a pointwise kernel: its shape tells
+        if layer_class in _RULES:
+            fans = _RULES[layer_class](layer, tuple(shape))
+            return None if fans is None else Fans(*fans)
+    return None
+
+
+def kernel_activation(
+    layer: keras.Layer | None, variable: keras.Variable | None = None
+) -> Activation | None:
+    """The activation of the layer itself behind this weight, or None."""
+    if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
+        return None  # what follows it is the pointwise kernel
+    return getattr(layer, "activation", None)
+
+
+def following_activation(
+    layer: keras.Layer | None, variable: keras.Variable, layer_ids: set[int]
+) -> Activation | None:
+    """The activation that a kernel's output goes through; None where there is none.
+
+    That of the layer itself or, where this is linear and the graph is known, that of the
+    layers that follow it directly, if they agree. `layer_ids` are the ids of the model's
+    layers: a layer can be part of other models too.
+    """
+    own = kernel_activation(layer, variable)
+    if layer is None or own not in (None, keras.activations.linear):
+        return own
+    if own is None and getattr(layer, "activation", None) is not None:
+        return None  # it belongs to another kernel of this layer
+    activations = [
+        _layer_activation(operation)
+        for operation in keras_bridge.downstream_operations(layer)
+        if id(operation) in layer_ids
+    ]
+    agree = all(activation == activations[0] for activation in activations)
+    return activations[0] if activations and agree else None
+
+
+def is_relu_like(activation: Activation | None) -> bool:
+    """Whether Glorot's assumption, linear around zero, fails as it does for ReLU."""
+    owner = getattr(activation, "__self__", None)
+    if isinstance(owner, keras.layers.ReLU | keras.layers.LeakyReLU | keras.layers.ELU):
+        return True
+    return getattr(activation, "__name__", "") in _RELU_LIKE
+
+
+def _layer_activation(layer: Any) -> Activation | None:
+    match layer:
+        case keras.layers.Activation():
+            return layer.activation
+        case keras.layers.ReLU(negative_slope=0, threshold=0, max_value=None):
+            return keras.activations.relu
+        case keras.layers.PReLU():
+            return keras.activations.relu  # its slopes start at zero
+        case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
+            return layer.call
+    return None
+
+
+# Rules by layer class, inherited by subclasses. Keras's layers for which the shape rule
+# is right (Dense, recurrent cells and their input kernels with all gates as outputs,
+# Embedding, ...) need none. A rule looks at the shape before it answers: subclasses add
+# weights of their own, and LoRA adds factors.
+
+
+def _grouped_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.filters:
+        return None
+    fan_in, fan_out = compute_fans(shape)  # Keras has divided the inputs already
+    return Fans(fan_in, fan_out // layer.groups)
+
+
+def _transposed_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-2] != layer.filters:
+        return None
+    fan_out, fan_in = compute_fans(shape)  # (*window, outputs, inputs)
+    return Fans(fan_in, fan_out)
+
+
+def _depthwise_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+    if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.depth_multiplier:
+        return None
+    window = math.prod(shape[:-2])  # (*window, channels, multiplier)
+    return Fans(window, window * layer.depth_multiplier)
+
+
+def _einsum_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+    operands, outputs = layer.equation.split("->")
+    inputs, kernel = operands.split(",")
+    if len(kernel) != len(shape):
+        return None
+    # A letter in all three is a batch: there is a kernel for each of its values.
+    sizes = list(zip(kernel, shape, strict=True))
+    return Fans(
+        math.prod(size for letter, size in sizes if letter not in outputs),
+        math.prod(size for letter, size in sizes if letter not in inputs),
+    )
+
+
+_RULES: dict[type, Rule] = {
+    keras.layers.Conv1D: _grouped_conv_fans,
+    keras.layers.Conv2D: _grouped_conv_fans,
+    keras.layers.Conv3D: _grouped_conv_fans,
+    keras.layers.Conv1DTranspose: _transposed_conv_fans,
+    keras.layers.Conv2DTranspose: _transposed_conv_fans,
+    keras.layers.Conv3DTranspose: _transposed_conv_fans,
+    keras.layers.DepthwiseConv1D: _depthwise_conv_fans,
+    keras.layers.DepthwiseConv2D: _depthwise_conv_fans,
+    keras.layers.SeparableConv1D: _depthwise_conv_fans,
+    keras.layers.SeparableConv2D: _depthwise_conv_fans,
+    keras.layers.EinsumDense: _einsum_fans,
+}
+
+
+def _is_bias(layer: keras.Layer, variable: keras.Variable | None) -> bool:
+    return variable is not None and variable is getattr(layer, "bias", None)
+
+
+def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> bool:
+    # The shapes can be equal, so they don't tell. The depthwise kernel is made first:
+    # while it is drawn there is none yet, and no variable either.
+    return getattr(layer, "depthwise_kernel", None) is variable

@@ -1,0 +1,259 @@
+"""The survey of a model: every weight, and what the model says about it."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_glorot import keras_bridge
+from keras_glorot.distributions import Distribution, keras_distribution
+from keras_glorot.fans import Fans, compute_fans
+from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.keras_bridge import CallSite
+from keras_glorot.layers import Activation, fans_by_rule, following_activation
+
+__all__ = ["Weight", "describe", "distribution_of", "layer_fans", "unique_paths"]
+
+# `kernel_initializer` and the like are the arguments for kernels.
+_KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
+# Initializers that are meant for kernels: they look at the fans.
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
+
+
+class Weight(NamedTuple):
+    """A variable of a model, and what the model says about it.
+
+    Attributes:
+        variable: The variable.
+        path: Its path from the model down, unique in the model.
+        owner: The layer that made it; None if Keras does not tell.
+        fans: Its connection counts; None if it has none (a bias).
+        initializer: What it was made with; None if that is not known.
+        reason: Why the initializer is not known, else "".
+        distribution: What the initializer draws from, with the layer's fans; None if
+            that is not known.
+        is_kernel: Whether Glorot's derivation holds for it: it has fans, and the layer
+            says so by the name of an argument (`kernel_initializer`) or by an initializer
+            that looks at the fans. Embeddings and recurrent kernels are not kernels here.
+        activation: The activation that its output goes through, or None.
+    """
+
+    variable: keras.Variable
+    path: str
+    owner: keras.Layer | None
+    fans: Fans | None
+    initializer: Any
+    reason: str
+    distribution: Distribution | None
+    is_kernel: bool
+    activation: Activation | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.variable.shape)
+
+    @property
+    def site(self) -> CallSite:
+        return CallSite(self.owner, self.variable)
+
+
+def describe(model: keras.Layer, argument: str = "model") -> list[Weight]:
+    """Surveys a built layer or model: one `Weight` for each of `model.weights`, in order.
+
+    Args:
+        model: A built layer or model.
+        argument: What the user knows it by, for errors.
+
+    Raises:
+        ValueError: If the model is not built.
+        TypeError: If it is not a Keras layer or model.
+    """
+    _check_built(model, argument)
+    survey = _Survey(model)
+    owned = keras_bridge.owned_variables(model)
+    paths = unique_paths(survey.path(owner, variable) for owner, variable in owned)
+    return [
+        survey.describe(owner, variable, path)
+        for (owner, variable), path in zip(owned, paths, strict=True)
+    ]
+
+
+def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
+    """Lists `fan_in` and `fan_out` of each kernel in a built layer or model.
+
+    That is each weight of rank 2 or more, and vectors that are einsum kernels; other
+    vectors, such as biases, have no connections to count. Quantized kernels count as
+    what they stand for, and the factors of a LoRA-enabled layer for themselves.
+
+    Args:
+        layer: A built layer or model. Sublayers and nested models are included.
+
+    Returns:
+        A dictionary from path to `Fans`, in the order of `layer.weights`. A path holds
+        the names of the layers from the model down: `"encoder/dense/kernel"`. If several
+        weights share one, all after the first have a number: `"dense/kernel (2)"`.
+
+    Raises:
+        TypeError: If `layer` is not a Keras layer.
+        ValueError: If it is not built.
+
+    Example:
+
+    >>> layer = keras.layers.DepthwiseConv2D(3, name="depthwise")
+    >>> layer.build((None, 32, 32, 512))
+    >>> layer_fans(layer)
+    {'depthwise/kernel': Fans(fan_in=9, fan_out=9)}
+    """
+    weights = describe(layer, "layer")
+    return {weight.path: weight.fans for weight in weights if weight.fans is not None}
+
+
+def distribution_of(
+    initializer: Any, shape: Sequence[int], fans: Fans | None, site: CallSite
+) -> Distribution | None:
+    """What an initializer of Keras or of ours draws from; None for everyone else's."""
+    if isinstance(initializer, GlorotUniform | GlorotNormal):
+        return initializer.distribution(tuple(shape), site)
+    return keras_distribution(initializer, shape, fans)
+
+
+def unique_paths(paths: Iterable[str]) -> list[str]:
+    """The paths, with a number added to each that was there before: `dense/kernel (2)`."""
+    counts = Counter()
+    unique = []
+    for path in paths:
+        counts[path] += 1
+        unique.append(path if counts[path] == 1 else f"{path} ({counts[path]})")
+    return unique
+
+
+def _check_built(model: keras.Layer, argument: str) -> None:
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            f"Argument `{argument}` must be a Keras layer or model. "
+            f"Received: {argument}={model}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"Argument `{argument}` must be built: before that it has no weights. Call it "
+            "on data or call its `build(input_shape)` first. "
+            f"Received: {argument}={model}"
+        )
+
+
+class _Origin(NamedTuple):
+    """How a layer makes a weight."""
+
+    initializer: Any = None
+    is_for_kernels: bool = False
+    reason: str = ""
+
+
+class _Survey:
+    """What is looked up once for a model, and asked for each of its weights."""
+
+    def __init__(self, model: keras.Layer):
+        self.layer_paths = keras_bridge.sublayer_paths(model)
+        self.layer_ids = set(self.layer_paths)
+        self.rebuilt: dict[int, dict[int, Any] | Exception] = {}
+
+    def path(self, owner: keras.Layer | None, variable: keras.Variable) -> str:
+        if id(owner) not in self.layer_paths:
+            return variable.path
+        return f"{self.layer_paths[id(owner)]}/{variable.name}"
+
+    def describe(
+        self, owner: keras.Layer | None, variable: keras.Variable, path: str
+    ) -> Weight:
+        fans = _fans(owner, variable)
+        origin = self._origin(owner, variable)
+        is_kernel = (
+            origin.is_for_kernels
+            and fans is not None
+            and keras.backend.is_float_dtype(variable.dtype)
+            and not re.search("embedding|recurrent", variable.name)
+        )
+        site = CallSite(owner, variable)
+        distribution = distribution_of(origin.initializer, variable.shape, fans, site)
+        activation = following_activation(owner, variable, self.layer_ids)
+        return Weight(
+            variable,
+            path,
+            owner,
+            fans,
+            origin.initializer,
+            origin.reason,
+            distribution,
+            is_kernel,
+            activation,
+        )
+
+    def _origin(self, owner: keras.Layer | None, variable: keras.Variable) -> _Origin:
+        """How the layer made a variable.
+
+        Known by Keras's convention (`bias` is made with `bias_initializer`) or, where a
+        layer does not follow it, by building the layer again.
+        """
+        if owner is None:
+            return _Origin(reason="Keras does not tell its layer")
+        if owner.quantization_mode is not None:
+            return _Origin(reason="its layer is quantized")
+        if isinstance(owner, keras.layers.Normalization):
+            return _Origin(reason="it holds statistics of a data set, from `adapt`")
+        return _origin_by_name(owner, variable) or self._origin_by_rebuilding(
+            owner, variable
+        )
+
+    def _origin_by_rebuilding(
+        self, owner: keras.Layer, variable: keras.Variable
+    ) -> _Origin:
+        if id(owner) not in self.rebuilt:
+            self.rebuilt[id(owner)] = _rebuild(owner)
+        sources = self.rebuilt[id(owner)]
+        if isinstance(sources, Exception):
+            name = type(sources).__name__
+            return _Origin(reason=f"its layer can't be rebuilt from its config ({name})")
+        source = sources.get(id(variable))
+        if not callable(source):
+            return _Origin(reason="it was not made with an initializer")
+        return _Origin(source, isinstance(source, _SCALED_BY_FANS))
+
+
+def _fans(owner: keras.Layer | None, variable: keras.Variable) -> Fans | None:
+    weight: Any = variable
+    if owner is not None and owner.quantization_mode is not None:
+        # Two four-bit weights share a byte; the property of the same name unpacks.
+        weight = getattr(owner, variable.name, variable)
+    fans = fans_by_rule(weight.shape, owner, variable)
+    if fans is None and len(weight.shape) >= 2:
+        return compute_fans(weight.shape)
+    return fans
+
+
+def _origin_by_name(owner: keras.Layer, variable: keras.Variable) -> _Origin | None:
+    name = "depthwise_kernel" if _is_depthwise(owner, variable) else variable.name
+    # An LSTM puts ones into its bias, whatever its `bias_initializer` is.
+    if name == "bias" and getattr(owner, "unit_forget_bias", False):
+        return None
+    for stem in (name, name.removesuffix("_kernel")):
+        initializer = getattr(owner, f"{stem}_initializer", None)
+        if callable(initializer):
+            return _Origin(initializer, stem.endswith(_KERNEL_ARGUMENTS))
+    return None
+
+
+def _is_depthwise(owner: keras.Layer, variable: keras.Variable) -> bool:
+    # Keras calls this kernel just `kernel`, but its initializer `depthwise_initializer`.
+    kinds = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+    return isinstance(owner, kinds) and variable is owner.kernel
+
+
+def _rebuild(layer: keras.Layer) -> dict[int, Any] | Exception:
+    """By `id` of each variable, what a rebuilt layer makes it from."""
+    try:
+        sources = keras_bridge.rebuild_sources(layer)
+    except Exception as error:  # from a layer of the user: anything
+        return error
+    return {id(variable): source for variable, source in sources}
