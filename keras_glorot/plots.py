@@ -79,6 +79,16 @@ def plot_histograms(
     Returns:
         The two `Axes`: of the activations and of their gradients.
 
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If `layers` names no row of `propagate`.
+
+    Example:
+
+    >>> activations, gradients = plot_histograms(model, x)
+    >>> activations.get_xlabel()
+    'activation'
+
     Reference:
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2

@@ -52,7 +52,8 @@ def propagate(
     Example:
 
     >>> table = propagate(model, x)
-    >>> [row["std"] for row in table]
+    >>> [row["path"] for row in table.rows[:2]]
+    ['dense', 'dense_1']
 
     Reference:
 

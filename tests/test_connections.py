@@ -3,6 +3,8 @@
 Protects the rules in fans.py: the counter (connections.py) knows none of them.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="counts with jax.jacrev"
 )
 
-layers = keras.layers
+layers: Any = keras.layers  # Keras declares many arguments as `str`
 CONFIGURATIONS_PER_LAYER = 10
 
 

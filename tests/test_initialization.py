@@ -4,16 +4,18 @@ import hashlib
 import io
 import math
 import sys
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from models import WITH_STATE, convnet, nested_attention, recurrent
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, initialize
 from keras_glorot.keras_bridge import sublayers
 
-layers = keras.layers
+layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()
 
 
@@ -39,65 +41,7 @@ def std(variable):
     return float(np.std(array(variable).astype(np.float64)))
 
 
-def convnet(extra=False):
-    """Automatic and explicit names, normalization, a separable layer, dropout."""
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 3)),
-            layers.Conv2D(16, 3, name="first"),
-            layers.BatchNormalization(),
-            *([layers.Dense(16)] if extra else []),
-            layers.SeparableConv2D(16, 3, name="separable"),
-            layers.PReLU(),
-            layers.Dropout(0.5, seed=1),
-            layers.Flatten(),
-            layers.Dense(16, "tanh"),
-            layers.Dense(16, "tanh"),
-            layers.Dense(4, name="last"),
-        ]
-    )
-
-
-def recurrent():
-    return keras.Sequential(
-        [
-            keras.Input((6,), dtype="int32"),
-            layers.Embedding(50, 8),
-            layers.Bidirectional(layers.LSTM(8, dropout=0.1)),
-            layers.Dense(3),
-        ]
-    )
-
-
-def attention():
-    x = keras.Input((5, 32))
-    y = layers.MultiHeadAttention(4, 8)(x, x)
-    y = layers.LayerNormalization()(layers.Add()([x, y]))
-    inner = keras.Sequential([keras.Input((5, 32)), layers.Dense(32, "gelu")])
-    return keras.Model(x, inner(inner(y)))
-
-
-class Late(keras.Model):
-    """No `build`: its variables come to be in the first call."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.one, self.two = layers.Dense(8), layers.Dense(8)
-
-    def call(self, x):
-        return self.two(self.one(x))
-
-
-def late():
-    model = Late()
-    model(np.zeros((1, 8), "float32"))
-    return model
-
-
-MODELS = [convnet, recurrent, attention, late]
-
-
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", WITH_STATE)
 def test_rebuilt_models_get_the_same_weights_and_no_two_are_alike(make):
     one, other = make(), make()
     assert [v.path for v in one.variables] != [v.path for v in other.variables]
@@ -116,7 +60,7 @@ def test_rebuilt_models_get_the_same_weights_and_no_two_are_alike(make):
 def test_golden_kernels():
     """The same bits on every backend and in every release."""
     digests = []
-    for make in MODELS:
+    for make in WITH_STATE:
         model = make()
         initialize(model, "xavier_normal", seed=1)
         kernels = [
@@ -587,7 +531,7 @@ def test_placement_stays():
 
 
 def test_every_layer_of_keras_applications_blocks_is_walked():
-    model = attention()
+    model = nested_attention()
     assert len(sublayers(model)) > len(model.layers)
     assert keras_glorot.initialize is initialize
 

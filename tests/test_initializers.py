@@ -121,6 +121,7 @@ def test_gain_scales_one_and_the_same_draw(cls):
 @BOTH
 def test_no_seed_follows_set_random_seed(cls):
     draws = []
+    one = other = cls()
     for _ in range(2):
         keras.utils.set_random_seed(11)
         one, other = cls(), cls()

@@ -1,0 +1,193 @@
+"""Rules that count connections, built in and registered, and `layer_fans`."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from drawn import assert_drawn
+
+from keras_glorot import Fans, GlorotUniform, compute_fans, layer_fans, register_fans
+from keras_glorot import layers as glorot_layers
+
+layers: Any = keras.layers  # Keras declares many arguments as `str`
+BACKEND = keras.backend.backend()
+
+
+# Rules of your own
+
+
+class Experts(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+    def build(self, shape):
+        init = GlorotUniform(seed=1)
+        self.experts = self.add_weight(shape=(8, 64, 32), initializer=init, name="experts")
+        self.gate = self.add_weight(shape=(64, 8), initializer=init, name="gate")
+        self.bias = self.add_weight(shape=(32,), initializer=init, name="bias")
+
+    def call(self, x):
+        return keras.ops.einsum("bi,eio->bo", x, self.experts) + self.bias
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    monkeypatch.setattr(glorot_layers, "_RULES", dict(glorot_layers._RULES))
+
+
+@pytest.mark.usefixtures("rules")
+def test_register_fans():
+    @register_fans(Experts)
+    def rule(layer, shape):
+        assert isinstance(layer, Experts)
+        return compute_fans(shape, [1], [2]) if len(shape) == 3 else None
+
+    class MoreExperts(Experts):
+        pass
+
+    for layer in (Experts(name="e"), MoreExperts(name="e")):
+        layer.build((None, 64))
+        assert_drawn(layer.experts, 64, 32)
+        assert_drawn(layer.gate, 64, 8)
+        assert layer_fans(layer) == {"e/experts": (64, 32), "e/gate": (64, 8)}
+
+    @register_fans(MoreExperts)
+    def other(layer, shape):
+        return 100, 200  # a pair is enough
+
+    layer = MoreExperts(name="e")
+    layer.build((None, 64))
+    assert layer_fans(layer)["e/experts"] == Fans(100, 200)
+    assert_drawn(layer.experts, 100, 200)
+    assert rule(Experts(), (8, 2, 3)) == (2, 3)  # the function itself is unchanged
+
+
+@pytest.mark.usefixtures("rules")
+@pytest.mark.parametrize("answer", [3, (1, 2, 3), (1.5, 2), "ab", (True, 2), (-1, 2)])
+def test_rules_that_answer_wrongly(answer):
+    register_fans(Experts)(lambda layer, shape: answer)
+    with pytest.raises(TypeError, match=r"rule registered for Experts must return"):
+        Experts().build((None, 64))
+
+
+@pytest.mark.parametrize("layer_class", [layers.Dense(1), int, "Dense", None])
+def test_only_layer_classes_have_rules(layer_class):
+    with pytest.raises(TypeError, match=r"Argument `layer_class` must be a subclass"):
+        register_fans(layer_class)
+
+
+@pytest.mark.usefixtures("rules")
+def test_subclasses_of_keras_layers_inherit_their_rules():
+    class Mine(layers.DepthwiseConv2D):
+        def build(self, shape):
+            # Made before the kernel, and no depthwise kernel.
+            self.mix = self.add_weight(
+                shape=(64, 32), initializer=GlorotUniform(), name="mix"
+            )
+            super().build(shape)
+
+    layer = Mine(3, depthwise_initializer=GlorotUniform(), name="mine")
+    layer.build((None, 8, 8, 512))
+    assert_drawn(layer.mix, 64, 32)
+    assert_drawn(layer.kernel, 9, 9)
+    assert layer_fans(layer) == {"mine/mix": (64, 32), "mine/kernel": (9, 9)}
+
+
+# layer_fans
+
+
+def test_layer_fans_of_a_nested_model():
+    def block(name):
+        inputs = keras.Input((8, 8, 4))
+        x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="conv")(inputs)
+        return keras.Model(inputs, x, name=name)
+
+    shared = layers.Dense(4, name="shared")
+    inputs = keras.Input((8, 8, 4))
+    outputs = shared(layers.Conv2D(4, 3, groups=2, name="grouped")(inputs))
+    x = layers.Concatenate(1)([block("one")(inputs), block("two")(shared(inputs))])
+    model = keras.Model(inputs, [x, outputs])
+    found = layer_fans(model)
+    # Keras gives both blocks' kernels the same path, "conv/kernel".
+    assert sorted(found) == [
+        "grouped/kernel",
+        "one/conv/kernel",
+        "shared/kernel",
+        "two/conv/kernel",
+    ]
+    assert found["one/conv/kernel"] == found["two/conv/kernel"] == (9, 18)
+    assert found["grouped/kernel"] == (18, 18)
+    assert found["shared/kernel"] == (4, 4)
+
+
+def test_layer_fans_of_a_trained_model_leaves_out_its_optimizer():
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(2, name="last")], name="model"
+    )
+    model.compile("adam", "mse", metrics=["mae"])
+    model.train_on_batch(np.zeros((2, 3)), np.zeros((2, 2)))
+    assert layer_fans(model) == {"last/kernel": (3, 2)}
+
+
+def test_layer_fans_of_embeddings_and_vectors():
+    layer = layers.Embedding(100, 8, name="words")
+    layer.build()
+    assert layer_fans(layer) == {"words/embeddings": (100, 8)}
+    layer = layers.LayerNormalization()
+    layer.build((None, 8))
+    assert layer_fans(layer) == {}
+
+
+def make_quantizable(name):
+    if name == "Dense":
+        return layers.Dense(7, name="layer"), (None, 16), (16, 7)
+    layer = layers.EinsumDense("abc,cde->abde", (None, 2, 5), name="layer")
+    return layer, (None, 3, 16), (16, 10)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense"])
+def test_quantized_kernels_count_as_what_they_stand_for(name, mode):
+    layer, shape, right = make_quantizable(name)
+    layer.build(shape)
+    try:
+        layer.quantize(mode)
+    except (ValueError, NotImplementedError) as error:
+        pytest.skip(f"not in this version of Keras: {error}")
+    assert layer_fans(layer)["layer/kernel"] == right
+
+
+def test_lora_factors_count_for_themselves():
+    dense, shape, right = make_quantizable("Dense")
+    dense.build(shape)
+    dense.enable_lora(4, a_initializer=GlorotUniform(seed=1))
+    assert layer_fans(dense) == {
+        "layer/kernel": right,
+        "layer/lora_kernel_a": (16, 4),
+        "layer/lora_kernel_b": (4, 7),
+    }
+    einsum, shape, right = make_quantizable("EinsumDense")
+    einsum.build(shape)
+    einsum.enable_lora(3)
+    assert layer_fans(einsum) == {
+        "layer/kernel": right,
+        "layer/lora_kernel_a": (16, 6),
+        "layer/lora_kernel_b": (3, 5),
+    }
+    conv = layers.Conv2D(6, 3, groups=2, name="layer")
+    conv.build((None, 8, 8, 64))
+    conv.enable_lora(4, a_initializer=GlorotUniform(seed=1))
+    assert layer_fans(conv) == {
+        "layer/kernel": (9 * 32, 9 * 3),
+        "layer/lora_kernel_a": (9 * 32, 9 * 4),
+        "layer/lora_kernel_b": (4, 6),
+    }
+    assert_drawn(conv.lora_kernel_a, 9 * 32, 9 * 4)
+
+
+def test_layer_fans_says_what_it_needs():
+    with pytest.raises(TypeError, match=r"Argument `layer` must be a Keras layer"):
+        layer_fans("dense")
+    with pytest.raises(ValueError, match=r"Argument `layer` must be built"):
+        layer_fans(layers.Dense(2))
