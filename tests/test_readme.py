@@ -6,6 +6,8 @@ from pathlib import Path
 import keras
 import pytest
 
+from keras_glorot.auditing import CODES
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -32,6 +34,11 @@ def test_tables_are_what_is_printed(block, table, capsys, monkeypatch):
     keras.utils.clear_session()
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert words(capsys.readouterr().out) == words(table)
+
+
+def test_every_code_of_audit_is_listed():
+    listed = set(re.findall(r"`([a-z-]+)`", README))
+    assert listed.issuperset(CODES)
 
 
 def test_there_are_blocks():
