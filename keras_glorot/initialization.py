@@ -6,19 +6,20 @@ import hashlib
 import math
 import numbers
 import random
-import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import Distribution, keras_distribution
+from keras_glorot.distributions import Distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
 from keras_glorot.tables import Finding, Row, Table
@@ -28,11 +29,15 @@ __all__ = ["initialize"]
 
 
 class _Assignment(NamedTuple):
-    """A variable with what makes its new value (None: it is not changed), and its row."""
+    """A variable with what makes its new value (None: it is not changed), and its row.
+
+    `finish` is what its layer then assigns to it from the new weights, if it does.
+    """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
+    finish: Callable[[], Any] | None = None
 
 
 def initialize(
@@ -104,40 +109,56 @@ def initialize(
     all_layers = keras_bridge.sublayers(model)
     selected = all_layers if layers is None else _select(all_layers, layers)
     selected_ids = {id(layer) for layer in selected}
-    derive = _seed_deriver(root, _canonical_paths(model, all_layers))
+    derive = _seed_deriver(root, keras_bridge.canonical_paths(model))
 
     assignments = []
     for weight in weights:
-        derived = derive(weight.variable.path)
+        derived = derive(weight.owner, weight.variable)
         if layers is None or id(weight.owner) in selected_ids:
             assignments.append(_plan_weight(weight, kernel_initializer, derived))
     layer_paths = keras_bridge.sublayer_paths(model)
     for layer in all_layers:
         for generator in keras_bridge.seed_generators(layer):
-            # A layer without weights has no path.
-            derived = derive(layer.path or layer.name)
+            derived = derive(layer, generator.state)
             if id(layer) in selected_ids:
                 path = f"{layer_paths[id(layer)]}/{generator.state.name}"
                 assignments.append(_plan_generator(layer, generator, path, derived))
-    resets, findings = _plan_optimizer(model)
+    for layer, variable in keras_bridge.untracked_variables(model):
+        if id(layer) in selected_ids:
+            path = f"{layer_paths[id(layer)]}/{variable.name}"
+            assignments.append(_plan_untracked(layer, variable, path))
 
-    for assignment in _with_progress([*assignments, *resets], verbose):
-        if assignment.new_value is not None:
-            backends.assign(assignment.variable, assignment.new_value())
-    if isinstance(model, keras.Model):
-        model.reset_metrics()
+    _assign_all(assignments, verbose)
+    findings = _reset_optimizers(model)
+    for metric in keras_bridge.metrics(model):
+        metric.reset_state()
 
-    skipped = [assignment.row for assignment in assignments if not assignment.new_value]
-    advice = "Reset it manually if needed."
-    findings += [
-        Finding("info", "not-reset", row["path"], f"{row['done']}.", advice)
-        for row in skipped
-    ]
+    skipped = [assignment for assignment in assignments if not assignment.new_value]
+    findings += [_explain_skipped(assignment) for assignment in skipped]
+    _warn(findings)
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
     count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
     note = f"Reinitialized {count} variables (seed {root})."
     rows = [assignment.row for assignment in assignments]
     return Table("initialize", rows, findings, columns, note)
+
+
+def _explain_skipped(assignment: _Assignment) -> Finding:
+    row = assignment.row
+    is_meant = row["layer"] == "Normalization"
+    severity = "info" if is_meant else "warning"
+    advice = "Reset it manually if needed."
+    return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
+
+
+def _warn(findings: list[Finding]) -> None:
+    """A Python warning too: a table need not be looked at."""
+    serious = [finding for finding in findings if finding.severity == "warning"]
+    if serious:
+        first = serious[0]
+        others = f" ({len(serious) - 1} more in the findings)" if serious[1:] else ""
+        message = f"`initialize` did not reset {first.path}: {first.message}{others}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _root_seed(seed: int | None, initializer: Any) -> int:
@@ -175,59 +196,31 @@ def _select(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     return selected
 
 
-def _seed_deriver(root: int, canonical: Callable[[str], str]) -> Callable[[str], int]:
+def _seed_deriver(
+    root: int, layer_paths: dict[int, str]
+) -> Callable[[keras.Layer | None, keras.Variable], int]:
     """Makes one seed for each path; a path that comes again gets another one."""
     counts = Counter()
 
-    def derive(path: str) -> int:
-        path = canonical(path)
-        counts[path] += 1  # nested models can give one path to several variables
+    def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
+        layer_path = layer_paths.get(id(owner), "")
+        path = f"{layer_path}/{keras_bridge.canonical_name(variable)}"
+        counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
 
     return derive
 
 
-def _canonical_paths(
-    model: keras.Layer, all_layers: list[keras.Layer]
-) -> Callable[[str], str]:
-    """Replaces `dense_7` by `dense#1`, if it is the first Dense that its parent shows."""
-    kinds = {}
-    for layer in all_layers:
-        kind = re.sub(r"_\d+$", "", layer.name)
-        # `Bidirectional` puts its own word in front of the automatic name.
-        plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
-        if plain == type(layer).__name__.lower():
-            kinds[layer.path or layer.name] = kind
-    # The model's own name is in the paths or not, depending on how it was built.
-    known, seen = {"": "", model.path: ""}, Counter()
-
-    def canonical(path: str) -> str:
-        if path not in known:
-            parent, _, name = path.rpartition("/")
-            head = canonical(parent)
-            if path in kinds:
-                seen[head, kinds[path]] += 1
-                name = f"{kinds[path]}#{seen[head, kinds[path]]}"
-            known[path] = f"{head}/{name}"
-        return known[path]
-
-    return canonical
-
-
 def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignment:
     """What is to be done with a weight; raises whatever there is to raise."""
-    row: Row = {
-        "path": weight.path,
-        "layer": None if weight.owner is None else type(weight.owner).__name__,
-        "shape": weight.shape,
-        "dtype": weight.variable.dtype,
-        **dict.fromkeys(("fan_in", "fan_out", "std")),
-    }
+    row = _empty_row(weight.path, weight.owner, weight.variable)
     if weight.reason:
         row["done"] = f"not changed: {weight.reason}"
         return _Assignment(weight.variable, None, row)
     initializer = weight.initializer
+    if isinstance(initializer, keras_bridge.BuildValue):
+        return _plan_built(weight, initializer, row, seed)
     if weight.is_kernel and weight.fans is not None:
         initializer = kernel_initializer
         row["fan_in"], row["fan_out"] = weight.fans
@@ -240,6 +233,27 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     row["done"] = _describe_initializer(initializer)
     new_value = _value_factory(initializer, distribution, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row)
+
+
+def _plan_built(
+    weight: Weight, built: keras_bridge.BuildValue, row: Row, seed: int
+) -> _Assignment:
+    """First as declared: what the layer assigns can depend on it, or on other weights."""
+    declared = built.declared
+    distribution = distribution_of(declared, weight.shape, weight.fans, weight.site)
+    new_value = _value_factory(declared, distribution, weight.variable, seed)
+    row["done"] = "assigned in build"
+    return _Assignment(weight.variable, new_value, row, built)
+
+
+def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -> Row:
+    return {
+        "path": path,
+        "layer": None if owner is None else type(owner).__name__,
+        "shape": tuple(variable.shape),
+        "dtype": variable.dtype,
+        **dict.fromkeys(("fan_in", "fan_out", "std")),
+    }
 
 
 def _describe_initializer(initializer: Any) -> str:
@@ -263,22 +277,42 @@ def _value_factory(
     if distribution is not None and (
         distribution.form == "constant" or dtype in WEIGHT_DTYPES
     ):
-        if distribution.std and WEIGHT_DTYPES[dtype] < distribution.bound < math.inf:
-            raise ValueError(
-                "Argument `initializer` must have a smaller gain for weights of "
-                f"{dtype}. Received: initializer={initializer} for {variable.path}"
-            )
+        _check_range(distribution, initializer, variable)
         return functools.partial(distribution.draw, shape, dtype, (seed,))
     if "seed" in getattr(initializer, "get_config", dict)():
         initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
-    value = initializer(shape, dtype=dtype)
+    value = keras.ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"The initializer of {variable.path} must return a tensor of shape {shape}. "
             f"Received: {initializer} returned one of shape {tuple(value.shape)}"
         )
+    if keras.backend.is_float_dtype(dtype) and keras.ops.any(keras.ops.isnan(value)):
+        raise ValueError(
+            f"The initializer of {variable.path} must return numbers. "
+            f"Received: {initializer} returned nan"
+        )
     return lambda: value
+
+
+def _check_range(
+    distribution: Distribution, initializer: Any, variable: keras.Variable
+) -> None:
+    """Whether the dtype can hold what is drawn: not nan, not infinite, not all zeros."""
+    std, bound, dtype = distribution.std, distribution.bound, variable.dtype
+    fault = None
+    if math.isnan(std) or math.isnan(distribution.mean):
+        fault = "a mean and a std that are numbers, not nan"
+    elif std and WEIGHT_DTYPES[dtype] < bound < math.inf:
+        fault = f"a smaller gain for weights of {dtype}"
+    elif std and std < float(ml_dtypes.finfo(dtype).smallest_subnormal):
+        fault = f"a larger gain for weights of {dtype}, in which all values would be 0"
+    if fault:
+        raise ValueError(
+            f"Argument `initializer` must have {fault}. "
+            f"Received: initializer={initializer} for {variable.path}"
+        )
 
 
 def _plan_generator(
@@ -290,52 +324,79 @@ def _plan_generator(
     if seed is None:
         seed = derived & 0x7FFFFFFF
     start = np.array([seed, 0]).astype(state.dtype)
-    row: Row = {
-        "path": path,
-        "layer": type(layer).__name__,
-        "shape": (2,),
-        "dtype": state.dtype,
-        **dict.fromkeys(("fan_in", "fan_out", "std")),
-        "done": f"seed {seed}",
-    }
+    row = _empty_row(path, layer, state)
+    row["done"] = f"seed {seed}"
     return _Assignment(state, lambda: start, row)
 
 
-def _plan_optimizer(model: keras.Layer) -> tuple[list[_Assignment], list[Finding]]:
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return [], []
-    try:
-        sources = keras_bridge.rebuild_sources(optimizer)
-    except Exception as error:  # from an optimizer of the user: anything
-        message = f"Its state is not changed: {error}."
-        advice = "Compile the model again."
-        return [], [Finding("warning", "optimizer", optimizer.name, message, advice)]
-    assignments = []
-    for variable, source in sources:
-        if variable.name == "learning_rate":
-            continue
-        new_value = functools.partial(lambda value: value, source)
-        if callable(source):
-            distribution = keras_distribution(source, tuple(variable.shape), None)
-            new_value = _value_factory(source, distribution, variable, 0)
-        assignments.append(_Assignment(variable, new_value, {}))
-    return assignments, []
+def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> _Assignment:
+    """The state of a recurrent layer starts again; of others nothing is known."""
+    row = _empty_row(path, layer, variable)
+    if keras_bridge.initial_state(layer, variable) is None:
+        row["done"] = "not changed: Keras does not list it among the layer's variables"
+        return _Assignment(variable, None, row)
+    row["done"] = "initial state"
+    new_value = functools.partial(keras_bridge.initial_state, layer, variable)
+    return _Assignment(variable, new_value, row, new_value)
 
 
-def _with_progress(
-    assignments: list[_Assignment], verbose: Literal["auto"] | bool
-) -> Iterator[_Assignment]:
-    """The assignments one by one, with a bar once they have taken a second."""
-    sizes = [math.prod(assignment.variable.shape) for assignment in assignments]
-    bar = Progress(transient=True)
-    task = bar.add_task("initialize", total=sum(sizes))
-    wait = 1.0 if verbose == "auto" else 0.0
+def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
+    todo = [assignment for assignment in assignments if assignment.new_value]
+    sizes = [math.prod(assignment.variable.shape) for assignment in todo]
+    with _progress(sum(sizes), verbose) as advance:
+        for assignment, size in zip(todo, sizes, strict=True):
+            backends.assign(assignment.variable, assignment.new_value())
+            advance(size)
+    # All of them are computed before one is assigned: they can depend on each other.
+    last = [assignment for assignment in todo if assignment.finish]
+    values = [assignment.finish() for assignment in last]
+    for assignment, value in zip(last, values, strict=True):
+        backends.assign(assignment.variable, value)
+
+
+def _reset_optimizers(model: keras.Layer) -> list[Finding]:
+    findings = []
+    for optimizer in keras_bridge.optimizers(model):
+        try:
+            values = keras_bridge.optimizer_values(optimizer)
+            for variable, new_value in values:
+                backends.assign(variable, new_value())
+        except Exception as error:  # from an optimizer of the user: anything
+            message = f"Its state is not changed: {error}."
+            advice = "Compile the model again."
+            findings.append(
+                Finding("warning", "optimizer", optimizer.name, message, advice)
+            )
+    return findings
+
+
+@contextlib.contextmanager
+def _progress(
+    total: int, verbose: Literal["auto"] | bool
+) -> Iterator[Callable[[int], None]]:
+    """A bar once the work has taken a second. Whatever fails in it, the work goes on."""
     shown = Console().is_terminal if verbose == "auto" else verbose
+    wait = 1.0 if verbose == "auto" else 0.0
     begin = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        for assignment, size in zip(assignments, sizes, strict=True):
-            if shown and time.monotonic() - begin >= wait and not bar.live.is_started:
-                stack.enter_context(bar)
-            yield assignment
+    # Without a thread that redraws it, nothing can fail elsewhere.
+    bar = Progress(transient=True, auto_refresh=False)
+    task = bar.add_task("initialize", total=total)
+
+    def advance(size: int) -> None:
+        nonlocal shown
+        if not shown or time.monotonic() - begin < wait:
             bar.advance(task, size)
+            return
+        try:
+            if not bar.live.is_started:
+                bar.start()
+            bar.update(task, advance=size, refresh=True)
+        except Exception:  # such as another bar on the terminal, or a closed one
+            shown = False
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            with contextlib.suppress(Exception):
+                bar.stop()

@@ -16,6 +16,8 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -33,18 +35,28 @@ except ImportError:  # `_is_keras_as_expected` notices and warns
 
 
 __all__ = [
+    "BuildValue",
     "CallSite",
+    "canonical_name",
+    "canonical_paths",
     "copy_mask",
     "current_call_site",
     "custom_objects_in_scope",
+    "direct_sublayers",
     "downstream_operations",
+    "initial_state",
     "is_shape_inference",
+    "may_assign",
+    "metrics",
+    "optimizer_values",
+    "optimizers",
     "owned_variables",
     "rebuild_sources",
     "seed_generators",
     "seed_words",
     "sublayer_paths",
     "sublayers",
+    "untracked_variables",
 ]
 
 
@@ -86,15 +98,26 @@ def owned_variables(
     """
     if not _is_keras_as_expected():
         return [(None, variable) for variable in layer.weights]
-    owners: dict[int, keras.Layer] = {}
+    makers: dict[int, tuple[int, keras.Layer]] = {}
     for holder in layer._flatten_layers():
         for variable in _own_variables(holder):
-            # Wrappers and tied layers hold the variables of others. The path tells
-            # who made one; else the innermost holder did, and that one comes last.
-            owner = owners.get(id(variable))
-            if owner is None or variable.path != f"{owner.path}/{variable.name}":
-                owners[id(variable)] = holder
-    return [(owners.get(id(variable)), variable) for variable in layer.weights]
+            # Wrappers and tied layers hold the variables of others. The path tells who
+            # made one; else the innermost holder did, and that one comes last.
+            likelihood = _maker_likelihood(holder, variable)
+            best = makers.get(id(variable))
+            if best is None or likelihood >= best[0]:
+                makers[id(variable)] = (likelihood, holder)
+    return [
+        (makers[id(variable)][1] if id(variable) in makers else None, variable)
+        for variable in layer.weights
+    ]
+
+
+def _maker_likelihood(holder: keras.Layer, variable: keras.Variable) -> int:
+    """A path always ends in the maker's name; what comes before is known in `build` only."""
+    if variable.path == f"{holder.path}/{variable.name}":
+        return 2
+    return int(f"/{variable.path}".endswith(f"/{holder.name}/{variable.name}"))
 
 
 class _Deferred(threading.local):
@@ -213,22 +236,70 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return list(layer._flatten_layers())
 
 
+def direct_sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that the layer holds itself."""
+    return list(layer._layers)
+
+
 def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
     """By `id`, the path of each sublayer: the names from below `layer` down to it.
 
     `layer` itself goes by its name. A layer with several parents has the path of the first.
     Unlike Keras's own `path`, this does not depend on how and when a layer was built.
     """
-    paths = {id(layer): layer.name}
+
+    def names(children: list[keras.Layer]) -> list[str]:
+        return [child.name for child in children]
+
+    return {**_tree_paths(layer, names), id(layer): layer.name}
+
+
+def canonical_paths(layer: keras.Layer) -> dict[int, str]:
+    """As `sublayer_paths`, but the same for each model that is built alike.
+
+    Automatic names are replaced by the order of occurrence in the parent: `dense#2` is
+    the second Dense. The name of `layer` itself is left out.
+    """
+    return _tree_paths(layer, _canonical_names)
+
+
+def _tree_paths(
+    layer: keras.Layer, names: Callable[[list[keras.Layer]], list[str]]
+) -> dict[int, str]:
+    paths = {id(layer): ""}
 
     def walk(parent: keras.Layer, prefix: str) -> None:
-        for child in parent._layers:
+        children = list(parent._layers)
+        for child, name in zip(children, names(children), strict=True):
             if id(child) not in paths:
-                paths[id(child)] = prefix + child.name
-                walk(child, f"{prefix}{child.name}/")
+                paths[id(child)] = prefix + name
+                walk(child, f"{prefix}{name}/")
 
     walk(layer, "")
     return paths
+
+
+def _canonical_names(children: list[keras.Layer]) -> list[str]:
+    counts = Counter()
+    names = []
+    for child in children:
+        kind = re.sub(r"_\d+$", "", child.name)
+        # `Bidirectional` puts its own word in front of the automatic name.
+        plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
+        if plain == type(child).__name__.replace("_", "").lower():
+            counts[kind] += 1
+            names.append(f"{kind}#{counts[kind]}")
+        else:
+            names.append(child.name)
+    return names
+
+
+def canonical_name(variable: keras.Variable) -> str:
+    """The variable's name, without what Keras counts in an automatic one."""
+    plain = re.sub(r"_\d+$", "", variable.name)
+    if plain.replace("_", "") == type(variable).__name__.lower():
+        return "variable"  # JAX's class has another name
+    return variable.name
 
 
 def copy_mask(source: Any, target: Any) -> None:
@@ -241,7 +312,89 @@ def copy_mask(source: Any, target: Any) -> None:
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators that the layer holds itself."""
-    return list(layer._seed_generators)
+    held = _attributes(layer, keras.random.SeedGenerator)
+    return _unique([*layer._seed_generators, *held.values()])
+
+
+def optimizers(layer: keras.Layer) -> list[keras.optimizers.Optimizer]:
+    """The optimizers among the attributes of a layer, of its sublayers, of each other."""
+    found: list[keras.optimizers.Optimizer] = []
+    holders: list[Any] = sublayers(layer)
+    for holder in holders:
+        for optimizer in _attributes(holder, keras.optimizers.Optimizer).values():
+            if all(optimizer is not other for other in found):
+                found.append(optimizer)
+                holders.append(optimizer)
+    return found
+
+
+def metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
+    """The metrics of a model, compiled ones too, and of all layers in it."""
+    own = [metric for member in sublayers(layer) for metric in member._metrics]
+    return _unique([*layer.metrics, *own])
+
+
+def untracked_variables(layer: keras.Layer) -> list[tuple[keras.Layer, keras.Variable]]:
+    """Variables that are neither weights, nor of seed generators, metrics or optimizers.
+
+    Each with the layer that holds it: the states of an RNN, say, which Keras leaves out
+    of `variables`.
+    """
+    members = sublayers(layer)
+    known = {id(variable) for variable in layer.weights}
+    known |= {id(each.state) for member in members for each in seed_generators(member)}
+    known |= {id(variable) for each in metrics(layer) for variable in each.variables}
+    untracked = []
+    for member in members:
+        held = _attributes(member, keras.Variable).values()
+        rest = layer.variables if member is layer else []
+        for variable in [*held, *rest]:
+            if id(variable) not in known:
+                known.add(id(variable))
+                untracked.append((member, variable))
+    return untracked
+
+
+def initial_state(layer: keras.Layer, variable: keras.Variable) -> Any:
+    """The value that a state of a recurrent layer starts with; None of anything else."""
+    if not isinstance(layer, keras.layers.RNN) or not layer.states:
+        return None
+    states = keras.tree.flatten(layer.states)
+    starts = keras.tree.flatten(layer.get_initial_state(states[0].shape[0]))
+    for state, start in zip(states, starts, strict=False):
+        if state is variable and tuple(start.shape) == tuple(state.shape):
+            return start
+    return None
+
+
+def _attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
+    """The objects of a kind among the attributes, also in lists and dictionaries there.
+
+    By where they are: the name of the attribute, then keys and indices.
+    """
+    found, seen = {}, set()
+
+    def walk(value: Any, place: tuple[Any, ...]) -> None:
+        if isinstance(value, kind):
+            found[place] = value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                walk(item, (*place, key))
+
+    for name, value in vars(holder).items():
+        if name not in _TRACKING:
+            walk(value, (name,))
+    return found
+
+
+# What Keras lists of a layer that stands in other attributes too.
+_TRACKING = {"_tracker", "_layers", "_trainable_variables", "_non_trainable_variables"}
+
+
+def _unique(objects: list[Any]) -> list[Any]:
+    return list({id(each): each for each in objects}.values())
 
 
 def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
@@ -249,50 +402,274 @@ def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
     return [node.operation for node in layer._outbound_nodes]
 
 
-def rebuild_sources(
-    original: keras.Layer | keras.optimizers.Optimizer,
-) -> list[tuple[keras.Variable, Any]]:
-    """Each variable of a layer or an optimizer, and what a rebuilt one is made from.
+class BuildValue:
+    """What a layer assigns to a variable in `build`, computed from the layer's weights.
 
-    That is an initializer, or a tensor where there was none. The copy is built in a scope
-    in which variables get no values, and in a thread of its own: the names that Keras
-    counts and the variables that it has yet to fill are one set per thread.
+    Called as an initializer, it gives what `build` would assign if each weight of the
+    layer had been made with its present value.
+
+    Attributes:
+        declared: The initializer that the variable was made with before.
     """
-    is_layer = isinstance(original, keras.Layer)
-    with ThreadPoolExecutor(1) as pool:
-        copy_source = _rebuild_layer if is_layer else _rebuild_optimizer
-        rebuilt = pool.submit(copy_source, original).result()
-    if is_layer:
-        pairs = zip(_own_variables(original), _own_variables(rebuilt), strict=True)
-    else:
-        pairs = zip(original.variables, rebuilt.variables, strict=True)
-    sources = []
-    for variable, copy in pairs:
-        if not _is_same_variable(variable, copy):
-            raise ValueError(f"A copy of {original.name} has other variables.")
-        source = copy._initializer if copy._value is None else copy._value
-        sources.append((variable, source))
+
+    def __init__(self, rebuild: "_Rebuild", variable: keras.Variable, declared: Any):
+        self.declared = declared
+        self._rebuild, self._variable = rebuild, variable
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        return self._rebuild.assigned_values()[id(self._variable)]
+
+
+def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
+    """By `id`, what the variables of a layer and of its sublayers are made from.
+
+    That is an initializer, or a `BuildValue` where `build` assigns. A copy is built, from
+    the layer's config or, if that is not enough, from its attributes, without values and in
+    a thread of its own: the names that Keras counts and the variables that it has yet to
+    fill are one set per thread. Variables that no copy has are left out.
+
+    Raises:
+        Exception: Whatever the layer raises, if neither way works.
+    """
+    sources: dict[int, Any] = {}
+    errors = []
+    for copy, children in (
+        (_copy_from_config, _tracked_children),
+        (_copy_from_attributes, _attribute_children),
+    ):
+        try:
+            sources = {**_Rebuild(original, copy, children).sources(), **sources}
+        except Exception as error:  # from a layer of the user: anything
+            errors.append(error)
+        if all(id(variable) in sources for variable in _own_variables(original)):
+            return sources
+    if errors and not sources:
+        raise errors[0]
     return sources
 
 
-def _rebuild_layer(original: keras.Layer) -> keras.Layer:
-    with keras.StatelessScope(initialize_variables=False):
-        copy = type(original).from_config(original.get_config())
-        if original.get_build_config():
-            copy.build_from_config(original.get_build_config())
+class _Rebuild:
+    """Builds copies of a layer in which variables have no values of their own."""
+
+    def __init__(
+        self,
+        original: keras.Layer,
+        copy: Callable[[keras.Layer], keras.Layer],
+        children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+    ):
+        self.original, self.copy, self.children = original, copy, children
+        self.created: list[keras.Variable | None] = []
+
+    def sources(self) -> dict[int, Any]:
+        """As `rebuild_sources`; notes which variable is made in which turn."""
+        scope = _ReplayScope([])
+        pairs, created = _in_thread(self._build, scope)
+        counterparts = {id(copy): variable for variable, copy in pairs}
+        self.created = [counterparts.get(id(copy)) for copy in created]
+        sources = {}
+        for variable, copy in pairs:
+            source = copy._initializer
+            if scope.get_assigned(copy) is not None:
+                source = BuildValue(self, variable, source)
+            sources[id(variable)] = source
+        return sources
+
+    def assigned_values(self) -> dict[int, Any]:
+        """By `id` of the variable, what `build` assigns if the weights are as now."""
+        scope = _ReplayScope(self.created)
+        pairs, _ = _in_thread(self._build, scope)
+        values = {id(variable): scope.get_assigned(copy) for variable, copy in pairs}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def _build(self, scope: "_ReplayScope"):
+        with scope:
+            copy = self.copy(self.original)
+        created = list(get_global_attribute("uninitialized_variables") or ())
+        pairs = []
+        for one, other in _layer_pairs(self.original, copy, self.children):
+            pairs += _variable_pairs(_own_variables(one), _own_variables(other))
+        return pairs, created
+
+
+class _ReplayScope(keras.StatelessScope):
+    """Notes assignments; lets the n-th variable made read as the n-th one given."""
+
+    def __init__(self, created: list[keras.Variable | None]):
+        super().__init__(initialize_variables=False)
+        self.created = created
+
+    def get_assigned(self, variable: keras.Variable) -> Any:
+        return super().get_current_value(variable)
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        assigned = self.get_assigned(variable)
+        if assigned is not None or variable._value is not None:
+            return assigned
+        pending = get_global_attribute("uninitialized_variables") or ()
+        for made, original in zip(pending, self.created, strict=False):
+            if made is variable:
+                return None if original is None else original._value
+        return None
+
+
+def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _copy_from_config(original: keras.Layer) -> keras.Layer:
+    copy = type(original).from_config(original.get_config())
+    if _has_build(original) and original.get_build_config():
+        copy.build_from_config(original.get_build_config())
     return copy
 
 
-def _rebuild_optimizer(original: Any) -> Any:
+def _has_build(layer: keras.Layer) -> bool:
+    return type(layer).build not in (keras.Layer.build, keras.Model.build)
+
+
+def may_assign(layer: keras.Layer) -> bool:
+    """Whether making it runs code that is not Keras's, other than of its sublayers.
+
+    Keras's own layers assign nothing in `build`.
+    """
+    is_foreign = not type(layer).__module__.startswith("keras.")
+    has_build = not type(layer).build.__module__.startswith("keras.")
+    return is_foreign and (has_build or bool(_own_variables(layer)))
+
+
+def _copy_from_attributes(original: keras.Layer) -> keras.Layer:
+    if not _has_build(original) or not original.get_build_config():
+        raise NotImplementedError(f"{original.name} has no config and no `build`.")
+    copy = _Replica().of(original)
+    copy.build_from_config(original.get_build_config())
+    return copy
+
+
+class _Replica:
+    """Copies a layer as it was before `build`, with the layers in it."""
+
+    def __init__(self):
+        self.copies: dict[int, Any] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, keras.Layer):
+            if id(value) not in self.copies:
+                self._copy_layer(value)
+            return self.copies[id(value)]
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if isinstance(value, list | set):
+            kind = list if isinstance(value, list) else set
+            return kind(self.of(item) for item in value)
+        if type(value) is tuple:
+            return tuple(self.of(item) for item in value)
+        return value
+
+    def _copy_layer(self, layer: keras.Layer) -> None:
+        copy: Any = type(layer).__new__(type(layer))
+        self.copies[id(layer)] = copy
+        fresh = set(vars(copy))  # above all: the lists of what Keras tracks
+        for name, value in list(vars(layer).items()):
+            if name not in fresh:
+                vars(copy)[name] = self.of(value)
+        vars(copy)["built"] = False
+        # PyTorch's list of parameters would take in those of the copy.
+        vars(copy).get("_modules", {}).pop("_torch_params", None)
+
+
+def _tracked_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
+    return dict(enumerate(layer._layers))
+
+
+def _attribute_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
+    return _attributes(layer, keras.Layer)
+
+
+def _layer_pairs(
+    original: keras.Layer,
+    copy: keras.Layer,
+    children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+) -> list[tuple[keras.Layer, keras.Layer]]:
+    """The layer and its sublayers, each with its counterpart in a copy."""
+    pairs, seen = [(original, copy)], {id(original)}
+    for one, other in pairs:
+        others = children(other)
+        for place, child in children(one).items():
+            counterpart = others.get(place)
+            if type(counterpart) is type(child) and id(child) not in seen:
+                seen.add(id(child))
+                pairs.append((child, counterpart))
+    return pairs
+
+
+def _variable_pairs(
+    originals: list[keras.Variable], copies: list[keras.Variable]
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Each variable with its counterpart: same name and shape, made in the same turn."""
+    counterparts: dict[Any, list[keras.Variable]] = {}
+    for copy in copies:
+        counterparts.setdefault(_signature(copy), []).append(copy)
+    pairs = []
+    for variable in originals:
+        if waiting := counterparts.get(_signature(variable)):
+            pairs.append((variable, waiting.pop(0)))
+    return pairs
+
+
+def _signature(variable: keras.Variable) -> tuple[Any, ...]:
+    # An automatic name ends in a number, counted anew.
+    return re.sub(r"_\d+$", "", variable.name), tuple(variable.shape), variable.dtype
+
+
+def optimizer_values(
+    original: keras.optimizers.Optimizer,
+) -> list[tuple[keras.Variable, Callable[[], Any]]]:
+    """The state of an optimizer, without its learning rate and without inner optimizers.
+
+    Each variable comes with what makes its first value, from the weights as they are now.
+    """
+    state = _optimizer_state(original)
+    if all(variable is original._iterations for variable in state):
+        return [(variable, lambda: 0) for variable in state]
+    try:
+        scope = keras.StatelessScope(initialize_variables=False)
+        rebuilt = _in_thread(_rebuild_optimizer, original, scope)
+    except Exception:  # some make variables of values, which needs a real copy
+        scope = None
+        rebuilt = _in_thread(_rebuild_optimizer, original, contextlib.nullcontext())
+    copies = _optimizer_state(rebuilt)
+    if list(map(_signature, state)) != list(map(_signature, copies)):
+        raise ValueError(f"a copy of {original.name} has other variables")
+    return [
+        (variable, functools.partial(_first_value, copy, scope))
+        for variable, copy in zip(state, copies, strict=True)
+    ]
+
+
+def _first_value(copy: keras.Variable, scope: keras.StatelessScope | None) -> Any:
+    assigned = None if scope is None else scope.get_current_value(copy)
+    return copy.value if assigned is None else assigned
+
+
+def _rebuild_optimizer(original: Any, scope: Any) -> Any:
     copy = type(original).from_config(original.get_config())
-    with keras.StatelessScope(initialize_variables=False):
-        # A LossScaleOptimizer does not always keep its own list.
-        source = getattr(original, "inner_optimizer", original)
+    # A LossScaleOptimizer does not always keep its own list.
+    source = getattr(original, "inner_optimizer", original)
+    with scope:
         copy.build(source._trainable_variables)
     return copy
 
 
-def _is_same_variable(original: keras.Variable, rebuilt: keras.Variable) -> bool:
-    # An automatic name ends in a number, counted anew.
-    names = [re.sub(r"_\d+$", "", variable.name) for variable in (original, rebuilt)]
-    return names[0] == names[1] and original.shape == rebuilt.shape
+def _optimizer_state(optimizer: Any) -> list[keras.Variable]:
+    """Its own variables, also those that Keras does not list, as of Nadam."""
+    inner = _attributes(optimizer, keras.optimizers.Optimizer).values()
+    foreign = {id(variable) for each in inner for variable in each.variables}
+    foreign |= {id(variable) for variable in optimizer._trainable_variables}
+    foreign.add(id(optimizer._learning_rate))
+    held = _attributes(optimizer, keras.Variable).values()
+    return [
+        variable
+        for variable in _unique([*optimizer._variables, *held])
+        if id(variable) not in foreign
+    ]

@@ -13,6 +13,7 @@ __all__ = [
     "Activation",
     "fans_by_rule",
     "following_activation",
+    "has_registered_rule",
     "is_relu_like",
     "kernel_activation",
     "kernel_fans",
@@ -105,6 +106,14 @@ def fans_by_rule(
             fans = _RULES[layer_class](layer, tuple(shape))
             return None if fans is None else Fans(*fans)
     return None
+
+
+def has_registered_rule(layer: keras.Layer, variable: keras.Variable) -> bool:
+    """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
+    ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
+    if ruled is None or ruled in _KERAS_RULES:
+        return False
+    return fans_by_rule(tuple(variable.shape), layer, variable) is not None
 
 
 def kernel_activation(
@@ -223,3 +232,7 @@ def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> b
     # The shapes can be equal, so they don't tell. The depthwise kernel is made first:
     # while it is drawn there is none yet, and no variable either.
     return getattr(layer, "depthwise_kernel", None) is variable
+
+
+# A rule that the user registers says more than these: that the weight is a kernel.
+_KERAS_RULES = frozenset(_RULES)
