@@ -1,6 +1,7 @@
 """From a NumPy array to a tensor of TensorFlow, JAX or PyTorch, where it must live."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ __all__ = [
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
+    "writable",
 ]
 
 
@@ -68,7 +70,21 @@ def assign(variable: keras.Variable, value: Any) -> None:
         value = jax.device_put(value, old.sharding if old.committed else None)
     elif isinstance(value, np.ndarray) and value.ctypes.data % 64 == 0:
         value = to_tensor(value)  # TensorFlow aborts on memory that is aligned worse
-    variable.assign(value)
+    with writable([variable]):
+        variable.assign(value)
+
+
+def writable(
+    variables: Iterable[keras.Variable],
+) -> contextlib.AbstractContextManager[Any]:
+    """Where they can be assigned: those that PyTorch made in inference mode only there."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        values: list[Any] = [variable.value for variable in variables]
+        if any(value.is_inference() for value in values):
+            return torch.inference_mode()
+    return contextlib.nullcontext()
 
 
 def to_sharded_tensor(

@@ -31,13 +31,13 @@ __all__ = ["initialize"]
 class _Assignment(NamedTuple):
     """A variable with what makes its new value (None: it is not changed), and its row.
 
-    `finish` is what its layer then assigns to it from the new weights, if it does.
+    `built` is what its layer then assigns to it in `build`, if it does.
     """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
-    finish: Callable[[], Any] | None = None
+    built: keras_bridge.BuildValue | None = None
 
 
 def initialize(
@@ -131,7 +131,8 @@ def initialize(
     _assign_all(assignments, verbose)
     findings = _reset_optimizers(model)
     for metric in keras_bridge.metrics(model):
-        metric.reset_state()
+        with backends.writable(metric.variables):
+            metric.reset_state()
 
     skipped = [assignment for assignment in assignments if not assignment.new_value]
     findings += [_explain_skipped(assignment) for assignment in skipped]
@@ -337,7 +338,7 @@ def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> 
         return _Assignment(variable, None, row)
     row["done"] = "initial state"
     new_value = functools.partial(keras_bridge.initial_state, layer, variable)
-    return _Assignment(variable, new_value, row, new_value)
+    return _Assignment(variable, new_value, row)
 
 
 def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
@@ -347,9 +348,8 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
         for assignment, size in zip(todo, sizes, strict=True):
             backends.assign(assignment.variable, assignment.new_value())
             advance(size)
-    # All of them are computed before one is assigned: they can depend on each other.
-    last = [assignment for assignment in todo if assignment.finish]
-    values = [assignment.finish() for assignment in last]
+    last = [assignment for assignment in todo if assignment.built]
+    values = keras_bridge.build_values([assignment.built for assignment in last])
     for assignment, value in zip(last, values, strict=True):
         backends.assign(assignment.variable, value)
 
@@ -376,27 +376,26 @@ def _progress(
 ) -> Iterator[Callable[[int], None]]:
     """A bar once the work has taken a second. Whatever fails in it, the work goes on."""
     shown = Console().is_terminal if verbose == "auto" else verbose
-    wait = 1.0 if verbose == "auto" else 0.0
-    begin = time.monotonic()
+    begin = time.monotonic() + (1.0 if verbose == "auto" else 0.0)
+    done = 0
     # Without a thread that redraws it, nothing can fail elsewhere.
     bar = Progress(transient=True, auto_refresh=False)
-    task = bar.add_task("initialize", total=total)
 
     def advance(size: int) -> None:
-        nonlocal shown
-        if not shown or time.monotonic() - begin < wait:
-            bar.advance(task, size)
+        nonlocal done, shown
+        done += size
+        if not shown or time.monotonic() < begin:
             return
         try:
-            if not bar.live.is_started:
+            if not bar.tasks:
                 bar.start()
-            bar.update(task, advance=size, refresh=True)
+                bar.add_task("initialize", total=total)
+            bar.update(bar.task_ids[0], completed=done, refresh=True)
         except Exception:  # such as another bar on the terminal, or a closed one
             shown = False
 
     try:
         yield advance
     finally:
-        if bar.live.is_started:
-            with contextlib.suppress(Exception):
-                bar.stop()
+        with contextlib.suppress(Exception):
+            bar.stop()

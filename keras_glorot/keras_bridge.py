@@ -37,6 +37,7 @@ except ImportError:  # `_is_keras_as_expected` notices and warns
 __all__ = [
     "BuildValue",
     "CallSite",
+    "build_values",
     "canonical_name",
     "canonical_paths",
     "copy_mask",
@@ -114,7 +115,7 @@ def owned_variables(
 
 
 def _maker_likelihood(holder: keras.Layer, variable: keras.Variable) -> int:
-    """A path always ends in the maker's name; what comes before is known in `build` only."""
+    """A path ends in the maker's name; what comes before depends on when it was made."""
     if variable.path == f"{holder.path}/{variable.name}":
         return 2
     return int(f"/{variable.path}".endswith(f"/{holder.name}/{variable.name}"))
@@ -389,8 +390,8 @@ def _attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
     return found
 
 
-# What Keras lists of a layer that stands in other attributes too.
-_TRACKING = {"_tracker", "_layers", "_trainable_variables", "_non_trainable_variables"}
+# Keras's own lists of what stands in other attributes too.
+_TRACKING = {"_layers", "_trainable_variables", "_non_trainable_variables", "_variables"}
 
 
 def _unique(objects: list[Any]) -> list[Any]:
@@ -410,14 +411,25 @@ class BuildValue:
 
     Attributes:
         declared: The initializer that the variable was made with before.
+        variable: The variable.
+        rebuild: What builds a copy of the layer.
     """
 
-    def __init__(self, rebuild: "_Rebuild", variable: keras.Variable, declared: Any):
-        self.declared = declared
-        self._rebuild, self._variable = rebuild, variable
+    def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
+        self.declared, self.variable, self.rebuild = declared, variable, rebuild
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        return self._rebuild.assigned_values()[id(self._variable)]
+        (value,) = build_values([self])
+        return value
+
+
+def build_values(sources: list[BuildValue]) -> list[Any]:
+    """The value of each, all from the same weights: build copies each layer once."""
+    assigned: dict[int, dict[int, Any]] = {}
+    for source in sources:
+        if id(source.rebuild) not in assigned:
+            assigned[id(source.rebuild)] = source.rebuild.assigned_values()
+    return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
 def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
@@ -470,7 +482,7 @@ class _Rebuild:
         for variable, copy in pairs:
             source = copy._initializer
             if scope.get_assigned(copy) is not None:
-                source = BuildValue(self, variable, source)
+                source = BuildValue(source, variable, self)
             sources[id(variable)] = source
         return sources
 
@@ -569,7 +581,8 @@ class _Replica:
     def _copy_layer(self, layer: keras.Layer) -> None:
         copy: Any = type(layer).__new__(type(layer))
         self.copies[id(layer)] = copy
-        fresh = set(vars(copy))  # above all: the lists of what Keras tracks
+        # What is made before `__init__`: `build`, and the lists of what Keras tracks.
+        fresh = set(vars(copy)) - {"_lock"}
         for name, value in list(vars(layer).items()):
             if name not in fresh:
                 vars(copy)[name] = self.of(value)
@@ -670,6 +683,6 @@ def _optimizer_state(optimizer: Any) -> list[keras.Variable]:
     held = _attributes(optimizer, keras.Variable).values()
     return [
         variable
-        for variable in _unique([*optimizer._variables, *held])
+        for variable in _unique([*held, *optimizer._variables])
         if id(variable) not in foreign
     ]
