@@ -397,5 +397,6 @@ def _progress(
     try:
         yield advance
     finally:
-        with contextlib.suppress(Exception):
-            bar.stop()
+        if bar.live.is_started:
+            with contextlib.suppress(Exception):
+                bar.stop()
