@@ -52,26 +52,33 @@ def initialize(
 
     Kernels, trainable or not, are drawn from `initializer` with the fans of their layer.
     All other variables get what their own initializer gives: biases, normalization and its
-    statistics, recurrent kernels, embeddings, ... Seed generators, metrics and the state of
-    the optimizer are reset too; its learning rate is not. What can't be reset is left as
-    it is, and a finding in the result says why. Dtype, sharding and device stay.
+    statistics, recurrent kernels, embeddings, ... What a layer assigns to a variable in
+    `build` is assigned again, from the new weights. Seed generators, metrics, the states of
+    recurrent layers and the state of every optimizer among the attributes of the model and
+    of its layers are reset too; learning rates are not. What can't be reset is left as it
+    is: a finding in the result says why, and a warning that there is one. Dtype, sharding
+    and device stay.
 
-    Each variable has its own seed, made from `seed` and its path, in which a name that
-    Keras made up (`dense_7`) counts as the first, second, ... of its kind in its parent. So
-    no two variables are alike, and the same model gets the same weights however often it
-    was built, in another process, and on another backend, except where an initializer is
-    neither Keras's nor ours. A layer added or removed changes no weight of a layer that you
-    named, nor of one with an automatic name unless it comes later in the same parent and is
-    of the same class.
+    Each variable has its own seed, made from `seed` and its place: the names of the layers
+    from the model down, and its own. A name that Keras made up, of the form `dense` or
+    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and so
+    does one of this form that you chose. So no two variables are alike, and two models get
+    the same weights if their layers have the same classes, the same order in their parents,
+    and the same names where these are not automatic: however and wherever they were built,
+    cloned or loaded, and on every backend. Exceptions are initializers that are neither
+    Keras's nor ours, and values that a layer draws itself in `build`. A layer added or
+    removed changes no weight of a layer that you named, nor of one with an automatic name
+    unless it comes later in the same parent and is of the same class.
 
     For `fit` to repeat itself bit by bit, also shuffle the data yourself:
     Keras's shuffling, and on PyTorch its dropout without a seed, follow global generators,
     which the first `fit` of a model advances further than later ones.
 
     Errors are raised before the first variable is touched: by then all settings are checked
-    and all foreign initializers called; what remains is NumPy drawing into memory. A copy
-    of the old weights would double the memory instead. So only an interrupt, or running out
-    of memory, can leave a model half done.
+    and all foreign initializers called; what remains is NumPy drawing into memory, and
+    `build` once more where it assigns. A copy of the old weights would double the memory
+    instead. So only an interrupt, running out of memory, or a layer's own code that fails
+    the second time can leave a model half done. What fails in an optimizer is a finding.
 
     Args:
         model: A built layer or model.
@@ -86,7 +93,12 @@ def initialize(
     Returns:
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
         `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
-        initializer, or why the variable is not changed.
+        initializer, or why the variable is not changed. The codes of its findings:
+        `not-reset` (a variable) and `optimizer`.
+
+    Warns:
+        UserWarning: If something can't be reset. (Data statistics of a `Normalization`
+            layer are left on purpose: a finding, and no warning.)
 
     Raises:
         ValueError: If the model is not built, or an initializer does not fit a weight.

@@ -125,8 +125,7 @@ def test_several_optimizers_in_one():
         model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
         assert array(inner[".*/one/.*"].iterations) > 0
         initialize(model)
-        state = {name: value for name, value in optimizer_state(optimizer).items()}
-        assert not any(np.any(value) for value in state.values())
+        assert not any(np.any(value) for value in optimizer_state(optimizer).values())
         inner[".*/one/.*"] = optimizers.Adam()
 
 
