@@ -385,7 +385,8 @@ def _attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
                 walk(item, (*place, key))
 
     for name, value in vars(holder).items():
-        if name not in _TRACKING:
+        # TensorFlow keeps lists of the same things under names that begin so.
+        if name not in _TRACKING and not name.startswith("_self_"):
             walk(value, (name,))
     return found
 
