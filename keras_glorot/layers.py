@@ -19,7 +19,8 @@ __all__ = [
     "register_fans",
 ]
 
-Activation = Callable[[Any], Any]
+# A string stands for an activation that can't be called: Keras does not know it.
+Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -113,7 +114,19 @@ def kernel_activation(
     """The activation of the layer itself behind this weight, or None."""
     if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
         return None  # what follows it is the pointwise kernel
-    return getattr(layer, "activation", None)
+    return _standardize_activation(getattr(layer, "activation", None))
+
+
+def _standardize_activation(activation: Any) -> Activation | None:
+    """A layer of the user may keep anything in its attribute `activation`."""
+    if isinstance(activation, keras.Layer):
+        return _layer_activation(activation) or type(activation).__name__
+    if activation is None or callable(activation):
+        return activation
+    try:
+        return keras.activations.get(activation)
+    except (ValueError, TypeError):
+        return str(activation)
 
 
 def following_activation(
@@ -157,6 +170,8 @@ def _layer_activation(layer: Any) -> Activation | None:
             return keras.activations.relu  # its slopes start at zero
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
+        case keras.layers.Softmax():
+            return keras.activations.softmax
     return None
 
 
