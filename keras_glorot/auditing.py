@@ -2,26 +2,30 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import keras
-import ml_dtypes
-import numpy as np
 
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import Distribution
 from keras_glorot.fans import compute_fans
+from keras_glorot.fitting import (
+    Statistics,
+    best_fit,
+    collision,
+    has_strays,
+    is_off,
+    measure,
+)
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
 from keras_glorot.keras_bridge import CallSite
 from keras_glorot.layers import is_relu_like, unit_axis, window_rank
 from keras_glorot.symmetry import (
-    ONE_IN,
     Slices,
     can_be_chance,
     find_repeats,
-    project,
     relation,
 )
 from keras_glorot.tables import Finding, Row, Severity, Table
@@ -29,20 +33,6 @@ from keras_glorot.variables import Weight, describe, distribution_of
 
 __all__ = ["CODES", "audit"]
 
-# Six standard errors: one false alarm in 500 million tensors (`ONE_IN`), so a model of a
-# thousand weights is called wrong by chance once in half a million times.
-_SIGMAS = 6.0
-# What is significant can still be too small to matter.
-_TOLERANCE = 0.05
-# That of the kurtosis: a third of what uniform and truncated normal values differ by.
-_KURTOSIS_TOLERANCE = 0.2
-# The variance of a sample's kurtosis, times its size: m8 - 4 m4 m6 + 4 m4**3 - m4**2 of
-# the standardized moments. The estimate is skewed in small samples, and always where
-# there is no bound, so those are not judged by it.
-_KURTOSIS_VARIANCE = {"uniform": 1.32, "truncated_normal": 3.86}
-_FEWEST_FOR_KURTOSIS = 100
-# Elements looked at together: their float64 copy stays in the cache.
-_CHUNK = 1 << 16
 _GLOROT = (
     keras.initializers.GlorotNormal,
     keras.initializers.GlorotUniform,
@@ -121,17 +111,6 @@ def audit(model: keras.Layer) -> Table:
     return Table("audit", rows, findings, columns, note)
 
 
-class _Statistics(NamedTuple):
-    """What the values of a variable are like."""
-
-    size: int
-    mean: float
-    std: float
-    low: float
-    high: float
-    kurtosis: float
-
-
 class _Measured(NamedTuple):
     """A weight, what its values are like, and what they may be drawn from.
 
@@ -144,7 +123,7 @@ class _Measured(NamedTuple):
     """
 
     weight: Weight
-    statistics: _Statistics
+    statistics: Statistics
     expected: Distribution | None
     fault: str | None
     repeats: list[Slices]
@@ -152,7 +131,7 @@ class _Measured(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        return _is_finite(self.statistics)
+        return self.statistics.is_finite
 
     @property
     def is_constant(self) -> bool:
@@ -166,258 +145,34 @@ class _Measured(NamedTuple):
 def _measure_weight(weight: Weight) -> _Measured:
     declared = weight.distribution
     center = 0.0 if declared is None else declared.mean
-    statistics = _measure(weight.variable, center)
+    statistics = measure(weight.variable, center)
     gain = known_gain(weight.activation) if weight.is_kernel else 1.0
     expected, fault = None, None
     if declared is not None:
-        stds = _glorot_stds(weight, gain or 1.0) if weight.is_kernel else ()
-        expected, fault = _best_fit(weight, statistics, _plausible(declared, stds))
+        plausible = [declared]
+        if weight.is_kernel:
+            plausible += _glorot_distributions(weight, gain or 1.0)
+        expected, fault = best_fit(weight, statistics, plausible)
     repeats = []
-    varies = _is_finite(statistics) and statistics.low < statistics.high
+    varies = statistics.is_finite and statistics.low < statistics.high
     if varies and expected is not None and expected.std:
         values = backends.to_array(weight.variable)
         window = window_rank(weight.owner, weight.shape)
-        repeats = list(find_repeats(values, window, _collision(weight, expected)))
+        repeats = list(find_repeats(values, window, collision(weight, expected)))
     return _Measured(weight, statistics, expected, fault, repeats, gain)
 
 
-def _plausible(declared: Distribution, stds: Iterable[float]) -> list[Distribution]:
-    """Acceptable distributions: the declared one and, of kernels, those of `initialize`."""
-    forms = ("uniform", "truncated_normal")
-    return [
-        declared,
-        *(Distribution.from_std(form, std) for std in stds for form in forms),
-    ]
+def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
+    """What `initialize` may draw a kernel from."""
+    for std in _glorot_stds(weight, gain):
+        yield Distribution.from_std("uniform", std)
+        yield Distribution.from_std("truncated_normal", std)
 
 
 def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
     """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
     std = math.sqrt(2 / max(2, sum(weight.fans or ())))
     return std, std * gain
-
-
-def _best_fit(
-    weight: Weight, statistics: _Statistics, plausible: list[Distribution]
-) -> tuple[Distribution | None, str | None]:
-    """The distribution that least speaks against, nearest in std; and what does."""
-    if not _is_finite(statistics) or statistics.size == 0:
-        return plausible[0], None
-    faults = [_fault(weight, statistics, distribution) for distribution in plausible]
-    ranks = [list(_FAULTS).index(fault) for fault in faults]
-    distances = [abs(each.std - statistics.std) for each in plausible]
-    best = min(range(len(plausible)), key=lambda i: (ranks[i], distances[i]))
-    return plausible[best], faults[best]
-
-
-def _fault(
-    weight: Weight, statistics: _Statistics, distribution: Distribution
-) -> str | None:
-    """The first thing that speaks against a distribution; later ones may follow from it."""
-    if distribution.form == "constant":
-        is_off = _is_other_constant(weight, statistics, distribution)
-        return "constant" if is_off else None
-    if not keras.backend.is_float_dtype(weight.variable.dtype):
-        return None
-    if _is_off(statistics, distribution):
-        return "std"
-    if _is_mean_off(statistics, distribution):
-        return "mean"
-    if _is_out_of_bounds(weight, statistics, distribution):
-        return "bounds"
-    if _is_other_form(weight, statistics, distribution):
-        return "form"
-    return None
-
-
-# What can speak against a distribution: the later in this list, the more.
-_FAULTS = (None, "form", "bounds", "mean", "constant", "std")
-
-
-def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
-    """The values in float64, a part at a time: to copy them all could be too much."""
-    values = backends.to_array(variable).reshape(-1)
-    for start in range(0, values.size, _CHUNK):
-        yield values[start : start + _CHUNK].astype(np.float64)
-
-
-@np.errstate(all="ignore")  # what is not finite is found by its range
-def _measure(variable: keras.Variable, center: float) -> _Statistics:
-    """One pass, in float64: a float32 sum over a large kernel loses its digits.
-
-    Args:
-        variable: What to measure.
-        center: The mean that is expected; the moments are taken around it.
-    """
-    total, squares, fourths = 0.0, 0.0, 0.0
-    low, high = math.inf, -math.inf
-    for chunk in _chunks(variable):
-        low = np.minimum(low, chunk.min())  # keeps nan
-        high = np.maximum(high, chunk.max())
-        if center:
-            chunk -= center
-        total += chunk.sum()
-        chunk *= chunk  # not `@`: starting BLAS threads costs more than the sum
-        squares += chunk.sum()
-        chunk *= chunk
-        fourths += chunk.sum()
-    size = math.prod(variable.shape)
-    offset = total / max(size, 1)
-    variance = (squares - total * offset) / max(size - 1, 1)
-    varies = low < high and variance > 0
-    std = math.sqrt(variance) if varies else 0.0
-    kurtosis = size * fourths / squares**2 if varies else math.nan
-    mean = float(center + offset)
-    return _Statistics(size, mean, std, float(low), float(high), float(kurtosis))
-
-
-def _is_finite(statistics: _Statistics) -> bool:
-    return statistics.size == 0 or math.isfinite(statistics.low + statistics.high)
-
-
-def _is_off(statistics: _Statistics, distribution: Distribution) -> bool:
-    """Whether a std is wrong: by more than the tolerance and more than chance allows."""
-    if statistics.size < 2 or not distribution.std:
-        return False
-    # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
-    # in small tensors. In large ones, uniform and truncated values scatter less.
-    degrees_of_freedom = statistics.size - 1.0
-    if statistics.size > 100:
-        degrees_of_freedom *= 2 / (distribution.kurtosis - 1)
-    ratio = statistics.std / distribution.std
-    spread = 2 / (9 * degrees_of_freedom)
-    sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
-    return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
-
-
-def _is_mean_off(statistics: _Statistics, distribution: Distribution) -> bool:
-    tolerance = max(_TOLERANCE, _SIGMAS / math.sqrt(statistics.size))
-    scale = max(statistics.std, distribution.std)
-    return abs(statistics.mean - distribution.mean) > tolerance * scale
-
-
-def _is_other_constant(
-    weight: Weight, statistics: _Statistics, distribution: Distribution
-) -> bool:
-    """Whether any value differs from the declared one, beyond rounding to the dtype."""
-    slack = _rounding(weight) * abs(distribution.mean)
-    return _reach(statistics, distribution) > slack
-
-
-def _is_out_of_bounds(
-    weight: Weight, statistics: _Statistics, distribution: Distribution
-) -> bool:
-    reach = _reach(statistics, distribution)
-    if math.isinf(distribution.bound):
-        # No bound, but where among so many values chance puts not one.
-        return statistics.size * _normal_tail(reach / distribution.std) < ONE_IN
-    if reach <= _limit(weight, distribution):
-        return False
-    return not _are_strays(weight, statistics, distribution)
-
-
-def _reach(statistics: _Statistics, distribution: Distribution) -> float:
-    """How far from the mean the values lie."""
-    mean = distribution.mean
-    return max(statistics.high - mean, mean - statistics.low)
-
-
-def _limit(weight: Weight, distribution: Distribution) -> float:
-    """How far from the mean a value can lie, when rounded to the weight's dtype."""
-    bound = distribution.bound
-    return bound + _rounding(weight) * (bound + abs(distribution.mean))
-
-
-def _rounding(weight: Weight) -> float:
-    """What rounding can change, relative to the value; 0 for integers."""
-    dtype = weight.variable.dtype
-    if not keras.backend.is_float_dtype(dtype):
-        return 0.0
-    return float(ml_dtypes.finfo(dtype).eps)
-
-
-def _normal_tail(sigmas: float) -> float:
-    """The share of a normal distribution that lies further from its mean than that."""
-    return math.erfc(sigmas / math.sqrt(2))
-
-
-def _are_strays(
-    weight: Weight, statistics: _Statistics, distribution: Distribution
-) -> bool:
-    """Whether what lies out of bounds is what Keras's PyTorch backend lets through.
-
-    It draws each value of a truncated normal distribution from a normal one up to four
-    times, and keeps the first of the four where none was within two stds.
-    """
-    if not _lets_strays_through(weight, distribution):
-        return False
-    size, outside = statistics.size, _normal_tail(2.0)
-    sigmas = _reach(statistics, distribution) / distribution.scale
-    if size * outside**3 * _normal_tail(sigmas) < ONE_IN:
-        return False
-    expected = size * outside**4
-    count = _count_strays(weight, distribution)
-    if count <= expected:
-        return True
-    # Chernoff's bound of the chance that a Poisson variable reaches the count.
-    log_chance = count - expected + count * math.log(expected / count)
-    return log_chance > math.log(ONE_IN)
-
-
-def _lets_strays_through(weight: Weight, distribution: Distribution) -> bool:
-    return (
-        keras.backend.backend() == "torch"
-        and distribution.form == "truncated_normal"
-        and distribution == weight.distribution
-        and not isinstance(weight.initializer, GlorotNormal)
-    )
-
-
-def _count_strays(weight: Weight, distribution: Distribution) -> int:
-    limit = _limit(weight, distribution)
-    return sum(
-        int(np.count_nonzero(np.abs(part - distribution.mean) > limit))
-        for part in _chunks(weight.variable)
-    )
-
-
-def _is_other_form(
-    weight: Weight, statistics: _Statistics, distribution: Distribution
-) -> bool:
-    """Whether the values have the std and bounds of a distribution, but not its form."""
-    if distribution.form == "orthogonal":
-        return not _is_orthogonal(weight, distribution)
-    variance = _KURTOSIS_VARIANCE.get(distribution.form)
-    if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
-        return False
-    sigmas = _SIGMAS * math.sqrt(variance / statistics.size)
-    tolerance = max(_KURTOSIS_TOLERANCE, sigmas)
-    return abs(statistics.kurtosis - distribution.kurtosis) > tolerance
-
-
-def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    """Whether the matrix keeps the length of one random vector, from its short side.
-
-    A matrix that is not orthogonal but has the same std changes it by a share of about
-    1 / sqrt(2 n), n the long side: that is seen up to a million rows.
-    """
-    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    matrix = backends.to_array(weight.variable).reshape(rows, columns)
-    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
-    product = project(matrix, 1 if columns <= rows else 0, vector)
-    ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
-    # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
-    return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))
-
-
-def _collision(weight: Weight, distribution: Distribution) -> float:
-    """A bound of the chance that two values are equal.
-
-    The coarsest generators draw multiples of eps (of the dtype) times the limit. Around a
-    mean other than zero, and below the normal numbers, the dtype itself is coarser.
-    """
-    info = ml_dtypes.finfo(weight.variable.dtype)
-    steps = 2 * float(info.eps) * (1 + abs(distribution.mean) / distribution.std)
-    return min(1.0, steps + float(info.smallest_subnormal) / distribution.std)
 
 
 class _Verdict(NamedTuple):
@@ -471,7 +226,7 @@ def _is_constant_kernel(subject: _Measured) -> bool:
     # A few random values of half precision can be equal by chance.
     is_random = expected is not None and expected.std > 0
     return not is_random or not can_be_chance(
-        1, size - 1, _collision(subject.weight, expected)
+        1, size - 1, collision(subject.weight, expected)
     )
 
 
@@ -533,7 +288,7 @@ _FORM_NAMES = {
 def _check_zero_slices(subject: _Measured) -> _Verdict | None:
     for slices in subject.repeats:
         if slices.dead:
-            where = f"{len(slices.dead)} of {slices.count} slices are all zeros"
+            where = f"{len(slices.dead)} of {slices.total} slices are all zeros"
             message = f"{where}, the first is {_slice_text(slices.dead[0])}."
             return _Verdict("warning", message, "Reinitialize it, unless this is intended.")
     return None
@@ -546,11 +301,11 @@ def _check_repeated_slices(subject: _Measured) -> _Verdict | None:
             one, other = (_slice_text(index) for index in slices.copies[0])
             count = len(slices.copies)
             message = (
-                f"{count} of {slices.count} slices repeat another one or its negative: "
+                f"{count} of {slices.total} slices repeat another one or its negative: "
                 f"{one} repeats {other}."
             )
             units = len(weight.shape) + unit_axis(weight.owner)
-            all_alike = count == slices.count - 1 and units in slices.axes
+            all_alike = count == slices.total - 1 and units in slices.axes
             severity = "error" if weight.is_kernel and all_alike else "warning"
             return _Verdict(severity, message, "Reinitialize it, unless this is intended.")
     return None
@@ -632,33 +387,35 @@ CODES = (*_CHECKS, "twin", "strays", "trained")
 
 
 def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
-    """Random weights with the same values, perhaps negated or transposed.
+    """Random weights with the same values, perhaps negated or transposed."""
+    candidates = [each for each in measured if _can_be_twin(each, measured)]
+    twin_of: dict[int, tuple[int, str]] = {}
+    for first, later in _same_statistics(candidates):
+        if later not in twin_of:
+            pair = (candidates[later].weight, candidates[first].weight)
+            kind = relation(*(backends.to_array(weight.variable) for weight in pair))
+            if kind is not None:
+                twin_of[later] = (first, kind)
+    for later, (first, kind) in sorted(twin_of.items()):
+        message = f"{kind} {candidates[first].weight.path}."
+        advice = "Give each layer its own seed, or no seed."
+        path = candidates[later].weight.path
+        yield Finding("warning", "twin", path, message, advice)
 
-    Of those with the same size and std all values are compared. Twins have their std from
-    sums in different orders, so its last digits may differ.
+
+def _same_statistics(subjects: list[_Measured]) -> Iterator[tuple[int, int]]:
+    """Pairs with the same size and std: only in those all values need be compared.
+
+    A transposed tensor is summed in another order, so the last digits may differ.
     """
-    found: dict[int, Finding] = {}
-    order = [i for i, subject in enumerate(measured) if _can_be_twin(subject, measured)]
-    order.sort(key=lambda i: (measured[i].statistics.size, measured[i].statistics.std))
-    start = 0
-    for position, i in enumerate(order):
-        size, _, std = measured[i].statistics[:3]
-        while measured[order[start]].statistics.size != size or measured[
-            order[start]
-        ].statistics.std < std * (1 - 1e-9):
-            start += 1
-        for j in order[start:position]:
-            first, later = sorted((i, j))
-            if later not in found:
-                twin, weight = measured[first].weight, measured[later].weight
-                kind = relation(
-                    *(backends.to_array(each.variable) for each in (twin, weight))
-                )
-                if kind is not None:
-                    message = f"{kind} {twin.path}."
-                    advice = "Give each layer its own seed, or no seed."
-                    found[later] = Finding("warning", "twin", weight.path, message, advice)
-    return iter(finding for _, finding in sorted(found.items()))
+    keys = [(each.statistics.size, each.statistics.std) for each in subjects]
+    order = sorted(range(len(subjects)), key=keys.__getitem__)
+    for position, later in enumerate(order):
+        size, std = keys[later]
+        for before in reversed(order[:position]):
+            if keys[before] < (size, std * (1 - 1e-9)):
+                break
+            yield min(before, later), max(before, later)
 
 
 def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
@@ -672,7 +429,7 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
             return False
     # The entries of an orthogonal matrix hang together: at least a third are free.
     free = statistics.size / (3 if expected.form == "orthogonal" else 1)
-    return not can_be_chance(len(measured), free, _collision(subject.weight, expected))
+    return not can_be_chance(len(measured), free, collision(subject.weight, expected))
 
 
 def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
@@ -692,9 +449,7 @@ def _has_strays(subject: _Measured) -> bool:
     weight, expected = subject.weight, subject.expected
     if expected is None or subject.fault is not None or not subject.is_finite:
         return False
-    return _lets_strays_through(weight, expected) and _reach(
-        subject.statistics, expected
-    ) > _limit(weight, expected)
+    return has_strays(weight, subject.statistics, expected)
 
 
 def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
@@ -758,12 +513,12 @@ def _is_wrong_if_trained(finding: Finding, kernels: set[str]) -> bool:
     return finding.code in _WRONG_IF_TRAINED
 
 
-def _explain_std(weight: Weight, statistics: _Statistics) -> str:
+def _explain_std(weight: Weight, statistics: Statistics) -> str:
     """Why a std is off, if the fans of the shape alone explain it, and what to do."""
     fans_by_shape = compute_fans(weight.shape)
     fans = weight.fans or fans_by_shape
     stock = distribution_of(weight.initializer, weight.shape, fans_by_shape, CallSite())
-    if fans == fans_by_shape or stock is None or _is_off(statistics, stock):
+    if fans == fans_by_shape or stock is None or is_off(statistics, stock):
         return _UNEXPLAINED
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"

@@ -31,13 +31,13 @@ class Slices(NamedTuple):
 
     Attributes:
         axes: The fixed axes.
-        count: How many slices there are.
+        total: How many slices there are.
         dead: The slices that are all zeros, as indices: `values[index]` is the slice.
         copies: Pairs of indices: a slice, and an earlier one that it equals or negates.
     """
 
     axes: tuple[int, ...]
-    count: int
+    total: int
     dead: list[Index]
     copies: list[tuple[Index, Index]]
 
@@ -71,12 +71,12 @@ def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[
         return tuple(place)
 
     for fixed in _axes_to_fix(tensor.ndim):
-        count = math.prod(tensor.shape[axis] for axis in fixed)
-        if can_be_chance(count, tensor.size // count, collision):
+        total = math.prod(tensor.shape[axis] for axis in fixed)
+        if can_be_chance(total, tensor.size // total, collision):
             continue
         axes = tuple(original for axis in fixed for original in merged[axis])
         at = functools.partial(index, fixed)
-        slices = Slices(axes, count, *_compare(values, at, number(fixed)))
+        slices = Slices(axes, total, *_compare(values, at, number(fixed)))
         if slices.dead or slices.copies:
             yield slices
 
@@ -173,7 +173,7 @@ def _compare(
 ) -> tuple[list[Index], list[tuple[Index, Index]]]:
     """The dead slices and the copies, as `Slices` has them."""
     sizes = np.abs(projections.reshape(-1))
-    zeros = map(index, np.flatnonzero(sizes == 0))
+    zeros = map(index, np.flatnonzero(sizes == 0).tolist())
     dead = [place for place in zeros if not np.any(values[place] != 0)]
     ordered = np.sort(sizes)  # much faster than `argsort`, and mostly enough
     slack = _ROUNDING * ordered[-1]
@@ -181,7 +181,7 @@ def _compare(
     copies = []
     if close.any():
         order = np.argsort(sizes, kind="stable")
-        for k in np.flatnonzero(close):
+        for k in np.flatnonzero(close).tolist():
             earlier, later = (index(i) for i in sorted(order[k : k + 2]))
             one, other = values[later], values[earlier]
             if np.array_equal(one, other) or np.array_equal(one, -other):
