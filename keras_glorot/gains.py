@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["activation_gain", "calculate_gain"]
+__all__ = ["activation_gain", "calculate_gain", "known_gain"]
 
 # PyTorch's table (torch.nn.init.calculate_gain), under PyTorch's names. Linear maps keep
 # the variance; a sigmoid is taken as linear (Glorot & Bengio, 2010); 5/3 for tanh is
@@ -103,11 +104,27 @@ def calculate_gain(
     return _integrated_gain(nonlinearity)
 
 
-def activation_gain(activation: Callable[[Any], Any] | None) -> float:
-    """The gain for a layer with this activation: 1 where it has none or mixes units."""
-    if activation is None or _name(activation) in _COUPLING:
+def activation_gain(activation: str | Callable[[Any], Any] | None) -> float:
+    """The gain for a layer with this activation: 1 where it has none or mixes units.
+
+    Also 1, with a warning, where it has a gain that can't be computed.
+    """
+    gain = known_gain(activation)
+    if gain is None:
+        message = f"Gain 1 is used before the activation {activation!r}: no gain is known."
+        warnings.warn(f"{message} Give `gain` as a number instead.", stacklevel=2)
         return 1.0
-    return calculate_gain(activation)
+    return gain
+
+
+def known_gain(activation: str | Callable[[Any], Any] | None) -> float | None:
+    """The gain for a layer with this activation; None where it can't be computed."""
+    try:
+        if activation is None or _name(activation) in _COUPLING:
+            return 1.0
+        return calculate_gain(activation)
+    except Exception:  # from a function of the user: anything
+        return None
 
 
 @functools.cache
