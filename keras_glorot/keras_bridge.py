@@ -9,14 +9,13 @@ them in order afterwards. Such a variable is looked up in the model that the sym
 call was seen in.
 """
 
-import contextlib
 import functools
 import re
 import threading
 import warnings
 import weakref
 from bisect import bisect_left
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from typing import Any, NamedTuple
 
 import keras
@@ -24,19 +23,25 @@ import numpy as np
 
 from keras_glorot import backends
 
+# `_is_keras_as_expected` notices what is missing, and warns.
 try:
     from keras.src.backend.common.global_state import get_global_attribute
-except ImportError:  # `_is_keras_as_expected` notices and warns
+except ImportError:
 
     def get_global_attribute(name, default=None, set_to_default=False) -> Any:
         return None
+
+
+try:
+    from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+except ImportError:
+    get_keras_mask = set_keras_mask = None
 
 
 __all__ = [
     "CallSite",
     "copy_mask",
     "current_call_site",
-    "custom_objects_in_scope",
     "downstream_operations",
     "is_shape_inference",
     "owned_variables",
@@ -60,8 +65,10 @@ class CallSite(NamedTuple):
 
 def current_call_site(initializer: keras.initializers.Initializer) -> CallSite:
     """Finds out for what Keras is calling this initializer."""
-    if not _is_keras_as_expected():
-        return CallSite()
+    return _find_call_site(initializer) if _is_keras_as_expected() else CallSite()
+
+
+def _find_call_site(initializer: Any) -> CallSite:
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
     outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
@@ -86,8 +93,14 @@ def owned_variables(
     """
     if not _is_keras_as_expected():
         return [(None, variable) for variable in layer.weights]
+    return _find_owners(layer)
+
+
+def _find_owners(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable]]:
     owners: dict[int, keras.Layer] = {}
-    for holder in layer._flatten_layers():
+    for holder in sublayers(layer):
         for variable in _own_variables(holder):
             # Wrappers and tied layers hold the variables of others. The path tells
             # who made one; else the innermost holder did, and that one comes last.
@@ -117,7 +130,7 @@ class _Deferred(threading.local):
             self.owners = {
                 id(owned): (weakref.ref(layer), weakref.ref(model))
                 for model in models
-                for layer, owned in owned_variables(model)
+                for layer, owned in _find_owners(model)
                 if layer is not None
             }
         layer, model = self._look_up(variable) or (None, None)
@@ -138,9 +151,7 @@ _DEAD_REFERENCES = (lambda: None, lambda: None)
 _deferred = _Deferred()
 
 
-def _deferred_variable(
-    initializer: keras.initializers.Initializer,
-) -> keras.Variable | None:
+def _deferred_variable(initializer: Any) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
     pending = get_global_attribute("uninitialized_variables")
     if not pending:
@@ -158,32 +169,68 @@ def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
 
 @functools.cache
 def _is_keras_as_expected() -> bool:
-    """Tries, once, the names that this module takes from inside Keras."""
-    caller = object()
-    try:
-        with keras.name_scope("keras_glorot_probe", caller=caller):
-            as_expected = get_global_attribute("name_scope_stack")[-1].caller is caller
-        layer = keras.layers.Identity(name="keras_glorot_probe")
-        _own_variables(layer)
-        layer._flatten_layers()
-        as_expected = as_expected and hasattr(keras.Variable, "_deferred_initialize")
-    except (AttributeError, IndexError, TypeError):
-        as_expected = False
+    """Tries, once, if the names that this module takes from inside Keras still work."""
+    as_expected = backends.outside_traces(_probe)
     if not as_expected:
         warnings.warn(
             f"keras_glorot can't tell in Keras {keras.__version__} which layer a "
             "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
             "alone. That is wrong for depthwise, grouped, transposed and einsum "
             "kernels: give those `input_axes` and `output_axes`, or install a Keras "
-            "version that this version of keras_glorot was tested with.",
+            "version that this version of keras_glorot was tested with. What it says "
+            "about whole models is not complete either.",
             stacklevel=2,
         )
     return as_expected
 
 
-def custom_objects_in_scope() -> dict[str, Any]:
-    """The objects of the innermost `custom_object_scope`, which a new one would hide."""
-    return get_global_attribute("custom_objects_scope_dict") or {}
+def _probe() -> bool:
+    """Builds a small model without a `build` method and looks at what is found in it."""
+    if get_global_attribute("stateless_scope") is not None:
+        return True  # no thread could be had for it, and in this one it can't be tried
+    sites: list[CallSite | None] = []
+
+    def initializer(shape: Any, dtype: Any = None) -> Any:
+        try:
+            sites.append(_find_call_site(initializer))
+        except Exception:  # Keras would add a warning of its own to it
+            sites.append(None)
+        return keras.ops.zeros(shape, dtype)
+
+    try:
+        model = _LateModel(initializer)
+        entry = keras.layers.InputLayer(batch_shape=(1, 1), name="probe_input")
+        model(entry.output)
+        dropout, kernel = model.dropout, model.inner.weights[0]
+        found = (
+            # The symbolic call asks first, if at all.
+            all(site is not None and site.layer is model.inner for site in sites),
+            sites[-1] == CallSite(model.inner, kernel),
+            _find_owners(model) == [(model.inner, kernel)],
+            _own_variables(model.inner) == [kernel],
+            set(map(id, sublayers(model))) == set(map(id, (model, model.inner, dropout))),
+            dropout._seed_generators == [dropout.seed_generator],
+            downstream_operations(entry) == [model],
+            get_keras_mask is not None and set_keras_mask is not None,
+        )
+    except Exception:  # whatever a change inside Keras brings about
+        return False
+    return all(found)
+
+
+class _LateModel(keras.Layer):
+    """Has no `build`, so that Keras makes the weights of its sublayers late."""
+
+    def __init__(self, initializer: Any):
+        super().__init__(dtype="float32", name="probe")
+        self.inner = keras.layers.Dense(
+            1, use_bias=False, kernel_initializer=initializer, name="probe_inner"
+        )
+        # With a seed: to make one up would advance the user's `random`.
+        self.dropout = keras.layers.Dropout(0.5, seed=0, name="probe_dropout")
+
+    def call(self, x: Any) -> Any:
+        return self.dropout(self.inner(x))
 
 
 def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
@@ -209,8 +256,21 @@ def is_shape_inference() -> bool:
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layer itself and all layers in it, at any depth, each once."""
-    return list(layer._flatten_layers())
+    """The layer itself and all layers in it, at any depth, each once; parents first."""
+    found = {id(layer): layer}
+    waiting = deque(_children(layer))
+    while waiting:
+        child = waiting.popleft()
+        if id(child) not in found:
+            found[id(child)] = child
+            waiting.extendleft(_children(child))  # backwards, as Keras does it
+    return list(found.values())
+
+
+def _children(layer: keras.Layer) -> list[keras.Layer]:
+    if hasattr(layer, "_layers"):
+        return layer._layers
+    return getattr(layer, "layers", [])  # models show them, other layers don't
 
 
 def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
@@ -222,7 +282,7 @@ def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
     paths = {id(layer): layer.name}
 
     def walk(parent: keras.Layer, prefix: str) -> None:
-        for child in parent._layers:
+        for child in _children(parent):
             if id(child) not in paths:
                 paths[id(child)] = prefix + child.name
                 walk(child, f"{prefix}{child.name}/")
@@ -233,20 +293,21 @@ def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
 
 def copy_mask(source: Any, target: Any) -> None:
     """Copies the Keras mask, which says which timesteps count, from source to target."""
-    with contextlib.suppress(ImportError):
-        from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-
+    if get_keras_mask is not None and set_keras_mask is not None:
         set_keras_mask(target, get_keras_mask(source))
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators that the layer holds itself."""
-    return list(layer._seed_generators)
+    if hasattr(layer, "_seed_generators"):
+        return list(layer._seed_generators)
+    attributes = vars(layer).values()
+    return [each for each in attributes if isinstance(each, keras.random.SeedGenerator)]
 
 
 def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
     """What takes the layer's outputs where Keras knows the graph, else nothing."""
-    return [node.operation for node in layer._outbound_nodes]
+    return [node.operation for node in getattr(layer, "_outbound_nodes", ())]
 
 
 def rebuild_sources(
@@ -258,10 +319,11 @@ def rebuild_sources(
     in which variables get no values, and in a thread of its own: the names that Keras
     counts and the variables that it has yet to fill are one set per thread.
     """
+    if not _is_keras_as_expected():
+        raise ValueError(f"It is not known how Keras {keras.__version__} makes variables")
     is_layer = isinstance(original, keras.Layer)
-    with ThreadPoolExecutor(1) as pool:
-        copy_source = _rebuild_layer if is_layer else _rebuild_optimizer
-        rebuilt = pool.submit(copy_source, original).result()
+    rebuild = _rebuild_layer if is_layer else _rebuild_optimizer
+    rebuilt = backends.outside_traces(rebuild, original)
     if is_layer:
         pairs = zip(_own_variables(original), _own_variables(rebuilt), strict=True)
     else:
