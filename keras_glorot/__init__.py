@@ -1,5 +1,11 @@
 """Glorot (Xavier) initialization that is right in every Keras layer."""
 
+from keras_glorot import cli as _cli
+
+# Run as a program, `--help` need not wait for the seconds in which Keras is imported.
+if _cli.is_starting():
+    _cli.start()
+
 from importlib.metadata import version as _version
 
 from keras_glorot.auditing import audit

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -13,11 +14,16 @@ __all__ = [
     "assign",
     "is_symbolic",
     "meta_tensor",
+    "outside_traces",
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
+    "without_autograph",
     "writable",
 ]
+
+_Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -97,13 +103,25 @@ def to_sharded_tensor(
         layout: A `keras.distribution.TensorLayout` or a `jax.sharding.Sharding`.
         draw_region: Called with a start and a stop for each axis.
     """
+    backend = keras.backend.backend()
+    if backend != "jax":
+        raise ValueError(
+            f"Argument `layout` must be left out on the {backend} backend: only JAX "
+            f"spreads a kernel over devices while it is drawn. Received: layout={layout}"
+        )
     import jax
 
-    sharding = getattr(layout, "backend_layout", layout)
+    sharding: Any = getattr(layout, "backend_layout", layout)
+    if not isinstance(sharding, jax.sharding.Sharding):
+        raise TypeError(
+            "Argument `layout` must be a `keras.distribution.TensorLayout` or a JAX "
+            f"sharding. Received: layout={layout} (of type {type(layout)})"
+        )
     mesh = getattr(sharding, "mesh", None)
     if isinstance(mesh, jax.sharding.AbstractMesh):
         # Keras opens the concrete mesh as the scope's, and hands over the abstract one.
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+        spec: Any = getattr(sharding, "spec", None)
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
     devices_of: dict[Bounds, list] = {}
     index: Any
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -144,3 +162,26 @@ def is_symbolic(tensor: Any) -> bool:
 
             return isinstance(tensor, Tracer)
     return False
+
+
+def outside_traces(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Calls a function where no trace, device scope or scope of Keras is open.
+
+    All of these are open in one thread only, and the call is made in another one. Where no
+    thread can be had, it is made in this one.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            call = pool.submit(function, *arguments)
+        except RuntimeError:  # no more threads, or the interpreter is shutting down
+            call = None
+    return function(*arguments) if call is None else call.result()
+
+
+def without_autograph(function: _Function) -> _Function:
+    """Decorates what TensorFlow is to trace as it is, and not to rewrite before."""
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)

@@ -4,11 +4,13 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
+
+from keras_glorot import backends
+from keras_glorot.arguments import suggestion
 
 __all__ = ["activation_gain", "calculate_gain", "known_gain"]
 
@@ -136,10 +138,8 @@ def _gain_by_name(name: str) -> float:
 
 
 def _integrated_gain(function: Callable[[Any], Any]) -> float:
-    # In a thread of its own: a tf.function, a JAX trace or a torch device scope that is
-    # open here is open in this thread only, and numbers are needed, not symbols.
-    with ThreadPoolExecutor(1) as pool:
-        moment = pool.submit(_second_moment, function).result()
+    # Numbers are needed, not symbols.
+    moment = backends.outside_traces(_second_moment, function)
     if moment <= 0:
         raise ValueError(
             "Argument `nonlinearity` must not be zero wherever a standard normal input "
@@ -160,7 +160,8 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
             raise ValueError(
                 "Argument `nonlinearity` must be the name of an activation of Keras or "
                 "PyTorch, such as 'tanh', or a callable. "
-                f"Received: nonlinearity={nonlinearity!r}"
+                f"Received: nonlinearity={nonlinearity!r}."
+                f"{suggestion(nonlinearity, _known_names())}"
             ) from None
     if not callable(nonlinearity):
         raise TypeError(
@@ -173,6 +174,13 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
     if name is not None and getattr(keras.activations, name, None) is nonlinearity:
         return name
     return None
+
+
+def _known_names() -> set[str]:
+    """The names that have a gain."""
+    activations = {name for name in dir(keras.activations) if name[0] != "_"}
+    helpers = {"get", "serialize", "deserialize", "threshold"}
+    return {*_TABLE, *activations} - helpers - _COUPLING
 
 
 def _slope(name: str | None, param: float | None) -> float:

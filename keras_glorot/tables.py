@@ -1,5 +1,6 @@
 """The table that `initialize`, `audit` and `propagate` return: rows, and what was found."""
 
+import functools
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-__all__ = ["Finding", "Row", "Severity", "Table"]
+__all__ = ["Finding", "Row", "Severity", "Table", "printable"]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _ROWS_PRINTED = 50
@@ -106,13 +107,15 @@ class Table:
         return console.export_html(inline_styles=True, code_format=code)
 
     def __rich_console__(self, console, options) -> Iterator[Any]:
+        # Names come from files of others.
+        show = functools.partial(printable, encoding=options.encoding)
         found = {finding.path for finding in self.findings}  # these rows must be seen
         first = sorted(range(len(self)), key=lambda i: self.rows[i]["path"] not in found)
         rows = [self.rows[i] for i in sorted(first[:_ROWS_PRINTED])]
         grid, cells = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)), []
         space = options.max_width
         for i, key in enumerate(self.columns if rows else ()):
-            column = [_cell(row[key]) for row in rows]
+            column = [show(_cell(row[key])) for row in rows]
             space -= min(max(map(len, [key, *column])), 1000 if i else _PATH_WIDTH) + 2
             if i > 1 and space < 0:
                 break
@@ -125,7 +128,7 @@ class Table:
         yield from [grid, ""] if rows else []
         if len(self) > len(rows):
             yield f"Showing {len(rows)} of {len(self)} rows; see `.rows` for all."
-        yield from [Text(self.note)] if self.note else []
+        yield from [Text(show(self.note))] if self.note else []
         # One line for all findings that ask for the same thing.
         groups: dict[tuple[str, ...], list[Finding]] = {}
         for finding in sorted(self.findings, key=lambda f: list(_STYLES).index(f.severity)):
@@ -133,11 +136,21 @@ class Table:
             groups.setdefault(key, []).append(finding)
         for finding, *others in groups.values():
             where = finding.path + (f" and {len(others)} more" if others else "")
-            text = f" [{finding.code}] {where}: {finding.message} {finding.advice}"
-            yield Text(finding.severity, _STYLES[finding.severity]).append(text, "default")
+            text = f"[{finding.code}] {where}: {finding.message} {finding.advice}"
+            line = " " + show(" ".join(text.split()))  # messages of Keras have line breaks
+            yield Text(finding.severity, _STYLES[finding.severity]).append(line, "default")
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Escapes what a terminal can't show, or would obey instead of showing it."""
+    shown = (
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)

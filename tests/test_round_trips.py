@@ -252,3 +252,42 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+WITHOUT_IMPORT = """
+import sys
+import keras
+model = keras.saving.load_model(sys.argv[1])
+assert not any(name.startswith("keras_glorot") for name in sys.modules)
+(initializer,) = [layer.kernel_initializer for layer in model.layers]
+print(type(initializer) is getattr(keras.initializers, type(initializer).__name__))
+print(float(keras.ops.sum(model.layers[0].kernel)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("initializer", "loads"),
+    [
+        ("xavier_uniform", True),
+        (GlorotNormal(seed=3), True),
+        (GlorotUniform(seed=keras.random.SeedGenerator(3)), True),
+        (GlorotNormal(gain="tanh"), False),
+        (GlorotUniform(input_axes=[0], output_axes=[1]), False),
+    ],
+)
+def test_loading_without_the_import(initializer, loads, tmp_path):
+    # As the README says: Keras takes its own class of the same name, if it can.
+    layer = keras.layers.Dense(2, kernel_initializer=initializer)
+    path = str(tmp_path / "model.keras")
+    keras.Sequential([keras.Input((4,)), layer]).save(path)
+    command = [sys.executable, "-c", WITHOUT_IMPORT, path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if loads:
+        is_stock, total = done.stdout.split()
+        assert is_stock == "True"
+        assert float(total) == pytest.approx(float(keras.ops.sum(layer.kernel)), rel=1e-6)
+    else:
+        assert done.returncode == 1
+        argument = next(iter(layer.kernel_initializer.get_config()))
+        assert f"got an unexpected keyword argument '{argument}'" in done.stderr

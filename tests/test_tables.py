@@ -3,10 +3,12 @@
 `pytest tests/test_tables.py --overwrite` writes the golden outputs anew: read the diff.
 """
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from keras_glorot.tables import Finding, Table
 
@@ -129,3 +131,24 @@ def test_empty():
     empty = Table("audit", [], note="This layer has no weights.")
     assert str(empty) == "This layer has no weights."
     assert json.loads(empty.to_json()) == {"kind": "audit", "rows": [], "findings": []}
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    name = "a\x1b[2J\x9bb\x07\u202ec\ud800"
+    row, finding = {"path": name, "std": 1.0}, Finding("info", "std", name, name, "Do\nit.")
+    for text in (
+        str(Table("audit", [row], [finding], note=name)),
+        Table("audit", [row], [finding], note=name)._repr_html_(),
+    ):
+        assert (
+            text.count(r"a\x1b[2J\x9bb\x07\u202ec\ud800") == 4
+        )  # row, finding twice, note
+        assert all(sign.isprintable() or sign == "\n" for sign in text)
+    assert name in Table("audit", [row]).rows[0]["path"]
+
+
+def test_what_an_encoding_lacks_is_escaped():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    Console(file=stream, width=80).print(Table("audit", ROWS, FINDINGS))
+    stream.flush()
+    assert rb"\u540d/kernel" in stream.buffer.getvalue()
