@@ -11,6 +11,7 @@ call was seen in.
 
 import contextlib
 import functools
+import inspect
 import re
 import threading
 import warnings
@@ -497,10 +498,11 @@ def build_values(sources: list[BuildValue]) -> list[Any]:
 def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
     """By `id`, what the variables of a layer and of its sublayers are made from.
 
-    That is an initializer, or a `BuildValue` where `build` assigns. A copy is built, from
-    the layer's config or, if that is not enough, from its attributes, without values and in
-    a thread of its own: the names that Keras counts and the variables that it has yet to
-    fill are one set per thread. Variables that no copy has are left out.
+    That is an initializer, or a `BuildValue` where `build` assigns. A copy is built from
+    the layer's attributes: a config can lack something. Only what `__init__` makes needs
+    the config. The copy gets no values, and a thread of its own: the names that Keras
+    counts and the variables that it has yet to fill are one set per thread. Variables that
+    no copy has are left out.
 
     Raises:
         Exception: Whatever the layer raises, if neither way works.
@@ -508,17 +510,17 @@ def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
     sources: dict[int, Any] = {}
     errors = []
     for copy, children in (
-        (_copy_from_config, _tracked_children),
         (_copy_from_attributes, _attribute_children),
+        (_copy_from_config, _tracked_children),
     ):
         try:
-            sources = {**_Rebuild(original, copy, children).sources(), **sources}
+            sources = _Rebuild(original, copy, children).sources() | sources
         except Exception as error:  # from a layer of the user: anything
             errors.append(error)
         if all(id(variable) in sources for variable in _own_variables(original)):
             return sources
     if errors and not sources:
-        raise errors[0]
+        raise errors[-1]
     return sources
 
 
@@ -587,7 +589,14 @@ class _ReplayScope(keras.StatelessScope):
 
 
 def _copy_from_config(original: keras.Layer) -> keras.Layer:
-    copy = type(original).from_config(original.get_config())
+    config = original.get_config()
+    parameters = inspect.signature(type(original).__init__).parameters.values()
+    if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        # Keras puts these into every config, whether the layer takes them or not.
+        accepted = {each.name for each in parameters}
+        for name in {"name", "trainable", "dtype"} - accepted:
+            config.pop(name, None)
+    copy = type(original).from_config(config)
     if _has_build(original) and original.get_build_config():
         copy.build_from_config(original.get_build_config())
     return copy
