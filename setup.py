@@ -9,7 +9,7 @@ stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 kernel = Extension(
     "keras_glorot._native",
     ["keras_glorot/_native.c"],
-    extra_compile_args=["-O3", "-ffp-contract=off"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if stable else [],
     py_limited_api=stable,
     optional=True,

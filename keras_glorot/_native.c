@@ -9,6 +9,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86
+#include <immintrin.h>
+#endif
+
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
@@ -17,9 +22,16 @@
 #define ALIGNED
 #endif
 
-enum { BATCH = 256 };          /* Philox blocks worked on at a time */
+enum { BATCH = 128 };          /* Philox blocks worked on at a time */
 enum { WORDS = 4 * BATCH };    /* 32-bit words of so many blocks */
-enum { KNOTS = (1 << 12) + 1 };
+enum { KNOTS = (1 << 12) + 1, SHIFT = 19, POSITION = (1 << SHIFT) - 1 };
+
+/* Philox4x32: the multipliers, and what is added to the key in each round. */
+#define M0 0xD2511F53u
+#define M1 0xCD9E8D57u
+#define W0 0x9E3779B9u
+#define W1 0xBB67AE85u
+#define LOWER 0xFFFFFFFFu
 
 typedef enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 } Dtype;
 typedef enum { UNIFORM, TRUNCATED_NORMAL } Form;
@@ -41,54 +53,118 @@ typedef struct {
 
 INLINE void philox_rounds(uint32_t c[4], uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53 * c[0];
-        uint64_t p1 = (uint64_t)0xCD9E8D57 * c[2];
+        uint64_t p0 = (uint64_t)M0 * c[0], p1 = (uint64_t)M1 * c[2];
         c[0] = (uint32_t)(p1 >> 32) ^ c[1] ^ k0;
         c[1] = (uint32_t)p1;
         c[2] = (uint32_t)(p0 >> 32) ^ c[3] ^ k1;
         c[3] = (uint32_t)p0;
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
+        k0 += W0;
+        k1 += W1;
     }
 }
 
-INLINE void make_words(
-    uint32_t *restrict words, const uint32_t *restrict low, const uint32_t *restrict high,
-    size_t blocks, const uint32_t key[2]
-) {
-    uint32_t k0 = key[0], k1 = key[1];
-    for (size_t i = 0; i < blocks; i++) {
-        uint32_t c[4] = {low[i], high[i], k0, k1};
-        philox_rounds(c, k0, k1);
-        words[4 * i] = c[0];
-        words[4 * i + 1] = c[1];
-        words[4 * i + 2] = c[2];
-        words[4 * i + 3] = c[3];
+/* Plain C: four words for each block number. */
+INLINE void make_words(uint32_t *restrict words, const uint64_t *restrict blocks,
+                       size_t count, const uint32_t key[2]) {
+    for (size_t i = 0; i < count; i++) {
+        uint32_t c[4] = {(uint32_t)blocks[i], (uint32_t)(blocks[i] >> 32), key[0], key[1]};
+        philox_rounds(c, key[0], key[1]);
+        for (int j = 0; j < 4; j++) words[4 * i + j] = c[j];
     }
 }
 
-/* Odd integers from -(2**31 - 1) to 2**31 - 1, in place of the words. */
-INLINE void make_integers(uint32_t *words, size_t count, Form form, const int32_t *knots) {
-    if (form == UNIFORM) {
-        for (size_t i = 0; i < count; i++) words[i] |= 1;
-        return;
-    }
+/* Plain C: words to odd integers by the integer quantile, in place. */
+INLINE void make_quantiles(uint32_t *words, size_t count, const int32_t *knots) {
     for (size_t i = 0; i < count; i++) {
         uint32_t sign = 0u - (words[i] >> 31);
         uint32_t magnitude = words[i] ^ sign;
-        uint32_t segment = magnitude >> 19;
-        uint32_t position = magnitude & ((1u << 19) - 1);
-        uint32_t low = (uint32_t)knots[segment];
-        uint32_t rise = (uint32_t)knots[segment + 1] - low;
-        uint32_t value = low + (uint32_t)(((uint64_t)rise * position) >> 19);
+        uint32_t position = magnitude & POSITION;
+        uint32_t low = (uint32_t)knots[magnitude >> SHIFT];
+        uint32_t rise = (uint32_t)knots[(magnitude >> SHIFT) + 1] - low;
+        uint32_t value = low + (uint32_t)(((uint64_t)rise * position) >> SHIFT);
         words[i] = ((value << 1) ^ sign) | 1;
     }
 }
 
+/* The same two for x86-64, whose compilers find neither the multiplication of the lower
+   halves of 64-bit lanes nor one load for two neighbouring knots. In such lanes nothing
+   has to be masked: what stands above the lower half is never looked at. */
+#define VECTORS(SET, TARGET, BYTES, MULTIPLY)                                              \
+    typedef uint64_t Wide##SET __attribute__((vector_size(BYTES)));                        \
+    typedef uint32_t Narrow##SET __attribute__((vector_size(BYTES)));                      \
+    enum { LANES##SET = BYTES / 8 };                                                       \
+                                                                                           \
+    TARGET static void make_words##SET(uint32_t *words, const uint64_t *blocks,            \
+                                       size_t count, const uint32_t key[2]) {              \
+        const Wide##SET zero = {0};                                                        \
+        const Wide##SET m0 = zero + M0, m1 = zero + M1;                                    \
+        ALIGNED uint64_t halves[2][BATCH];                                                 \
+        for (size_t i = 0; i < count; i += LANES##SET) {                                   \
+            Wide##SET x0 = *(const Wide##SET *)(blocks + i), x1 = x0 >> 32;                \
+            Wide##SET x2 = zero + key[0], x3 = zero + key[1];                              \
+            Wide##SET k0 = x2, k1 = x3;                                                    \
+            for (int round = 0; round < 10; round++) {                                     \
+                Wide##SET p0 = MULTIPLY(x0, m0), p1 = MULTIPLY(x2, m1);                    \
+                x0 = (p1 >> 32) ^ x1 ^ k0;                                                 \
+                x1 = p1;                                                                   \
+                x2 = (p0 >> 32) ^ x3 ^ k1;                                                 \
+                x3 = p0;                                                                   \
+                k0 += W0;                                                                  \
+                k1 += W1;                                                                  \
+            }                                                                              \
+            *(Wide##SET *)(halves[0] + i) = (x0 & LOWER) | x1 << 32;                       \
+            *(Wide##SET *)(halves[1] + i) = (x2 & LOWER) | x3 << 32;                       \
+        }                                                                                  \
+        uint64_t *pairs = (uint64_t *)words;                                               \
+        for (size_t i = 0; i < count; i++) {                                               \
+            pairs[2 * i] = halves[0][i];                                                   \
+            pairs[2 * i + 1] = halves[1][i];                                               \
+        }                                                                                  \
+    }                                                                                      \
+                                                                                           \
+    TARGET static void make_quantiles##SET(uint32_t *words, size_t count,                  \
+                                           const int32_t *knots) {                         \
+        ALIGNED uint32_t segments[WORDS];                                                  \
+        ALIGNED uint64_t evens[WORDS / 2], odds[WORDS / 2]; /* two neighbouring knots each */\
+        for (size_t i = 0; i < count; i += 2 * LANES##SET) {                               \
+            Narrow##SET word = *(Narrow##SET *)(words + i);                                \
+            *(Narrow##SET *)(segments + i) = (word ^ -(word >> 31)) >> SHIFT;              \
+        }                                                                                  \
+        for (size_t i = 0; i < count / 2; i++) {                                           \
+            memcpy(evens + i, knots + segments[2 * i], 8);                                 \
+            memcpy(odds + i, knots + segments[2 * i + 1], 8);                              \
+        }                                                                                  \
+        for (size_t i = 0; i < count; i += 2 * LANES##SET) {                               \
+            Narrow##SET word = *(Narrow##SET *)(words + i), sign = -(word >> 31);          \
+            Wide##SET position = (Wide##SET)((word ^ sign) & POSITION);                    \
+            Wide##SET even = *(Wide##SET *)(evens + i / 2);                                \
+            Wide##SET odd = *(Wide##SET *)(odds + i / 2);                                  \
+            even += MULTIPLY((even >> 32) - even, position) >> SHIFT;                      \
+            odd += MULTIPLY((odd >> 32) - odd, position >> 32) >> SHIFT;                   \
+            Narrow##SET value = (Narrow##SET)((even & LOWER) | odd << 32);                 \
+            *(Narrow##SET *)(words + i) = (value << 1 ^ sign) | 1;                         \
+        }                                                                                  \
+    }
+
+#ifdef X86
+#define V2 /* what every x86-64 has */
+#define V3 __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")))
+#define V4                                                                                 \
+    __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,avx512f,avx512bw,"       \
+                          "avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
+
+#define MULTIPLY_V2(a, b) (Wide_v2) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
+#define MULTIPLY_V3(a, b) (Wide_v3) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#define MULTIPLY_V4(a, b) (Wide_v4) _mm512_mul_epu32((__m512i)(a), (__m512i)(b))
+VECTORS(_v2, V2, 16, MULTIPLY_V2)
+VECTORS(_v3, V3, 32, MULTIPLY_V3)
+VECTORS(_v4, V4, 64, MULTIPLY_V4)
+#endif
+
 INLINE void make_floats(float *restrict out, const uint32_t *restrict words, size_t count,
                         float scale) {
     for (size_t i = 0; i < count; i++)
-        out[i] = ((float)(int32_t)words[i] * 0x1p-31f) * scale;
+        out[i] = ((float)(int32_t)(words[i] | 1) * 0x1p-31f) * scale;
 }
 
 INLINE uint32_t bits_of(float value) {
@@ -110,7 +186,8 @@ INLINE void round_float16(uint16_t *restrict out, const float *restrict in, size
         uint32_t bits = bits_of(in[i]);
         uint32_t sign = bits >> 16 & 0x8000;
         uint32_t size = bits & 0x7FFFFFFF;
-        float magnitude = in[i] < 0 ? -in[i] : in[i];
+        float magnitude;
+        memcpy(&magnitude, &size, sizeof magnitude);
         /* The sum's last place is that of the smallest float16: addition rounds. */
         uint32_t subnormal = bits_of(magnitude + 0.5f) - 0x3F000000;
         uint32_t normal = (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
@@ -145,8 +222,11 @@ INLINE uint64_t start_of(const Job *job, uint64_t run) {
     return start;
 }
 
-INLINE void fill_job(const Job *job) {
-    ALIGNED uint32_t low[BATCH] = {0}, high[BATCH] = {0};
+typedef void MakeWords(uint32_t *, const uint64_t *, size_t, const uint32_t[2]);
+typedef void MakeQuantiles(uint32_t *, size_t, const int32_t *);
+
+INLINE void fill_job(const Job *job, MakeWords *make_words, MakeQuantiles *make_quantiles) {
+    ALIGNED uint64_t numbers[BATCH] = {0};
     ALIGNED uint32_t words[WORDS];
     ALIGNED float floats[WORDS];
     ALIGNED union { uint16_t halves[WORDS]; double doubles[WORDS / 2]; } values;
@@ -169,10 +249,7 @@ INLINE void fill_job(const Job *job) {
             size_t needed = (size_t)((skipped + count + per_block - 1) / per_block);
             offsets[segments] = (uint16_t)(blocks * per_block + skipped);
             lengths[segments++] = (uint16_t)count;
-            for (size_t i = 0; i < needed; i++) {
-                low[blocks + i] = (uint32_t)(block + i);
-                high[blocks + i] = (uint32_t)((block + i) >> 32);
-            }
+            for (size_t i = 0; i < needed; i++) numbers[blocks + i] = block + i;
             blocks += needed;
             left -= count;
             inside += count;
@@ -182,12 +259,12 @@ INLINE void fill_job(const Job *job) {
             }
         }
         size_t whole = (blocks + 15) / 16 * 16; /* full vectors; what is beyond is not used */
-        make_words(words, low, high, whole, job->key);
+        make_words(words, numbers, whole, job->key);
         if (job->dtype == FLOAT64) {
             make_doubles(values.doubles, words, 2 * whole, job->form, job->scale,
                          job->rational);
         } else {
-            make_integers(words, 4 * whole, job->form, job->knots);
+            if (job->form == TRUNCATED_NORMAL) make_quantiles(words, 4 * whole, job->knots);
             make_floats(floats, words, 4 * whole, (float)job->scale);
             if (job->dtype == FLOAT16) round_float16(values.halves, floats, 4 * whole);
             if (job->dtype == BFLOAT16) round_bfloat16(values.halves, floats, 4 * whole);
@@ -200,27 +277,26 @@ INLINE void fill_job(const Job *job) {
 }
 
 /* One copy for each instruction set, the best last. */
-static void fill_baseline(const Job *job) { fill_job(job); }
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define V3 "avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe"
-#define V4 V3 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"
-__attribute__((target(V3))) static void fill_v3(const Job *job) { fill_job(job); }
-__attribute__((target(V4))) static void fill_v4(const Job *job) { fill_job(job); }
+#ifdef X86
+V2 static void fill_v2(const Job *job) { fill_job(job, make_words_v2, make_quantiles_v2); }
+V3 static void fill_v3(const Job *job) { fill_job(job, make_words_v3, make_quantiles_v3); }
+V4 static void fill_v4(const Job *job) { fill_job(job, make_words_v4, make_quantiles_v4); }
 #endif
+static void fill_plain(const Job *job) { fill_job(job, make_words, make_quantiles); }
 
 typedef struct {
     const char *name;
     void (*fill)(const Job *);
 } Clone;
 
-static Clone clones[3];
+static Clone clones[4];
 static int clone_count;
 
 static void find_clones(void) {
     clone_count = 0;
-#if defined(__x86_64__) && defined(__GNUC__)
-    clones[clone_count++] = (Clone){"x86-64", fill_baseline};
+    clones[clone_count++] = (Clone){"plain C", fill_plain};
+#ifdef X86
+    clones[clone_count++] = (Clone){"x86-64", fill_v2};
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")
         && __builtin_cpu_supports("fma")) {
@@ -230,8 +306,6 @@ static void find_clones(void) {
             && __builtin_cpu_supports("avx512vl"))
             clones[clone_count++] = (Clone){"x86-64-v4", fill_v4};
     }
-#else
-    clones[clone_count++] = (Clone){"baseline", fill_baseline};
 #endif
 }
 
@@ -254,6 +328,7 @@ static PyObject *fill(PyObject *self, PyObject *args) {
                           &steps))
         return NULL;
     const size_t item = dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
+    if (clone < 0) clone += clone_count; /* -1: the best */
     int right = clone >= 0 && clone < clone_count && dtype >= FLOAT16 && dtype <= FLOAT64
                 && (form == UNIFORM || form == TRUNCATED_NORMAL) && first <= last && run
                 && (unsigned long long)out.len / item >= last
