@@ -457,8 +457,8 @@ def _interpolate(words: np.ndarray) -> np.ndarray:
     return value
 
 
-def truncated_normal_quantile(x: np.ndarray) -> np.ndarray:
-    """Turns uniform values on (-1, 1) into normal ones truncated at ±2."""
+def truncated_normal_quantile(x: Any) -> Any:
+    """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in float64."""
     s = 1 - x * x
     numerator = s * _NUMERATOR[0]
     for coefficient in _NUMERATOR[1:-1]:
