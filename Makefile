@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+# What an installation is made from: when it changes, the native kernel is built again.
+PACKAGE := pyproject.toml setup.py keras_glorot/_native.c
 PYTEST := -m pytest -p no:cacheprovider
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Warnings of pip about its own version or indexes tell a user nothing.
@@ -45,13 +47,13 @@ pins:
 	for name in test all oldest; do \
 		$(PYTHON) -m venv --clear .venv-pins && \
 		.venv-pins/bin/python $(PIP) -r requirements/$$name.in && \
-		.venv-pins/bin/python -m pip freeze | sed 's/+cpu$$//' > requirements/$$name.txt; \
+		.venv-pins/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu$$//' > requirements/$$name.txt; \
 	done; rm -rf .venv-pins
 
 clean:
 	rm -rf $(VENV) $(OLDEST)
 
-$(VENV)/test: requirements/test.txt pyproject.toml
+$(VENV)/test: requirements/test.txt $(PACKAGE)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) -r requirements/test.txt
@@ -62,7 +64,7 @@ $(VENV)/all: $(VENV)/test requirements/all.txt
 	$(VENV)/bin/python $(PIP) -r requirements/all.txt
 	touch $@
 
-$(OLDEST)/all: requirements/oldest.txt pyproject.toml
+$(OLDEST)/all: requirements/oldest.txt $(PACKAGE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -r requirements/oldest.txt
 	$(OLDEST)/bin/python $(PIP) --no-deps --no-build-isolation -e .

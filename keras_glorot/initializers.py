@@ -51,7 +51,7 @@ class _Glorot(keras.initializers.Initializer):
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
 
-    @backends.without_autograph
+    @backends.untouched
     def __call__(self, shape: Sequence[int], dtype: Any = None, layout: Any = None) -> Any:
         """Draws a kernel.
 
@@ -90,11 +90,9 @@ class _Glorot(keras.initializers.Initializer):
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         seed = keras_bridge.seed_words(self.seed)
-        if seed is None:  # known to the backend alone, while it traces
-            scale = distribution.scale
-            if distribution.form == "uniform":
-                return keras.random.uniform(shape, -scale, scale, dtype, self.seed)
-            return keras.random.truncated_normal(shape, 0.0, scale, dtype, self.seed)
+        if backends.is_tracing() or backends.is_symbolic(seed):
+            form, scale = distribution.form, distribution.scale
+            return backends.traced_draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)

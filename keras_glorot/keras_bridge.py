@@ -258,17 +258,20 @@ class _LateModel(keras.Layer):
         return self.dropout(self.inner(x))
 
 
-def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
-    """The numbers that a seed stands for; a `SeedGenerator` advances.
+def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | Any:
+    """The integers that a seed stands for; a `SeedGenerator` advances.
 
-    None where a generator's state is only a symbol, because the backend is tracing.
+    Its state, as a tensor, where that is only a symbol, because the backend is tracing.
     """
     if isinstance(seed, int):
         return (seed,)
     state = seed.next()
     if backends.is_symbolic(state):
-        return None
-    return tuple(np.asarray(keras.ops.convert_to_numpy(state)).tolist())
+        return state
+    words = np.asarray(keras.ops.convert_to_numpy(state))
+    if words.dtype == np.int32:
+        words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
+    return tuple(words.tolist())
 
 
 def is_shape_inference() -> bool:

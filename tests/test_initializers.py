@@ -71,14 +71,14 @@ def test_bfloat16_mean_is_zero_and_values_are_float32_rounded(cls):
 
 # Bits of (3, 3, 16, 32), SHA-256's first 16 digits: one table for every backend.
 GOLDEN = {
-    (GlorotUniform, "float16"): "269e812c562d1817",
-    (GlorotUniform, "bfloat16"): "5de586b3ec5e0d4f",
-    (GlorotUniform, "float32"): "7ff198db0b41e82a",
-    (GlorotUniform, "float64"): "ea30fa72a9ccd556",
-    (GlorotNormal, "float16"): "6f15c87d621fc80e",
-    (GlorotNormal, "bfloat16"): "52bb65c32c0760cf",
-    (GlorotNormal, "float32"): "1c9072ee95967782",
-    (GlorotNormal, "float64"): "079cca822255b059",
+    (GlorotUniform, "float16"): "d66d2b640ce90015",
+    (GlorotUniform, "bfloat16"): "1f1726f69cb574a4",
+    (GlorotUniform, "float32"): "d2f32693861c800d",
+    (GlorotUniform, "float64"): "0574cf6817e8909c",
+    (GlorotNormal, "float16"): "b975b617fc32ea43",
+    (GlorotNormal, "bfloat16"): "976daa0d8bb6f03c",
+    (GlorotNormal, "float32"): "76a2b8419d986312",
+    (GlorotNormal, "float64"): "faae3a6f1b77b2c4",
 }
 
 
@@ -149,31 +149,6 @@ def test_seed_generator_advances(cls):
     again = cls(seed=keras.random.SeedGenerator(3))
     assert [to_numpy(again((4, 4))).tolist() for _ in range(3)] == draws
     assert draws[0] != to_numpy(cls(seed=3)((4, 4))).tolist()
-
-
-@BOTH
-def test_seed_generator_in_a_trace(cls):
-    # The state is a symbol there: Keras draws, from the right distribution.
-    backend = keras.backend.backend()
-    shape = (200, 300)
-    initializer = cls(seed=keras.random.SeedGenerator(3))
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        values = tf.function(lambda: initializer(shape))().numpy()
-    elif backend == "jax":
-        import jax
-
-        def traced(state):
-            variable = initializer.seed.state
-            with keras.StatelessScope(state_mapping=[(variable, state)]):
-                return initializer(shape)
-
-        values = np.asarray(jax.jit(traced)(initializer.seed.state.value))
-    else:
-        pytest.skip("torch runs eagerly")
-    error = 1 / math.sqrt(values.size)
-    assert abs(values.std() / initializer.stddev(shape) - 1) < 5 * error
 
 
 # Strings, scope, config ----------------------------------------------------------------
