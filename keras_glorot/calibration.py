@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_glorot.declared import initializer_of, law_of
-from keras_glorot.fans import variable_fans
-from keras_glorot.keras_bridge import Target, sublayers
+from keras_glorot.keras_bridge import sublayers
 from keras_glorot.recording import _DIFFERENTIATE, _LOOPS, _call, _checked, _target, moments
+from keras_glorot.variables import describe
 
 ops: Any = keras.ops
 tree: Any = keras.tree
@@ -26,21 +25,17 @@ class Site(NamedTuple):
 
 
 def _sites(model):
-    owned = variable_fans(model, "model")
+    weights = describe(model)
     loops = {}
     for layer in sublayers(model):
         if isinstance(layer, _LOOPS):
             loops = {id(inner): layer for inner in sublayers(layer)} | loops
     by_owner, owners = {}, {}
-    for owner, variable, fans in owned:
-        if owner is None or not fans or "float" not in variable.dtype:
+    for weight in weights:
+        owner, variable = weight.owner, weight.variable
+        if owner is None or not weight.is_kernel:
             continue
-        try:
-            initializer, is_kernel = initializer_of(owner, variable, fans)
-        except LookupError:
-            continue
-        law = law_of(initializer, variable.shape, fans, Target(owner, variable))
-        if not is_kernel or (law is not None and law.form == "constant"):
+        if weight.distribution is not None and weight.distribution.form == "constant":
             continue
         by_owner.setdefault(id(owner), []).append(variable)
         owners[id(owner)] = owner
