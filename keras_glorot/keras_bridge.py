@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ __all__ = [
     "seed_words",
     "sublayer_paths",
     "sublayers",
+    "without_colors",
+    "without_remat",
 ]
 
 
@@ -237,6 +240,26 @@ def copy_mask(source: Any, target: Any) -> None:
         from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
         set_keras_mask(target, get_keras_mask(source))
+
+
+@contextlib.contextmanager
+def without_remat(layer: keras.Layer) -> Iterator[None]:
+    """Lets a layer of a `RematScope` keep its activations: it is then called once only."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None:
+        yield
+        return
+    attributes: Any = vars(layer)
+    attributes["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        attributes["_remat_mode"] = mode
+
+
+def without_colors(message: str) -> str:
+    """A message of Keras without the codes that print it bold."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", message)
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
