@@ -115,10 +115,11 @@ def activation_gain(activation: Callable[[Any], Any] | None) -> float:
 
 
 def activation_growth(activation: Callable[[Any], Any] | None) -> float:
-    """How much a small difference between two inputs grows per layer, in its square.
+    """How much a deviation grows per layer even where the gain keeps the signal level.
 
-    `chi = gain² E[f'(z)²]` for standard normal z and the gain of `activation_gain`: the
-    same factor for the gradient on its way back. 1 where it can't be told.
+    The larger of two factors on variances, for standard normal z: of a small difference
+    between two inputs (and of the gradient), `E[f'(z)²] / E[f(z)²]`, and of a deviation of
+    the scale, `E[z f(z) f'(z)] / E[f(z)²]`. 1 for ReLU; 1 where it can't be told.
 
     Reference:
 
@@ -127,7 +128,7 @@ def activation_growth(activation: Callable[[Any], Any] | None) -> float:
     if activation is None or _name(activation) in _COUPLING:
         return 1.0
     try:
-        return activation_gain(activation) ** 2 * _in_own_thread(_mean_squared_slope, activation)
+        return _in_own_thread(_growth, activation)
     except Exception:  # from an activation of the user: anything
         return 1.0
 
@@ -203,11 +204,21 @@ def _in_own_thread(task: Callable[[Any], float], function: Any) -> float:
         return pool.submit(task, function).result()
 
 
-def _mean_squared_slope(function: Callable[[Any], Any]) -> float:
-    """E[f'(z)²] to three digits, by differences; kinks of Keras's activations are edges."""
+def _growth(function: Callable[[Any], Any]) -> float:
+    """By differences, to two digits; kinks of Keras's activations are at edges."""
     edges = np.linspace(-13.0, 13.0, 105)
-    slope = lambda z: (function(z + 5e-3) - function(z - 5e-3)) / 1e-2  # noqa: E731
-    return float(_panels(slope, edges[:-1], edges[1:]).sum())
+    step = 2e-3
+
+    def mean(integrand: Callable[[Any], Any]) -> float:
+        return float(_panels(integrand, edges[:-1], edges[1:], squared=False).sum())
+
+    def slope(z: Any) -> Any:
+        return (function(z + step) - function(z - step)) / (2 * step)
+
+    moment = mean(lambda z: function(z) ** 2)
+    difference = mean(lambda z: slope(z) ** 2) / moment
+    scale = mean(lambda z: z * function(z) * slope(z)) / moment
+    return max(difference, scale)
 
 
 def _second_moment(function: Callable[[Any], Any]) -> float:
@@ -241,15 +252,18 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _BATCH = 2048
 
 
-def _panels(function, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The integral of f(z)² times the normal density over each panel."""
+def _panels(
+    function, left: np.ndarray, right: np.ndarray, squared: bool = True
+) -> np.ndarray:
+    """The integral of f(z)², or of f(z), times the normal density over each panel."""
     half = (right - left)[:, None] / 2
     z = (left[:, None] + half + half * _NODES).ravel()
     values = np.concatenate(
         [_evaluate(function, z[i : i + _BATCH]) for i in range(0, len(z), _BATCH)]
     )
     density = np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    return ((values * values * density).reshape(half.shape[0], -1) * _WEIGHTS * half).sum(1)
+    values = values * values if squared else values
+    return ((values * density).reshape(half.shape[0], -1) * _WEIGHTS * half).sum(1)
 
 
 def _evaluate(function, z: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_glorot.gains import activation_growth
+from keras_glorot.layers import is_normalization
 from keras_glorot.progress import progress
 from keras_glorot.recording import LOOPS, NO_TENSOR, Batch, Call, Moments, moments, record
 from keras_glorot.tables import Finding, Row, Table
@@ -314,26 +315,12 @@ def _collapse(rows: list[Row]) -> list[Finding]:
     return [Finding("warning", "collapsed", rows[-1]["path"], message, advice)]
 
 
-_NORMALIZATIONS = (
-    "BatchNormalization",
-    "LayerNormalization",
-    "GroupNormalization",
-    "RMSNormalization",
-)
-
-
-def _is_normalization(layer: keras.Layer) -> bool:
-    """By the name too: many packages have a `LayerNorm` or `RMSNorm` of their own."""
-    name = type(layer).__name__
-    return name in _NORMALIZATIONS or name.lower().endswith(("norm", "normalization"))
-
-
 def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
     """What normalization layers see of a sum that each block adds to."""
     stream = [
         row
         for call, row in zip(calls, rows, strict=False)
-        if _is_normalization(call.layer) and row["input_std"] and len(row["shape"]) > 2
+        if is_normalization(call.layer) and row["input_std"] and len(row["shape"]) > 2
     ]
     if len(stream) < 8:
         return []
@@ -351,7 +338,7 @@ def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
 
 def _instability(calls: list[Call]) -> list[Finding]:
     """Where activations by themselves let small differences explode along plain layers."""
-    if any(_is_normalization(call.layer) for call in calls):
+    if any(is_normalization(call.layer) for call in calls):
         return []
     for chain in _chains(calls):
         if any(len(calls[i].parents) > 1 for i in range(chain[0], chain[-1])):
