@@ -48,6 +48,9 @@ _SMALLEST_SHARE = 0.01
 # A sum that each block adds to may reach this many times the std that it starts with.
 _STREAM_BOUND = 2.0
 _MOST_PASSES = 12
+# What the geometric mean of s may be lowered to, and from which objective on that is tried.
+_LOWER_LEVELS = (0.7, 0.5)
+_HIGH_OBJECTIVE = 0.2
 _TOLERANCE = 0.02  # of a logarithm
 
 
@@ -62,7 +65,6 @@ def calibrate(
     seed: int = 0,
     training: bool = True,
     verbose: Literal["auto"] | bool = "auto",
-    level: float = 1.0,
 ) -> Table:
     """Scales each kernel by one positive factor, in place, so that signal and gradient hold.
 
@@ -142,7 +144,7 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         measure = _Measurement(model, batch, sites, training)
-        result = _solve(measure, weight, math.log(level), advance)
+        result = _solve(measure, weight, advance)
     _assign(sites, result.after.factors)
     return _table(result, left)
 
@@ -254,9 +256,8 @@ class _Measured(NamedTuple):
     gradient: np.ndarray  # log std of the gradient; -inf where none comes
     share: np.ndarray  # of the gradient that passes by
     factors: np.ndarray
-    slopes: np.ndarray  # d objective / d log target
     order: list[int]  # sites in order of their first call
-    points: np.ndarray  # log std of what goes into normalizations, or else into kernels
+    stream: float  # largest std of a sum that goes into a normalization or a kernel
 
 
 class _Measurement:
@@ -270,11 +271,8 @@ class _Measurement:
         self.affine = {i for i, site in enumerate(sites) if _is_affine(site)}
         self.passes = 0
 
-    def __call__(self, targets: np.ndarray | None, point: int = -1) -> _Measured:
-        """One pass: with targets, the log std of each site's output, or as it is.
-
-        Differentiated is the objective, or the log std at a point.
-        """
+    def __call__(self, targets: np.ndarray | None) -> _Measured:
+        """One pass: with targets, the log std of each site's output, or as it is."""
         self.passes += 1
         free = np.float32(targets is not None)
         targets = np.zeros(len(self.sites)) if targets is None else targets
@@ -283,17 +281,23 @@ class _Measurement:
             self.batch.x,
             ops.convert_to_tensor(targets.astype(np.float32)),
             ops.convert_to_tensor(free),
-            ops.convert_to_tensor(np.int32(point)),
         )
-        slopes = signals[0].gradient
-        return self._collect([s.gradient for s in signals[1:]], slopes, *extras)
+        return self._collect([signal.gradient for signal in signals], *extras)
 
-    def _collect(self, gradients, slopes, stds, factors, points) -> _Measured:
+    def _collect(
+        self,
+        gradients: list[float],
+        stds: np.ndarray,
+        factors: np.ndarray,
+        stream: np.ndarray,
+    ) -> _Measured:
         """From calls to sites."""
         calls = self.calls
         stds = np.float64(stds)
-        stream = np.array([math.nan if p is None else gradients[p] for p in self.positions])
-        passing = np.nan_to_num(stds * stream * np.sqrt(self.sizes))
+        at_calls = np.array(
+            [math.nan if p is None else gradients[p] for p in self.positions]
+        )
+        passing = np.nan_to_num(stds * at_calls * np.sqrt(self.sizes))
         # By Euler's theorem this is the same all along a chain, whatever the factors.
         before = np.maximum.accumulate(passing)
         behind = np.maximum.accumulate(passing[::-1])[::-1]
@@ -305,13 +309,11 @@ class _Measurement:
             for i in set(calls):
                 mine = [k for k, site in enumerate(calls) if site == i]
                 signal[i] = np.log(stds[mine]).mean()
-                gradient[i] = np.nan_to_num(np.log(stream[mine]), nan=-math.inf).mean()
+                gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
                 share[i] = shares[mine].max()
-            points = np.log(np.float64(points))
         order = list(dict.fromkeys(calls))
-        return _Measured(
-            signal, gradient, share, np.float64(factors), np.float64(slopes), order, points
-        )
+        factors = np.float64(factors)
+        return _Measured(signal, gradient, share, factors, order, float(stream))
 
     def _run(
         self,
@@ -320,31 +322,30 @@ class _Measurement:
         x: Any,
         targets: Tensor,
         free: Tensor,
-        point: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        self.tap, self.free = tap, free
-        self.targets, _ = tap(targets, None, np.array)
-        self.taps = 1
+        self.tap, self.targets, self.free = tap, targets, free
         # Of each call: the site, where its gradient is, how many values it has.
         self.calls: list[int] = []
         self.positions: list[int | None] = []
         self.sizes: list[int] = []
         self.stds: list[Tensor] = []
         self.factors: dict[int, Tensor] = {}
-        self.points: dict[int, tuple[Tensor, Tensor]] = {}
+        # By `id`, with the tensor, so that no other gets it: what kernels put out, and the
+        # std of what goes into normalizations or kernels and comes from no kernel alone.
+        self.outputs: dict[int, Tensor] = {}
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
         variables = self.model.variables
         self.scope = keras.StatelessScope(zip(variables, values, strict=True))
         with self.scope, intercept(self.model, self._wrappers(), self.training):
             outputs = self.batch.call(self.model, x)
         one = ops.ones(())
-        count = len(self.sites)
-        factors = ops.stack([self.factors.get(i, one) for i in range(count)])
-        points = ops.stack([one, *(std for _, std in self.points.values())])
-        chosen = ops.arange(points.shape[0], dtype="int32") == point + 1
-        log_point = ops.sum(ops.where(chosen, ops.log(points), 0.0))
-        objective = ops.cast(self.batch.objective(outputs), "float32")
-        objective = ops.where(point < 0, objective, log_point)
-        return objective, [ops.stack(self.stds), factors, points[1:]]
+        factors = [self.factors.get(i, one) for i in range(len(self.sites))]
+        stream = ops.max(ops.stack([0 * one, *(std for _, std in self.sums.values())]))
+        return self.batch.objective(outputs), [
+            ops.stack(self.stds),
+            ops.stack(factors),
+            stream,
+        ]
 
     def _wrappers(self) -> dict[int, Callable]:
         wrappers: dict[int, Callable] = {}
@@ -362,13 +363,14 @@ class _Measurement:
         return wrappers
 
     def _observe_input(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._note_point((args, kwargs))
+        self._note_sum((args, kwargs))
         return call(*args, **kwargs)
 
-    def _note_point(self, structure: Any) -> None:
+    def _note_sum(self, structure: Any) -> None:
         first = _first_float(structure)
-        if first is not None and id(first) not in self.points:
-            self.points[id(first)] = (first, _std(first))  # keeps its id taken
+        known = first is None or id(first) in self.sums or id(first) in self.outputs
+        if self.calls and not known:
+            self.sums[id(first)] = (first, _std(first))
 
     def _call_recurrent(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
@@ -381,7 +383,7 @@ class _Measurement:
 
     def _call_site(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         if self.observes_kernels:
-            self._note_point((args, kwargs))
+            self._note_sum((args, kwargs))
         activation = getattr(site.owner, "activation", None)
         activation = activation if callable(activation) else keras.activations.linear
         with self._bare(site.owner):
@@ -395,9 +397,12 @@ class _Measurement:
             # The factor reaches the output alone: no need to call the layer again.
             if is_first:
                 tensor = tensor * ops.cast(factor, tensor.dtype)
-            self._note_call(i, _std(tensor), self.taps, math.prod(tensor.shape))
-            return activation(self._tap(tensor))
-        return self._call_again(i, site, activation, call, *args, **kwargs)
+            outputs = activation(self._tap(i, tensor))
+        else:
+            outputs = self._call_again(i, site, activation, call, *args, **kwargs)
+        for tensor in tree.flatten(outputs):
+            self.outputs[id(tensor)] = tensor
+        return outputs
 
     def _call_again(self, i, site, activation, call, *args: Any, **kwargs: Any) -> Any:
         """With the scaled kernels, tapping what goes into the activation."""
@@ -406,8 +411,7 @@ class _Measurement:
         def tapping(z: Tensor, *rest: Any, **options: Any) -> Tensor:
             if not tapped:
                 tapped.append(z)
-                self._note_call(i, _std(z), self.taps, math.prod(z.shape))
-                z = self._tap(z)
+                z = self._tap(i, z)
             return activation(z, *rest, **options)
 
         with self._activation(site.owner, tapping):
@@ -416,19 +420,18 @@ class _Measurement:
             return outputs
         tensors = tree.flatten(outputs)
         position = next(k for k, tensor in enumerate(tensors) if is_float(tensor))
-        z = tensors[position]
-        self._note_call(i, _std(z), self.taps, math.prod(z.shape))
-        tensors[position] = self._tap(z)
+        tensors[position] = self._tap(i, tensors[position])
         return tree.pack_sequence_as(outputs, tensors)
 
-    def _tap(self, tensor: Tensor) -> Tensor:
-        self.taps += 1
-        return self.tap(tensor, None, lambda gradient: moments(gradient).std)[0]
+    def _tap(self, i: int, z: Tensor) -> Tensor:
+        tapped, position = self.tap(z, None, lambda gradient: moments(gradient).std)
+        self._note_call(i, _std(z), position, math.prod(z.shape))
+        return tapped
 
     def _note_call(self, i: int, std: Tensor, position: int | None, size: int) -> None:
         self.calls.append(i)
-        self.stds.append(ops.stop_gradient(std))
-        self.positions.append(None if position is None else position - 1)
+        self.stds.append(std)
+        self.positions.append(position)
         self.sizes.append(size)
 
     def _factor(self, i: int, site: _Site, z: Tensor) -> Tensor:
@@ -495,13 +498,10 @@ def _first_float(structure: Any) -> Tensor | None:
 
 def _std(tensor: Tensor) -> Tensor:
     """In float32, and scaled so that squares neither vanish nor overflow."""
-    values = ops.cast(tensor, "float32")
-    scale = ops.stop_gradient(ops.max(ops.abs(values)))
+    values = ops.cast(ops.stop_gradient(tensor), "float32")
+    scale = ops.max(ops.abs(values))
     scale = ops.where(scale > 0, scale, 1.0)
-    values = values / scale
-    variance = ops.mean(ops.square(values - ops.mean(values)))
-    # The slope of the root at zero is not finite.
-    return ops.where(variance > 0, ops.sqrt(ops.where(variance > 0, variance, 1.0)), 0.0) * scale
+    return ops.std(values / scale) * scale
 
 
 class _Result(NamedTuple):
@@ -512,42 +512,71 @@ class _Result(NamedTuple):
     after: _Measured
     on_path: np.ndarray  # which sites take part in the compromise
     passes: int
-    stream: float  # the largest std of what goes into a normalization or a kernel
 
 
 def _solve(
-    measure: _Measurement, weight: float, level: float, advance: Callable[[float, str], None]
+    measure: _Measurement, weight: float, advance: Callable[[float, str], None]
 ) -> _Result:
-    """Passes until the objective is at its least."""
-    sites = measure.sites
+    """The objective at its least, on the level where it is least."""
     advance(0.0, "as it is")
     before = measure(None)
-    wanted = np.full(len(sites), level)
-    wanted[[site.is_unit for site in sites]] = 0.0
-    targets = wanted.copy()
-    offsets = _branch_offsets(measure, targets, level)
-    wanted = wanted + offsets
-    targets = targets + offsets
-    best, best_fit, best_path, stalled = None, math.inf, None, 0
+    found = _converge(measure, weight, 0.0, advance)
+    for level in _LOWER_LEVELS:
+        # Where the activation itself drives s and g apart, it does so less near zero.
+        if found.objective < _HIGH_OBJECTIVE:
+            break
+        lower = _converge(measure, weight, math.log(level), advance)
+        if lower.objective > 0.9 * found.objective:
+            break
+        found = lower
+    return _Result(measure.sites, before, found.seen, found.on_path, measure.passes)
+
+
+class _Converged(NamedTuple):
+    seen: _Measured
+    on_path: np.ndarray
+    objective: float
+
+
+def _converge(
+    measure: _Measurement,
+    weight: float,
+    level: float,
+    advance: Callable[[float, str], None],
+) -> _Converged:
+    """Passes until s and g are in their proportion everywhere, or nothing improves."""
+    sites = measure.sites
+    is_unit = np.array([site.is_unit for site in sites])
+    targets = np.where(is_unit, 0.0, level)
+    best, best_fit, stalled = None, math.inf, 0
     for _ in range(_MOST_PASSES):
         seen = measure(targets)
         on_path = _on_path(sites, seen)
-        signal, gradient = seen.signal - offsets, seen.gradient
-        misfit, compromise = _compromise(signal, gradient, on_path, seen, weight, level)
-        aim = np.where(on_path, compromise + offsets, wanted)
+        misfit, compromise = _compromise(seen, on_path, weight, level)
         # What a shared or unusual layer did not reach is made up for in the next pass.
         missed = np.nan_to_num(seen.signal - targets)
-        fit = math.hypot(misfit, float(np.abs(missed).max()))
+        excess = max(0.0, math.log(max(seen.stream, 1e-300) / _STREAM_BOUND))
+        fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
         advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
         stalled = 0 if fit < 0.9 * best_fit else stalled + 1
-        if fit < best_fit:
-            best, best_fit, best_path = seen, fit, on_path
+        if best is None or fit < best_fit:
+            best, best_fit = _Converged(seen, on_path, _objective(seen, on_path, weight)), fit
         if fit < _TOLERANCE or stalled == 2:
             break
+        level -= excess
+        compromise -= excess
+        aim = np.where(on_path, compromise, np.where(is_unit, 0.0, level))
         targets = aim - np.clip(missed, -2, 2)
     assert best is not None
-    stream = math.exp(max(best.points, default=0.0))
-    return _Result(sites, before, best, best_path, measure.passes, stream)
+    return best
+
+
+def _objective(seen: _Measured, on_path: np.ndarray, weight: float) -> float:
+    """The mean over the kernels; the signal's part also counts how far it is from 1."""
+    if not on_path.any():
+        return 0.0
+    s, g = seen.signal[on_path], seen.gradient[on_path]
+    return float((1 - weight) * np.mean(s**2) + weight * np.var(g))
 
 
 def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
@@ -559,65 +588,22 @@ def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
 
 
 def _compromise(
-    signal: np.ndarray,
-    gradient: np.ndarray,
-    on_path: np.ndarray,
-    seen: _Measured,
-    weight: float,
-    level: float,
+    seen: _Measured, on_path: np.ndarray, weight: float, level: float
 ) -> tuple[float, np.ndarray]:
-    """How far s and g are from the compromise, and the log targets nearer to it."""
+    """How far s and g are from the compromise, and log targets nearer to it."""
     if on_path.sum() < 2:
-        return 0.0, np.full(len(signal), level)
-    g = gradient - gradient[on_path].mean()
-    compromise = weight * (signal + g)
+        return 0.0, np.full(len(on_path), level)
+    s = seen.signal
+    g = seen.gradient - seen.gradient[on_path].mean()
+    compromise = weight * (s + g)
     compromise += level - compromise[on_path].mean()
     ends = [i for i in seen.order if on_path[i]]
-    tilt = weight * abs((signal + g)[ends[0]] - (signal + g)[ends[-1]])
+    tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
     limit = max(math.log(_LARGEST_RATIO) * 0.95, 0.6 * tilt)
     middle = float(np.median(compromise[on_path]))
     compromise = np.clip(compromise, middle - limit, middle + limit)
-    misfit = (1 - weight) * (signal - level) - weight * g
-    misfit = misfit[on_path] - misfit[on_path].mean()
-    return float(np.sqrt(np.mean(misfit**2))), compromise
-
-
-def _branch_offsets(measure: _Measurement, targets: np.ndarray, level: float) -> np.ndarray:
-    """By how much the ends of residual branches are made smaller, in logarithms.
-
-    A sum of n equal branches and its start has n + 1 times the variance of this. The slope
-    of its log std along a kernel's log target is the part of its variance that comes from
-    that kernel; of the kernels before the end of a branch it is 0.
-    """
-    offsets = np.zeros(len(targets))
-    unit = math.exp(level)
-    for _ in range(3):
-        seen = measure(targets + offsets)
-        if not seen.points.size or not np.isfinite(seen.points).all():
-            return offsets
-        point = int(np.argmax(seen.points))
-        largest = math.exp(seen.points[point])
-        if largest <= _STREAM_BOUND * unit * 1.05:
-            return offsets
-        parts = np.clip(measure(targets + offsets, point).slopes, 0, None)
-        parts[[site.is_unit for site in measure.sites]] = 0.0
-        start = 1 - parts.sum()
-        if start < -0.1:  # a product, not a sum
-            return offsets
-        ends = parts > 1e-3
-        start = max(start, 0.0) * largest**2
-        if start < unit**2 / 2:  # the sum starts with the output of a kernel
-            first = next((i for i in seen.order if ends[i]), None)
-            if first is None:
-                return offsets
-            start += parts[first] * largest**2
-            ends[first] = False
-        bound = _STREAM_BOUND**2 * max(start, unit**2)
-        rest = largest**2 - start
-        if ends.sum() < 2 or rest <= 0 or bound <= start or bound >= largest**2:
-            return offsets
-        offsets[ends] += 0.5 * math.log((bound - start) / rest)
-    return offsets
+    misfit = ((1 - weight) * s - weight * g)[on_path]
+    return float(misfit.std()), compromise
 
 
 def _assign(sites: list[_Site], factors: np.ndarray) -> None:
@@ -654,7 +640,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
     note = (
         f"Signal {forward:.3g}, gradient {backward:.3g} from end to end, before "
         f"{old_forward:.2g} and {old_backward:.2g}. Structure's ratio "
-        f"{forward / backward:.3g}; largest input {result.stream:.3g}; "
+        f"{forward / backward:.3g}; largest sum {result.after.stream:.3g}; "
         f"{result.passes} passes."
     )
     return Table("calibrate", rows, findings + _findings(result), columns, note)
