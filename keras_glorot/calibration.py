@@ -521,12 +521,14 @@ def _solve(
     advance(0.0, "as it is")
     before = measure(None)
     found = _converge(measure, weight, 0.0, advance)
-    for level in _LOWER_LEVELS:
-        # Where the activation itself drives s and g apart, it does so less near zero.
+    # Where the activation itself drives s and g apart, it does so less near zero.
+    growth = max(map(_growth, measure.sites))
+    levels = _LOWER_LEVELS if growth > 1.05 and found.seen.stream < _STREAM_BOUND else ()
+    for level in levels:
         if found.objective < _HIGH_OBJECTIVE:
             break
         lower = _converge(measure, weight, math.log(level), advance)
-        if lower.objective > 0.9 * found.objective:
+        if lower.objective > 0.95 * found.objective:
             break
         found = lower
     return _Result(measure.sites, before, found.seen, found.on_path, measure.passes)
@@ -547,26 +549,29 @@ def _converge(
     """Passes until s and g are in their proportion everywhere, or nothing improves."""
     sites = measure.sites
     is_unit = np.array([site.is_unit for site in sites])
-    targets = np.where(is_unit, 0.0, level)
-    best, best_fit, stalled = None, math.inf, 0
+    targets = aim = np.where(is_unit, 0.0, level)
+    best, best_fit, best_targets, step = None, math.inf, targets, 1.0
     for _ in range(_MOST_PASSES):
         seen = measure(targets)
         on_path = _on_path(sites, seen)
-        misfit, compromise = _compromise(seen, on_path, weight, level)
+        misfit, compromise, is_tilted = _compromise(seen, on_path, weight, level)
         # What a shared or unusual layer did not reach is made up for in the next pass.
         missed = np.nan_to_num(seen.signal - targets)
         excess = max(0.0, math.log(max(seen.stream, 1e-300) / _STREAM_BOUND))
+        excess = 0.0 if is_tilted else excess
         fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
         advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
-        stalled = 0 if fit < 0.9 * best_fit else stalled + 1
         if best is None or fit < best_fit:
+            step = 1.0 if fit < 0.8 * best_fit else 0.5 * step
             best, best_fit = _Converged(seen, on_path, _objective(seen, on_path, weight)), fit
-        if fit < _TOLERANCE or stalled == 2:
+            level -= excess
+            aim = np.where(on_path, compromise - excess, np.where(is_unit, 0.0, level))
+            best_targets, aim = targets, aim - np.clip(missed, -2, 2)
+        else:
+            step *= 0.5
+        if best_fit < _TOLERANCE or step < 0.25:
             break
-        level -= excess
-        compromise -= excess
-        aim = np.where(on_path, compromise, np.where(is_unit, 0.0, level))
-        targets = aim - np.clip(missed, -2, 2)
+        targets = best_targets + step * (aim - best_targets)
     assert best is not None
     return best
 
@@ -589,21 +594,24 @@ def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
 
 def _compromise(
     seen: _Measured, on_path: np.ndarray, weight: float, level: float
-) -> tuple[float, np.ndarray]:
-    """How far s and g are from the compromise, and log targets nearer to it."""
+) -> tuple[float, np.ndarray, bool]:
+    """How far s and g are from the compromise, log targets nearer to it, and whether the
+    structure drives the ends further apart than the kernels may be otherwise."""
     if on_path.sum() < 2:
-        return 0.0, np.full(len(on_path), level)
+        return 0.0, np.full(len(on_path), level), False
     s = seen.signal
     g = seen.gradient - seen.gradient[on_path].mean()
     compromise = weight * (s + g)
     compromise += level - compromise[on_path].mean()
     ends = [i for i in seen.order if on_path[i]]
     tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
-    limit = max(math.log(_LARGEST_RATIO) * 0.95, 0.6 * tilt)
+    limit = math.log(_LARGEST_RATIO) * 0.95
+    is_tilted = 0.6 * tilt > limit
+    limit = max(limit, 0.6 * tilt)
     middle = float(np.median(compromise[on_path]))
     compromise = np.clip(compromise, middle - limit, middle + limit)
     misfit = ((1 - weight) * s - weight * g)[on_path]
-    return float(misfit.std()), compromise
+    return float(misfit.std()), compromise, is_tilted
 
 
 def _assign(sites: list[_Site], factors: np.ndarray) -> None:
