@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot.recording import NO_TENSOR, Batch, moments, record
+from keras_glorot.recording import Batch, moments, record
 
 __all__ = ["plot_histograms", "plot_table"]
 
@@ -96,7 +96,7 @@ def plot_histograms(
     batch = Batch.check(x, y, loss, seed)
     calls = record(model, batch, of_tensor=_histogram)[:-1]
     if layers is None:
-        calls = [call for call in calls if call.kernel != NO_TENSOR][:-1]
+        calls = [call for call in calls if call.weight is not None][:-1]
     else:
         selected = set(layers)
         calls = [call for call in calls if call.path in selected]

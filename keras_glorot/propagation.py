@@ -10,7 +10,7 @@ import numpy as np
 from keras_glorot.gains import activation_growth
 from keras_glorot.layers import is_normalization
 from keras_glorot.progress import progress
-from keras_glorot.recording import LOOPS, NO_TENSOR, Batch, Call, Moments, moments, record
+from keras_glorot.recording import LOOPS, Batch, Call, Moments, moments, record
 from keras_glorot.tables import Finding, Row, Table
 
 __all__ = ["propagate"]
@@ -102,7 +102,7 @@ def propagate(
 
 
 def _rows(calls: list[Call]) -> list[Row]:
-    if calls[-1].input == NO_TENSOR:
+    if calls[-1].input.gradient is None:
         # Token ids have no std and no gradient: the model then starts at its first output.
         first = calls[0].output
         value = Moments(first.value["mean"], first.value["std"]) if first.value else None
