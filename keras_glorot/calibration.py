@@ -268,7 +268,7 @@ class _Measurement:
     ):
         self.model, self.batch, self.sites, self.training = model, batch, sites, training
         self.differentiate = differentiator(self._run)
-        self.affine = {i for i, site in enumerate(sites) if _is_affine(site)}
+        self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
 
     def __call__(self, targets: np.ndarray | None) -> _Measured:
@@ -376,9 +376,13 @@ class _Measurement:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
         kernel = site.kernels[0].variable
         inputs = _first_float((args, kwargs))
-        z = ops.matmul(ops.cast(inputs, kernel.dtype), self.scope.get_current_value(kernel))
-        factor = self._factor(i, site, z)
-        self._note_call(i, _std(z) * factor, None, math.prod(z.shape))
+        value = self.scope.get_current_value(kernel)
+        z = ops.matmul(ops.cast(inputs, value.dtype), value)
+        std = _std(z)
+        is_first = i not in self.factors
+        factor = self._factor(i, site, std)
+        std = std * factor if is_first else std
+        self._note_call(i, std, None, math.prod(z.shape))
         return call(*args, **kwargs)
 
     def _call_site(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
@@ -392,26 +396,31 @@ class _Measurement:
         if tensor is None:
             return call(*args, **kwargs)
         is_first = i not in self.factors
-        factor = self._factor(i, site, tensor)
-        if i in self.affine:
+        std = _std(tensor)
+        factor = self._factor(i, site, std)
+        if i in self.unbiased:
             # The factor reaches the output alone: no need to call the layer again.
             if is_first:
-                tensor = tensor * ops.cast(factor, tensor.dtype)
-            outputs = activation(self._tap(i, tensor))
+                tensor, std = tensor * ops.cast(factor, tensor.dtype), std * factor
+            outputs = activation(self._tap(i, tensor, std))
         else:
-            outputs = self._call_again(i, site, activation, call, *args, **kwargs)
+            known = std * factor if is_first and _is_affine(site) else None
+            outputs = self._call_again(i, site, activation, known, call, *args, **kwargs)
         for tensor in tree.flatten(outputs):
             self.outputs[id(tensor)] = tensor
         return outputs
 
-    def _call_again(self, i, site, activation, call, *args: Any, **kwargs: Any) -> Any:
-        """With the scaled kernels, tapping what goes into the activation."""
+    def _call_again(self, i, site, activation, std, call, *args: Any, **kwargs: Any) -> Any:
+        """With the scaled kernels, tapping what goes into the activation.
+
+        `std` is that of the output without the bias, if it is known.
+        """
         tapped: list[Tensor] = []
 
         def tapping(z: Tensor, *rest: Any, **options: Any) -> Tensor:
             if not tapped:
                 tapped.append(z)
-                z = self._tap(i, z)
+                z = self._tap(i, z, _std(z) if std is None else std)
             return activation(z, *rest, **options)
 
         with self._activation(site.owner, tapping):
@@ -420,12 +429,13 @@ class _Measurement:
             return outputs
         tensors = tree.flatten(outputs)
         position = next(k for k, tensor in enumerate(tensors) if is_float(tensor))
-        tensors[position] = self._tap(i, tensors[position])
+        z = tensors[position]
+        tensors[position] = self._tap(i, z, _std(z) if std is None else std)
         return tree.pack_sequence_as(outputs, tensors)
 
-    def _tap(self, i: int, z: Tensor) -> Tensor:
+    def _tap(self, i: int, z: Tensor, std: Tensor) -> Tensor:
         tapped, position = self.tap(z, None, lambda gradient: moments(gradient).std)
-        self._note_call(i, _std(z), position, math.prod(z.shape))
+        self._note_call(i, std, position, math.prod(z.shape))
         return tapped
 
     def _note_call(self, i: int, std: Tensor, position: int | None, size: int) -> None:
@@ -434,10 +444,9 @@ class _Measurement:
         self.positions.append(position)
         self.sizes.append(size)
 
-    def _factor(self, i: int, site: _Site, z: Tensor) -> Tensor:
+    def _factor(self, i: int, site: _Site, std: Tensor) -> Tensor:
         """The factor that gives the output of the site's first call its std."""
         if i not in self.factors:
-            std = _std(z)
             log_std = ops.log(ops.where(std > 0, std, 1.0))
             factor = ops.exp(self.free * (self.targets[i] - log_std))
             self.factors[i] = ops.where(std > 0, factor, 1.0)
@@ -482,13 +491,17 @@ _AFFINE = (
 
 
 def _is_affine(site: _Site) -> bool:
-    """Whether the output is `activation(kernel * x)`, without a bias that is not zero."""
+    """Whether the output is `activation(kernel * x + bias)`."""
     if site.layer is not site.owner or not isinstance(site.owner, _AFFINE):
         return False
     of_keras = type(site.owner).call in {layer.call for layer in _AFFINE}
-    plain = site.owner.quantization_mode is None and not site.owner.losses
+    return of_keras and site.owner.quantization_mode is None
+
+
+def _is_unbiased(site: _Site) -> bool:
+    """Whether it is so without a bias, or with one that is zero."""
     bias = getattr(site.owner, "bias", None)
-    return of_keras and plain and (bias is None or not np.any(backends.to_array(bias)))
+    return _is_affine(site) and (bias is None or not np.any(backends.to_array(bias)))
 
 
 def _first_float(structure: Any) -> Tensor | None:
@@ -549,14 +562,16 @@ def _converge(
     """Passes until s and g are in their proportion everywhere, or nothing improves."""
     sites = measure.sites
     is_unit = np.array([site.is_unit for site in sites])
-    targets = aim = np.where(is_unit, 0.0, level)
-    best, best_fit, best_targets, step = None, math.inf, targets, 1.0
+    wanted = aim = np.where(is_unit, 0.0, level)
+    # A shared layer's first call, or an unusual layer, is set off from what is wanted.
+    offset = np.zeros(len(sites))
+    best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
     for _ in range(_MOST_PASSES):
-        seen = measure(targets)
+        seen = measure(wanted + offset)
         on_path = _on_path(sites, seen)
         misfit, compromise, is_tilted = _compromise(seen, on_path, weight, level)
-        # What a shared or unusual layer did not reach is made up for in the next pass.
-        missed = np.nan_to_num(seen.signal - targets)
+        missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
+        offset = np.clip(offset - missed, -5, 5)
         excess = max(0.0, math.log(max(seen.stream, 1e-300) / _STREAM_BOUND))
         excess = 0.0 if is_tilted else excess
         fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
@@ -566,12 +581,12 @@ def _converge(
             best, best_fit = _Converged(seen, on_path, _objective(seen, on_path, weight)), fit
             level -= excess
             aim = np.where(on_path, compromise - excess, np.where(is_unit, 0.0, level))
-            best_targets, aim = targets, aim - np.clip(missed, -2, 2)
+            best_wanted = wanted
         else:
             step *= 0.5
         if best_fit < _TOLERANCE or step < 0.25:
             break
-        targets = best_targets + step * (aim - best_targets)
+        wanted = best_wanted + step * (aim - best_wanted)
     assert best is not None
     return best
 
