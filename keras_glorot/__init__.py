@@ -9,6 +9,7 @@ if _cli.is_starting():
 from importlib.metadata import version as _version
 
 from keras_glorot.auditing import audit
+from keras_glorot.calibration import calibrate
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
 from keras_glorot.initialization import initialize
@@ -29,6 +30,7 @@ __all__ = [
     "as_default",
     "audit",
     "calculate_gain",
+    "calibrate",
     "compute_fans",
     "initialize",
     "layer_fans",

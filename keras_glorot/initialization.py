@@ -25,7 +25,7 @@ from keras_glorot.initializers import WEIGHT_DTYPES
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe, distribution_of
 
-__all__ = ["initialize"]
+__all__ = ["initialize", "select_layers"]
 
 
 class _Assignment(NamedTuple):
@@ -119,7 +119,7 @@ def initialize(
         )
     root = _root_seed(seed, kernel_initializer)
     all_layers = keras_bridge.sublayers(model)
-    selected = all_layers if layers is None else _select(all_layers, layers)
+    selected = all_layers if layers is None else select_layers(all_layers, layers)
     selected_ids = {id(layer) for layer in selected}
     derive = _seed_deriver(root, keras_bridge.canonical_paths(model))
 
@@ -192,7 +192,7 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def _select(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
+def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     """The layers that `layers` stands for, with all that is in them."""
     selected = []
     for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -64,6 +64,8 @@ __all__ = [
     "sublayer_paths",
     "sublayers",
     "untracked_variables",
+    "without_colors",
+    "without_remat",
 ]
 
 
@@ -371,6 +373,26 @@ def copy_mask(source: Any, target: Any) -> None:
     """Copies the Keras mask, which says which timesteps count, from source to target."""
     if get_keras_mask is not None and set_keras_mask is not None:
         set_keras_mask(target, get_keras_mask(source))
+
+
+@contextlib.contextmanager
+def without_remat(layer: keras.Layer) -> Iterator[None]:
+    """Lets a layer of a `RematScope` keep its activations: it is then called once only."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None:
+        yield
+        return
+    attributes: Any = vars(layer)
+    attributes["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        attributes["_remat_mode"] = mode
+
+
+def without_colors(message: str) -> str:
+    """A message of Keras without the codes that print it bold."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", message)
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:

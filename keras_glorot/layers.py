@@ -188,6 +188,12 @@ def is_relu_like(activation: Activation | None) -> bool:
     return getattr(activation, "__name__", "") in _RELU_LIKE
 
 
+def is_normalization(layer: keras.Layer) -> bool:
+    """By the name: many packages have a `LayerNorm` or `RMSNorm` of their own."""
+    name = type(layer).__name__.lower()
+    return name.endswith(("norm", "normalization")) and name != "normalization"
+
+
 def _layer_activation(layer: Any) -> Activation | None:
     match layer:
         case keras.layers.Activation():

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot.recording import moments, record
+from keras_glorot.recording import Batch, moments, record
 
 __all__ = ["plot_histograms", "plot_table"]
 
@@ -93,12 +93,13 @@ def plot_histograms(
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
-    calls = record(model, x, y, loss, seed, _histogram)[:-1]
+    batch = Batch.check(x, y, loss, seed)
+    calls = record(model, batch, of_tensor=_histogram)[:-1]
     if layers is None:
-        calls = [call for call in calls if call["kernel"][0][0] is not None][:-1]
+        calls = [call for call in calls if call.weight is not None][:-1]
     else:
         selected = set(layers)
-        calls = [call for call in calls if call["path"] in selected]
+        calls = [call for call in calls if call.path in selected]
     if not calls:
         raise ValueError(
             "Argument `layers` must name rows of `propagate(model, x)`; without it, there "
@@ -112,14 +113,14 @@ def plot_histograms(
     titles = ("activation", "back-propagated gradient")
     for side, (ax, title) in enumerate(zip(axes, titles, strict=True)):
         for i, call in enumerate(calls):
-            mean, std, _, *fractions, _ = call["output"][side]
+            mean, std, _, *fractions, _ = call.output[side]
             width = max(std, 1e-38) * 2 * _REACH / _BINS
             values = mean + width * (np.arange(_BINS) - (_BINS - 1) / 2)
             filled = np.flatnonzero(fractions)
             part = slice(filled[0], filled[-1] + 1) if filled.size else slice(None)
             density = np.divide(fractions, width)
             style = ("-", "--", "-.", ":")[i % 4]
-            ax.plot(values[part], density[part], style, color=colors[i], label=call["path"])
+            ax.plot(values[part], density[part], style, color=colors[i], label=call.path)
         ax.set_xlabel(title)
         ax.set_ylabel("density")
         ax.ticklabel_format(scilimits=(-3, 4))
@@ -127,15 +128,14 @@ def plot_histograms(
     return axes
 
 
-def _histogram(tensor: Any) -> Any:
+def _histogram(values: np.ndarray) -> np.ndarray:
     """Mean, std, and the fraction in each bin; the first and the last hold the rest."""
-    both = moments(tensor)
-    std = ops.where(both[1] > 0, both[1], 1.0)
-    deviations = ops.reshape((ops.cast(tensor, "float32") - both[0]) / std, (-1,))
-    bins = ops.floor((deviations + _REACH) / (2 * _REACH) * _BINS) + 1
-    bins = ops.cast(ops.clip(bins, 0, _BINS + 1), "int32")
-    counts = ops.segment_sum(ops.ones_like(deviations), bins, num_segments=_BINS + 2)
-    return ops.concatenate([both, counts / deviations.shape[0]])
+    both = moments(values)
+    deviations = ((values - both.mean) / (both.std or 1.0)).ravel()
+    bins = np.floor((deviations + _REACH) / (2 * _REACH) * _BINS) + 1
+    bins = np.clip(bins, 0, _BINS + 1).astype(int)
+    counts = np.bincount(bins, minlength=_BINS + 2)
+    return np.concatenate([both, counts / deviations.size])
 
 
 def _new_axes(count: int, size: tuple[float, float]) -> Any:
