@@ -460,7 +460,7 @@ def _to_html(view: View) -> str:
             f"<details{'' if view.is_sound else ' open'}>"
             f"<summary>{_count(len(view.shown), 'row')}</summary>"
             f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>{"".join(notes)}</details>"
+            f"<tbody>{rows}</tbody></table></div>{notes}</details>"
         )
     return f'<style>{STYLE}</style><div class="keras-glorot">{"".join(parts)}</div>'
 
