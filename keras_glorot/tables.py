@@ -453,9 +453,7 @@ def _to_html(view: View) -> str:
     if view.shown:
         rows = "".join(_row_html(row, view) for row in view.rows)
         heads = "".join(_head_html(key, view) for key in view.columns)
-        left_out = "".join(
-            f"<p>{html.escape(str(line))}</p>" for line in _left_out(view, [])
-        )
+        notes = "".join(html.escape(str(line)) for line in _left_out(view, []))
         parts.append(
             f"<details{'' if view.is_sound else ' open'}>"
             f"<summary>{_count(len(view.shown), 'row')}</summary>"

@@ -80,7 +80,7 @@ def finding(path, severity="warning", code="std", advice="Fix it."):
 def test_a_long_path_stays_on_its_line(columns, width):
     width(columns)
     path = "encoder/" + "a/" * 60 + "dense/kernel"
-    text = str(Table("audit", [{"path": path, "std": 0.5, "x": "y" * 30}] * 3))
+    text = str(Table("propagate", [{"path": path, "std": 0.5, "x": "y" * 30}] * 3))
     lines = [line for line in text.splitlines() if "…" in line or path in line]
     assert len(lines) == 3
     assert all("kernel" in line for line in lines)
