@@ -1,7 +1,6 @@
 """`audit`: what initialization did to a model, and where it went wrong."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -94,21 +93,36 @@ def audit(model: keras.Layer) -> Table:
         findings.insert(0, trained)
     columns = (
         "path",
-        "shape",
         "expected_std",
         "std",
         "ratio",
+        "shape",
         "fan_in",
         "fan_out",
         "layer",
         "initializer",
     )
-    counts = Counter(finding.severity for finding in findings)
     rows = [_row(subject) for subject in measured]
-    note = (
-        f"{len(rows)} variables; errors: {counts['error']}, warnings: {counts['warning']}."
-    )
-    return Table("audit", rows, findings, columns, note)
+    return Table("audit", rows, findings, columns, _note(measured, findings))
+
+
+def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
+    """How many kernels have the std that they should have."""
+    kernels = [subject for subject in measured if subject.weight.is_kernel]
+    known = [subject for subject in kernels if subject.expected is not None]
+    off = {
+        finding.path
+        for finding in findings
+        if finding.code in ("std", "constant-kernel", "not-finite")
+    }
+    expected = sum(subject.weight.path not in off for subject in known)
+    parts = []
+    if kernels:
+        parts.append(f"{expected} of {len(kernels)} kernels have the expected std")
+    if len(known) < len(kernels):
+        parts.append(f"of {len(kernels) - len(known)} it is not known")
+    parts.append(f"{len(measured)} variables in all")
+    return f"{'; '.join(parts)}."
 
 
 class _Measured(NamedTuple):

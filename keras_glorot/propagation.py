@@ -17,9 +17,9 @@ __all__ = ["propagate"]
 
 
 # The last ones are left out where there is no room.
-_COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
-            "between_examples", "saturated", "dead", "kernel_gradient_std", "mean",
-            "layer")  # fmt: skip
+_COLUMNS = ("path", "std", "forward_gain", "gradient_std", "backward_gain",
+            "between_examples", "shape", "saturated", "dead", "kernel_gradient_std",
+            "mean", "layer")  # fmt: skip
 
 
 def propagate(

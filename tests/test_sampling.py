@@ -52,6 +52,7 @@ def either(request, monkeypatch):
         monkeypatch.setattr(sampling, "_native", None)
     return request.param
 
+
 DISTRIBUTIONS = ("uniform", "truncated_normal")
 EXACT = {
     "uniform": stats.uniform(-1, 2),
