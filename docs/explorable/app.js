@@ -12,7 +12,7 @@ const ACTIVATION_CHOICES = {
   leaky_relu: { name: "leaky ReLU", gain: Math.sqrt(2 / 1.04), hint: "Its slope is 0.2 on the left. Try 50 layers and compare the histograms with ReLU's." },
   gelu: { name: "GELU", gain: 1.533530, hint: "Try 50 layers with its own gain: small deviations grow 1.08 times per layer. Then try Measured." },
   silu: { name: "SiLU (swish)", gain: 1.676532, hint: "Try 50 layers with its own gain, then Measured." },
-  elu: { name: "ELU", gain: 1.245185, hint: "Try 50 layers with gain 1 and with its own." },
+  elu: { name: "ELU", gain: 1.245198, hint: "Try 50 layers with gain 1 and with its own." },
   selu: { name: "SELU", gain: 1, hint: "It was made to keep std 1 by itself. Try 50 layers with gain 1." },
 };
 
@@ -187,6 +187,7 @@ function addRow(body, header, cells) {
     data.textContent = text;
     row.insertCell().append(data);
   }
+  return title;
 }
 
 function showNumbers({ rows }) {
@@ -203,11 +204,13 @@ function showNumbers({ rows }) {
 function showRuns() {
   const body = element("runs").querySelector("tbody");
   body.replaceChildren();
-  for (const { label, rate, points, loss } of runs) {
+  for (const { label, rate, points, loss, color } of runs) {
     const [step, accuracy] = points.at(-1);
     const cells = [[rate, rate], [step, step], [formatNumber(loss), loss],
       [`${accuracy.toFixed(1)} %`, accuracy / 100]];
-    addRow(body, label, cells);
+    const swatch = document.createElement("span");
+    swatch.className = `swatch run-${color}`;
+    addRow(body, label, cells).prepend(swatch);
   }
 }
 
@@ -327,7 +330,7 @@ function startTraining() {
     `${depth} × ${width}`];
   if (gain !== 1) parts.push(`gain ${formatNumber(gain)}`);
   if (residual) parts.push("residual");
-  const free = [1, 2, 3, 4].find((color) => runs.every((run) => run.color !== color));
+  const free = [1, 2, 3].find((color) => runs.every((run) => run.color !== color));
   const color = free ?? runs.shift().color;
   const run = { label: parts.join(", "), rate, color, points: [], loss: NaN };
   runs.push(run);

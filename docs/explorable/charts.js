@@ -158,24 +158,24 @@ function drawRidges(chart, histograms, which, name) {
 function drawRuns(chart, runs) {
   const steps = [...new Set(runs.flatMap((run) => run.points.map(([step]) => step)))];
   steps.sort((a, b) => a - b);
-  const dashes = [undefined, [8, 4], [3, 3], [10, 3, 3, 3]];
+  const dashes = [undefined, [8, 4], [3, 3]];
   const options = {
     height: 260,
+    legend: { show: false }, // the table below is one
+    cursor: { show: false },
     scales: { x: { time: false, range: [0, 200] }, y: { range: [0, 100] } },
     axes: [
       axis({ size: 30, label: "step", splits: () => [0, 50, 100, 150, 200] }),
       axis({ size: 56, values: (_, splits) => splits.map((value) => `${value} %`) }),
     ],
     series: [
-      { label: "Step", value: (_, value) => value ?? "–" },
+      {},
       ...runs.map((run) => ({
-        label: run.label,
         stroke: () => color(`run-${run.color}`),
         dash: dashes[run.color - 1],
         width: 2.5,
         points: { show: false },
         spanGaps: true,
-        value: (_, value) => (value == null ? "–" : `${value.toFixed(0)} %`),
       })),
     ],
   };
