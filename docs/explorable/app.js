@@ -206,8 +206,8 @@ function showRuns() {
   body.replaceChildren();
   for (const { label, rate, points, loss, color } of runs) {
     const [step, accuracy] = points.at(-1);
-    const cells = [[rate, rate], [step, step], [formatNumber(loss), loss],
-      [`${accuracy.toFixed(1)} %`, accuracy / 100]];
+    const cells = [[`${accuracy.toFixed(1)} %`, accuracy / 100], [Number.isNaN(loss) ? "–" : formatNumber(loss), loss],
+      [step, step], [rate, rate]];
     const swatch = document.createElement("span");
     swatch.className = `swatch run-${color}`;
     addRow(body, label, cells).prepend(swatch);
