@@ -1,4 +1,4 @@
-"""Reads docstrings as Keras writes them: sections of plain Markdown, doctests unindented."""
+"""Reads docstrings as Keras writes them: Markdown sections, doctests unindented."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the site takes from beside docs/: the notebooks. Their formulas become MathML."""
+"""Brings the notebooks into the site, and keeps it free of what the network must bring."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Where a dollar sign is a dollar sign.
 CODE = re.compile(r"<(pre|code|script|style|svg)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
+# The theme needs this script to search a site that was opened from disk.
+SHIM = "https://unpkg.com/iframe-worker/shim"
 MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
 
 
@@ -25,7 +27,8 @@ def on_files(files: Files, config) -> Files:
 
 @event_priority(-100)  # after it
 def on_post_page(output: str, page, config) -> str:
-    """No script and no network is needed to show a formula."""
+    root = "../" * page.url.count("/")
+    output = output.replace(SHIM, f"{root}assets/iframe-worker/shim.js")
     if not page.file.src_uri.endswith(".ipynb"):
         return output
     return _outside_code(_to_mathml, MATHJAX.sub("", output))

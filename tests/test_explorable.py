@@ -10,32 +10,22 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from browser import close, launched, needs_chromium, open_file, violations
 from keras import layers, ops
 from scipy import stats
 
 from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, propagate
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         keras.backend.backend() != "torch",
         reason="the page has no backend; torch runs models without compiling fastest",
     ),
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
+    needs_chromium,
 ]
 
 PAGE = Path(__file__).parent.parent / "docs" / "explorable"
-FLAGS = [
-    "--no-sandbox",  # root has none
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-]
 BATCH = 64  # of the page
 SEEDS = 20  # of each of the two sides
 SIGNIFICANCE = 1e-3  # of a false alarm in the whole comparison
@@ -93,37 +83,14 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 def open_page(browser, folder=PAGE, address="", width=1200, scheme="light"):
-    """The page, opened from disk. An error in it, or a request elsewhere, is one here."""
-    viewport = {"width": width, "height": 800}
-    context = browser.new_context(viewport=viewport, color_scheme=scheme)
-    page = context.new_page()
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("console", lambda message: page.problems.append(message.text))
-    page.on("request", lambda request: page.problems.extend(_elsewhere(request.url)))
-    page.goto(folder.joinpath("index.html").as_uri() + address)
-    wait(page)
-    return page
-
-
-def _elsewhere(url):
-    return [] if url.startswith(("file:", "blob:", "data:")) else [url]
-
-
-def wait(page):
+    page = open_file(browser, folder / "index.html", address, width, scheme)
     page.wait_for_selector("#results[aria-busy=false]", timeout=30_000)
-
-
-def close(page):
-    assert not page.problems, page.problems
-    page.context.close()
+    return page
 
 
 # ---- The numbers ------------------------------------------------------------------------
@@ -463,13 +430,11 @@ def test_trains_and_stops(browser):
 @pytest.mark.parametrize("width", [400, 1200])
 def test_accessible(browser, width, scheme):
     """No violation of any rule of axe-core, nothing that must be scrolled sideways."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     page = open_page(browser, width=width, scheme=scheme)
     page.click("#numbers summary")
     page.click("#train")
     page.wait_for_selector("#runs data")
     page.click("#stop")
-    violations = axe.run(page, options={"preload": False}).response["violations"]
-    assert not [(found["id"], found["impact"], found["nodes"]) for found in violations]
+    assert not [(each["id"], each["impact"], each["nodes"]) for each in violations(page)]
     assert page.evaluate("document.documentElement.scrollWidth") == width
     close(page)
