@@ -173,7 +173,9 @@ class Table:
 
             display(HTML(_to_html(self.view(all, lines=None if all else _HTML_LINES))))
         else:
-            rich.print(*_to_text(self.view(all), rich.get_console().width), sep="\n")
+            console = rich.get_console()
+            shown = _to_text(self.view(all), console.width, console.encoding)
+            console.print(*shown, sep="\n")
 
     def view(self, all: bool = False, lines: int | None = _TEXT_LINES) -> View:
         """What is shown of the table.
