@@ -269,6 +269,7 @@ def train(training, advance):
     data = load(training)
     x, y = data["train"]
     build = functools.partial(NETS[training.net].build, tuple(x.shape[1:]))
+    keras.backend.clear_session()  # the nets before this one
     keras.utils.set_random_seed(training.seed)
     start = time.process_time()
     try:

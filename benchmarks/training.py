@@ -51,7 +51,7 @@ the images, their order and the weights. The learning rate is the one of {rates}
 best accuracy on {validation} further images at seed 0, which does not count for the table.
 `balanced` and `forward` are `initialize(model, GlorotUniform(gain="auto"))`, then
 `calibrate(model, x, mode=...)`; `initialize` is the first of the two alone. They and
-AnyInit's empirical mode see {measured} training images, without labels, before the training.
+AnyInit's empirical mode see {measured} training images first, without labels.
 scikit-learn's digits have 8 × 8 pixels, the 5,000 images of MNIST here 16 × 16;
 MobileNetV2 and ResNet50 see both resized to 32 × 32.
 """
@@ -171,7 +171,7 @@ def scores(results, row):
 def accuracies(cells):
     for (net, dataset, epochs), by_method in cells.items():
         means = {m: np.mean([*s.values()]) for m, s in by_method.items() if s}
-        line = {"net": net, "data": dataset, "epochs": epochs}
+        line = {"net": net, "data": dataset}
         for method in METHODS:
             found = by_method.get(method, {})
             cell = "fails" if found is None else "—"
@@ -184,7 +184,7 @@ def accuracies(cells):
 
 def differences(cells):
     for (net, dataset, epochs), by_method in cells.items():
-        line = {"net": net, "data": dataset, "epochs": epochs}
+        line = {"net": net, "data": dataset}
         ours = by_method.get(OURS) or {}
         for method in (name for name in METHODS if name != OURS):
             theirs = by_method.get(method) or {}
@@ -217,7 +217,7 @@ def detail(results, row):
     return line | dict(zip(names, values, strict=True))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--datasets", nargs="+", choices=SOURCES, default=[*SOURCES])
@@ -229,7 +229,7 @@ def main():
     add("--threads", type=int, default=1)
     add("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     add("--report", action="store_true", help="print the tables, train nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
     results, console = read(args.results, Training), Console()
