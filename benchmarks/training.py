@@ -171,7 +171,7 @@ def scores(results, row):
 def accuracies(cells):
     for (net, dataset, epochs), by_method in cells.items():
         means = {m: np.mean([*s.values()]) for m, s in by_method.items() if s}
-        line = {"net": net, "data": dataset}
+        line = {"net": net, "data": dataset, "epochs": epochs}
         for method in METHODS:
             found = by_method.get(method, {})
             cell = "fails" if found is None else "—"
@@ -184,7 +184,7 @@ def accuracies(cells):
 
 def differences(cells):
     for (net, dataset, epochs), by_method in cells.items():
-        line = {"net": net, "data": dataset}
+        line = {"net": net, "data": dataset, "epochs": epochs}
         ours = by_method.get(OURS) or {}
         for method in (name for name in METHODS if name != OURS):
             theirs = by_method.get(method) or {}

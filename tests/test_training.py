@@ -95,14 +95,14 @@ def test_tables_say_what_the_lines_say():
         half = STUDENT[2] * statistics.stdev(sample) / math.sqrt(2)
         return f"{statistics.mean(sample):.2f} ± {half:.2f}"
 
-    header = cells(text, "net", "data", "stock")
+    header = cells(text, "net", "data", "epochs", "stock")
     accuracies = dict(zip(header, cells(text, "mlp", "digits"), strict=True))
     assert accuracies["initialize"] == expected([50, 54])
     assert accuracies["balanced"] == f"**{expected([59, 67])}**"
     assert accuracies["AnyInit analytic"] == "fails"
     assert accuracies["stock"] == "—"
     paired = text[text.index("minus the others") :]
-    header = cells(paired, "net", "data", "stock")
+    header = cells(paired, "net", "data", "epochs", "stock")
     differences = dict(zip(header, cells(paired, "mlp", "digits"), strict=True))
     assert differences["initialize"] == expected([9, 13])
     assert differences["AnyInit analytic"] == "—"
