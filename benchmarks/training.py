@@ -41,19 +41,22 @@ OURS = "balanced"
 HEADING = """\
 # Does the initialization matter? Deep nets without normalization, trained briefly
 
-**These are short trainings of small nets on few small images, on one CPU core: see
-below.** So the accuracies are far from what the nets can reach, and only their order
-compares. Guessing is right in 10 % of cases: an accuracy near that says that nothing was
-learned in the budget, which is the same for all methods.
+**Short trainings of small nets on few small images, on one CPU core.** The accuracies
+are far from what these nets can reach; only their order compares. Guessing is right in
+10 % of cases: an accuracy near that says that nothing was learned within the budget,
+which is the same for all methods. The trainings below took {minutes:.0f} minutes of CPU
+time, with {versions}.
 
-Adam on minibatches of {minibatch}, {train} training images, {test} to test; the seed picks
-the images, their order and the weights. The learning rate is the one of {rates} with the
-best accuracy on {validation} further images at seed 0, which does not count for the table.
-`balanced` and `forward` are `initialize(model, GlorotUniform(gain="auto"))`, then
-`calibrate(model, x, mode=...)`; `initialize` is the first of the two alone. They and
-AnyInit's empirical mode see {measured} training images first, without labels.
-scikit-learn's digits have 8 × 8 pixels, the 5,000 images of MNIST here 16 × 16;
-MobileNetV2 and ResNet50 see both resized to 32 × 32.
+- Adam on minibatches of {minibatch}, {train} training images, {updates} updates per epoch,
+  {test} images to test. The seed picks the images, their order and the weights.
+- The learning rate is that of {rates} with the best accuracy on
+  {validation} further images at seed 0, which does not count for the table.
+- `stock` is Keras's default; `he_normal` that initializer in every layer; `initialize`
+  is `initialize(model, GlorotUniform(gain="auto"))`; `balanced` and `forward` are the
+  same, then `calibrate(model, x, mode=...)`.
+- `calibrate` and AnyInit's empirical mode see {measured} training images before, no labels.
+- scikit-learn's digits have 8 × 8 pixels, the images of MNIST here 16 × 16; MobileNetV2
+  and ResNet50 see both resized to 32 × 32.
 """
 ACCURACY = """
 Test accuracy in %: mean over the seeds ± the half-width of its 95 % confidence interval
@@ -135,13 +138,29 @@ def report(results):
     for dataset, net, method, epochs in rows:
         row = dataset, net, method, epochs
         cells[net, dataset, epochs][method] = scores(results, row)
-    size = {**IMAGES, "minibatch": MINIBATCH, "measured": MEASURED, "rates": RATES}
+    records = results.values()
+    seconds = sum(sum(record.get("seconds", [])) for record in records)
+    versions = {
+        f"{name} {number}"
+        for record in records
+        for name, number in record["versions"].items()
+    }
+    rates = sorted({run.learning_rate for run in results if run.seed == 0})
+    settings = {
+        **IMAGES,
+        "minibatch": MINIBATCH,
+        "updates": IMAGES["train"] // MINIBATCH,
+        "measured": MEASURED,
+        "rates": ", ".join(f"{rate:g}" for rate in rates),
+        "minutes": seconds / 60,
+        "versions": ", ".join(sorted(versions)),
+    }
     nets = [
         {"net": name, "what": net.what, "epochs": net.epochs} for name, net in NETS.items()
     ]
     return "\n".join(
         [
-            HEADING.format(**size),
+            HEADING.format(**settings),
             *table(nets),
             ACCURACY,
             *table(accuracies(cells)),

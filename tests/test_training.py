@@ -34,6 +34,7 @@ def record(validation=50.0, test=50.0, losses=(2.0, 1.0)):
         "test_accuracy": test,
         "losses": list(losses),
         "seconds": [1.0, 2.0],
+        "versions": {"keras": "3"},
     }
 
 
@@ -88,7 +89,10 @@ def test_tables_say_what_the_lines_say():
         results[Training(*row, 1e-3, 0)] = record(test=1.0)  # must not count
         for seed, accuracy in enumerate(accuracies, 1):
             results[Training(*row, 1e-3, seed)] = record(test=accuracy)
-    results[Training("digits", "mlp", "AnyInit analytic", 2, 1e-3, 0)] = {"failure": "No."}
+    results[Training("digits", "mlp", "AnyInit analytic", 2, 1e-3, 0)] = {
+        "failure": "No.",
+        "versions": {},
+    }
     text = training.report(results)
 
     def expected(sample):
