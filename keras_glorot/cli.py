@@ -64,13 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = "Audit or reinitialize the weights of a Keras model."
+    text = "Audit, reinitialize or look through the weights of a Keras model."
     parser = argparse.ArgumentParser(PROGRAM, description=text, **_STYLE)
     text = "show the versions of this package and of Keras, and the backend"
     parser.add_argument("--version", action=_ShowVersions, help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_audit(commands)
     _add_init(commands)
+    _add_propagate(commands)
     return parser
 
 
@@ -114,6 +115,9 @@ def _add_audit(commands: Any) -> None:
     add("--fail-on", choices=SEVERITIES, metavar="SEVERITY", help=text)
     text = "leave out findings of this code (it stands in brackets), any number of times"
     add("--ignore", action="append", default=[], metavar="CODE", help=text)
+    add("--all", action="store_true", help="print all rows, and not only kernels")
+    text = "write a page with findings, pictures and a table to sort and filter"
+    add("--html", type=Path, metavar="OUT.html", help=text)
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -125,9 +129,19 @@ def _audit(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
         table = audit(_load(options.model))
     table.findings = [each for each in table.findings if each.code not in options.ignore]
-    _write(table.to_json() + "\n" if options.json else _render(table))
+    if options.html is not None:
+        _write_page(options, table)
+    _write(table.to_json() + "\n" if options.json else _render(table, options.all))
     worst = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1] if options.fail_on else ()
     return int(any(finding.severity in worst for finding in table.findings))
+
+
+def _write_page(options: argparse.Namespace, table: Any) -> None:
+    from keras_glorot.report import audit_section, write_page
+
+    ignored = "".join(f" --ignore {code}" for code in options.ignore)
+    command = f"{PROGRAM} audit {options.model}{ignored} --html {options.html}"
+    write_page(options.html, Path(options.model).name, [audit_section(table)], command)
 
 
 def _add_init(commands: Any) -> None:
@@ -143,6 +157,11 @@ def _add_init(commands: Any) -> None:
     text = "factor on the std: a number, an activation's, or auto: that of each layer's"
     add("--gain", default=1.0, type=_gain, metavar="auto|NAME|FLOAT", help=text)
     add("--seed", type=int, metavar="N", help="the same seed gives the same weights")
+    text = (
+        "then scale the kernels so that signal and gradient keep their scale on this batch "
+        "(.npy, or .npz with the names of the inputs); without a file, on unit noise"
+    )
+    add("--calibrate", nargs="?", const="", metavar="X.npy", help=text)
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -153,10 +172,73 @@ def _init(options: argparse.Namespace) -> int:
     initializer = kind(gain=options.gain)  # may fail, as may the folder: before the work
     with _folder_beside(options.output) as folder:
         model = _load(options.model)
-        table = initialize(model, initializer, seed=options.seed)
+        shown = _render(initialize(model, initializer, seed=options.seed))
+        if options.calibrate is not None:
+            from keras_glorot.calibration import calibrate
+
+            x, said = _batch(model, options.calibrate)
+            shown += said + _render(calibrate(model, x))
         _save(model, folder, options.output)
-    _write(_render(table))
+    _write(shown)
     return 0
+
+
+def _add_propagate(commands: Any) -> None:
+    text = "show how the signal and its gradient change from layer to layer"
+    command = commands.add_parser("propagate", help=text, description=text, **_STYLE)
+    command.set_defaults(run=_propagate)
+    add = command.add_argument
+    add("model", metavar="MODEL", help="a .keras file or an architecture")
+    text = (
+        "the batch to call it on (.npy, or .npz with the names of the inputs); without a "
+        "file, unit noise"
+    )
+    add("--data", default="", metavar="X.npy", help=text)
+    add("--json", action="store_true", help="print JSON, and nothing else")
+    add("--all", action="store_true", help="print all rows, and not only kernels")
+
+
+def _propagate(options: argparse.Namespace) -> int:
+    from keras_glorot.propagation import propagate
+
+    with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
+        model = _load(options.model)
+        x, said = _batch(model, options.data)
+        table = propagate(model, x)
+    _write(table.to_json() + "\n" if options.json else said + _render(table, options.all))
+    return 0
+
+
+# Examples of unit noise: enough for a std to be right to a few percent.
+_EXAMPLES = 16
+
+
+def _batch(model: Any, name: str) -> tuple[Any, str]:
+    """The batch in a file, or unit noise; and a line that says so."""
+    import numpy as np
+
+    if name:
+        try:
+            content = np.load(name)  # without pickle: a foreign file runs no code
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The batch must be a .npy or .npz file. Received: {name} ({error})"
+            ) from None
+        return (dict(content) if hasattr(content, "files") else content), ""
+    rng = np.random.default_rng(0)
+    batch = {}
+    for tensor in getattr(model, "inputs", None) or ():
+        if None in tensor.shape[1:] or "float" not in tensor.dtype:
+            raise ValueError(
+                "The batch must be given in a file for this model: its input "
+                f"{tensor.name} has the shape {tensor.shape[1:]} and dtype {tensor.dtype}"
+            )
+        size = (_EXAMPLES, *tensor.shape[1:])
+        batch[tensor.name] = rng.standard_normal(size).astype("float32")
+    if not batch:
+        raise ValueError("The batch must be given in a file: the model has no input shape.")
+    said = f"The batch is unit noise: {_EXAMPLES} examples.\n"
+    return (batch if len(batch) > 1 else next(iter(batch.values()))), said
 
 
 def _output(text: str) -> Path:
@@ -230,13 +312,13 @@ def _explain_unwritable(output: Path, error: OSError) -> str:
     return f"-o must be a file that can be written. Received: {output} ({reason})"
 
 
-def _render(table: Any) -> str:
+def _render(table: Any, all: bool = False) -> str:
     """The table as this terminal shows it."""
     from rich.console import Console
 
     console = Console()
     with console.capture() as captured:
-        console.print(table)
+        table.print_to(console, all)
     return captured.get()
 
 

@@ -173,9 +173,12 @@ class Table:
 
             display(HTML(_to_html(self.view(all, lines=None if all else _HTML_LINES))))
         else:
-            console = rich.get_console()
-            shown = _to_text(self.view(all), console.width, console.encoding)
-            console.print(*shown, sep="\n")
+            self.print_to(rich.get_console(), all)
+
+    def print_to(self, console: Console, all: bool = False) -> None:
+        """Prints the table to a console of rich, as `show` does."""
+        shown = _to_text(self.view(all), console.width, console.encoding)
+        console.print(*shown, sep="\n")
 
     def view(self, all: bool = False, lines: int | None = _TEXT_LINES) -> View:
         """What is shown of the table.
