@@ -1,4 +1,4 @@
-"""Only the kernel; all else is in pyproject.toml. Where it can't be compiled, NumPy draws."""
+"""The native kernel; the rest is in pyproject.toml. NumPy draws where this fails."""
 
 import sysconfig
 

@@ -44,7 +44,7 @@ def raw_words(names):
     ]
     blocks = np.arange(CHUNK // 4 // len(keys), dtype=np.uint64)
     while True:
-        words = [sampling._words_of_blocks(blocks, key).reshape(-1) for key in keys]
+        words = [sampling.words_of_blocks(blocks, key).reshape(-1) for key in keys]
         yield np.stack(words, axis=1)
         blocks += np.uint64(len(blocks))
 

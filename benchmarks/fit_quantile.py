@@ -70,7 +70,7 @@ def main():
 def table_distance():
     """How far the table's distribution function is off, at 256 places of each segment."""
     words = np.arange(0, 2**31, 2**11, dtype=np.uint32)
-    values = (sampling._interpolate(words.copy()).view(np.int32) | 1) / 2**30
+    values = (sampling.integer_quantile(words.copy()).view(np.int32) | 1) / 2**30
     exact = special.erf(values / np.sqrt(2)) / special.erf(np.sqrt(2))
     return abs(exact - (words + 0.5) / 2**31).max() / 2
 

@@ -423,7 +423,7 @@ def _jax_high_product(a: Any, b: int) -> Any:
 
 
 def _jax_interpolate(words: Any) -> Any:
-    """`sampling._interpolate`, without its work in place."""
+    """`sampling.integer_quantile`, without its work in place."""
     from jax import numpy as jnp
 
     knots = jnp.asarray(sampling.knots()).astype(jnp.uint32)

@@ -178,9 +178,8 @@ class GlorotUniform(_Glorot):
         seed: An int makes every call a pure function of seed, shape and distribution:
             the same bits on every backend. A `keras.random.SeedGenerator` advances with
             every call. `None` draws a seed once, from Python's `random`, so that
-            `keras.utils.set_random_seed` governs it. A `SeedGenerator` whose state is
-            only known while a backend traces is drawn with `keras.random`: the same
-            distribution, but that backend's bits.
+            `keras.utils.set_random_seed` governs it. Inside a traced program the program
+            draws, with the same bits.
         input_axes: Axes of the kernel that one output sums over. With `output_axes`
             they decide the fans, whatever the layer. An axis in both belongs to the
             receptive field, an axis in neither is a batch axis (experts).

@@ -370,7 +370,7 @@ def _words_of_runs(starts: np.ndarray, length: int, per_block: int, key: Key) ->
     firsts, skipped = np.divmod(starts, per_block)
     ends = skipped + length
     blocks = np.add.outer(firsts, np.arange(-(-int(ends.max()) // per_block)))
-    words = _words_of_blocks(blocks.reshape(-1).view(np.uint64), key)
+    words = words_of_blocks(blocks.reshape(-1).view(np.uint64), key)
     words = words.view("<u8" if per_block == 2 else "<u4").reshape(len(starts), -1)
     skip = int(skipped[0])
     if (skipped == skip).all():
@@ -379,7 +379,7 @@ def _words_of_runs(starts: np.ndarray, length: int, per_block: int, key: Key) ->
     return np.take_along_axis(words, places, axis=1)
 
 
-def _words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
+def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
     """Philox4x32-10 of ascending block numbers in uint64: four words each, in order."""
     x0: Any
     x2: Any
@@ -419,7 +419,7 @@ def _fill_values(out: np.ndarray, words: np.ndarray, form: Form, scale: float) -
         return
     words = words.astype(np.uint32, copy=False)
     if form == "truncated_normal":
-        words = _interpolate(words)
+        words = integer_quantile(words)
         scale *= 2
     integers = words.view(np.int32)
     integers |= 1
@@ -438,7 +438,7 @@ def _fill_values(out: np.ndarray, words: np.ndarray, form: Form, scale: float) -
             np.copyto(out, x, casting="unsafe")  # rounds to nearest even
 
 
-def _interpolate(words: np.ndarray) -> np.ndarray:
+def integer_quantile(words: np.ndarray) -> np.ndarray:
     """Uniform words to twice the quantile's integer; the sign is kept by complement."""
     sign = (words.view(np.int32) >> 31).view(np.uint32)
     position = words ^ sign

@@ -334,6 +334,7 @@ def test_a_saved_model_draws(tmp_path):
         array_of(GlorotUniform(seed=5)((300, 200))),
     ]
     layer = Drawing()
+    layer.build(())
     archive = keras.export.ExportArchive()
     archive.track(layer)
     archive.add_endpoint("draw", layer, [tf.TensorSpec((), tf.float32)])
