@@ -84,9 +84,15 @@ class _ShowVersions(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         versions = {name: importlib.metadata.version(name) for name in (PROGRAM, "keras")}
-        print(f"{PROGRAM} {versions[PROGRAM]}")
+        print(f"{PROGRAM} {versions[PROGRAM]}, drawing with {_drawing()}")
         print(f"Keras {versions['keras']}, backend {_backend()}")
         parser.exit()
+
+
+def _drawing() -> str:
+    from keras_glorot.sampling import native_name  # NumPy only
+
+    return native_name()
 
 
 def _backend() -> str:
