@@ -65,7 +65,7 @@ def calibrate(
     training: bool = True,
     verbose: Literal["auto"] | bool = "auto",
 ) -> Table:
-    """Scales each kernel by one positive factor, in place, so that signal and gradient hold.
+    """Scales each kernel by one positive factor, so that signal and gradient keep level.
 
     Glorot and Bengio ask that neither the variance of the signal nor that of the gradient
     changes from layer to layer. Their formula gives that for a chain of plain layers; here
@@ -712,8 +712,8 @@ def _findings(result: _Result) -> list[Finding]:
     if path and not 0.5 <= forward * backward <= 2:
         message = (
             f"Forward times backward is {forward * backward:.2g}, not 1: from "
-            f"{sites[path[0]].path} to here the signal changes {forward:.2g}x, the gradient "
-            f"{backward:.2g}x on its way back."
+            f"{sites[path[0]].path} to here the signal changes {forward:.2g}x, and the "
+            f"gradient {backward:.2g}x on its way back."
         )
         advice = "Add normalization layers or residual connections."
         found.append(Finding("warning", "unreached", sites[path[-1]].path, message, advice))
@@ -722,8 +722,8 @@ def _findings(result: _Result) -> list[Finding]:
     total = math.prod(growths)
     if path and ratio < 0.25 and total > 10:
         message = (
-            f"Its activation lets a deviation grow {max(growths):.3g}x per layer (chi) where "
-            f"the signal is level; {len(growths)} kernels give up to {total:.2g}x."
+            f"Its activation lets a deviation grow {max(growths):.3g}x per layer (chi) "
+            f"where the signal is level; {len(growths)} kernels give up to {total:.2g}x."
         )
         advice = (
             "No scale of the kernels changes that: use fewer layers, residual connections, "

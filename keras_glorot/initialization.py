@@ -1,12 +1,11 @@
 """`initialize`: every weight of a model back to a fresh start, in place."""
 
-import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import numbers
 import random
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +14,12 @@ from typing import Any, Literal, NamedTuple
 import keras
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import Distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
+from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe, distribution_of
 
@@ -356,10 +354,11 @@ def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> 
 def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
     todo = [assignment for assignment in assignments if assignment.new_value]
     sizes = [math.prod(assignment.variable.shape) for assignment in todo]
-    with _progress(sum(sizes), verbose) as advance:
-        for assignment, size in zip(todo, sizes, strict=True):
+    done = itertools.accumulate(sizes)
+    with progress("initialize", verbose) as advance:
+        for assignment, size in zip(todo, done, strict=True):
             backends.assign(assignment.variable, assignment.new_value())
-            advance(size)
+            advance(size / max(1, sum(sizes)))
     last = [assignment for assignment in todo if assignment.built]
     values = keras_bridge.build_values([assignment.built for assignment in last])
     for assignment, value in zip(last, values, strict=True):
@@ -380,35 +379,3 @@ def _reset_optimizers(model: keras.Layer) -> list[Finding]:
                 Finding("warning", "optimizer", optimizer.name, message, advice)
             )
     return findings
-
-
-@contextlib.contextmanager
-def _progress(
-    total: int, verbose: Literal["auto"] | bool
-) -> Iterator[Callable[[int], None]]:
-    """A bar once the work has taken a second. Whatever fails in it, the work goes on."""
-    shown = Console().is_terminal if verbose == "auto" else verbose
-    begin = time.monotonic() + (1.0 if verbose == "auto" else 0.0)
-    done = 0
-    # Without a thread that redraws it, nothing can fail elsewhere.
-    bar = Progress(transient=True, auto_refresh=False)
-
-    def advance(size: int) -> None:
-        nonlocal done, shown
-        done += size
-        if not shown or time.monotonic() < begin:
-            return
-        try:
-            if not bar.tasks:
-                bar.start()
-                bar.add_task("initialize", total=total)
-            bar.update(bar.task_ids[0], completed=done, refresh=True)
-        except Exception:  # such as another bar on the terminal, or a closed one
-            shown = False
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            with contextlib.suppress(Exception):
-                bar.stop()

@@ -8,9 +8,11 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from keras_glorot.arguments import check_choice
+
 __all__ = ["progress"]
 
-Advance = Callable[[float, str], None]
+Advance = Callable[..., None]
 
 
 @contextlib.contextmanager
@@ -20,6 +22,7 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     `verbose="auto"`: on a terminal, after a second. What goes wrong while drawing, such as
     another live display that is open, ends the display and nothing else.
     """
+    check_choice("verbose", verbose, ["auto", True, False])
     wait = 1.0 if verbose == "auto" else 0.0
     shown = Console().is_terminal if verbose == "auto" else bool(verbose)
     columns = (
@@ -27,7 +30,8 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
         BarColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    bar = Progress(*columns, TimeElapsedColumn(), transient=True)
+    # Without a thread that redraws it, nothing can fail elsewhere.
+    bar = Progress(*columns, TimeElapsedColumn(), transient=True, auto_refresh=False)
     task = bar.add_task(title, total=1.0, text="")
     begin = time.monotonic()
 
@@ -38,7 +42,7 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
         try:
             if not bar.live.is_started:
                 bar.start()
-            bar.update(task, completed=fraction, text=text)
+            bar.update(task, completed=fraction, text=text, refresh=True)
         except Exception:  # drawing is never worth an error
             shown = False
 

@@ -329,8 +329,8 @@ def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
     if not 3 < growth < math.inf or "Batch" in last["layer"]:
         return []
     message = (
-        f"The residual stream grows: the input of this normalization has {growth:.2g} times "
-        f"the std of that of {first['path']}."
+        f"The residual stream grows: the input of this normalization has {growth:.2g} "
+        f"times the std of that of {first['path']}."
     )
     advice = _ADVICE["residual-growth"]
     return [Finding("info", "residual-growth", last["path"], message, advice)]
@@ -347,8 +347,8 @@ def _instability(calls: list[Call]) -> list[Finding]:
         total, worst = math.prod(growths), max(growths)
         if total > 10:
             message = (
-                f"Its activation lets a difference between two inputs grow {worst:.3g}x per "
-                f"layer (chi) even where the signal is level: {total:.2g}x from "
+                f"Its activation lets a difference between two inputs grow {worst:.3g}x "
+                f"per layer (chi) even where the signal is level: {total:.2g}x from "
                 f"{calls[chain[0]].path} to here."
             )
             path, advice = calls[chain[-1]].path, _ADVICE["unstable-activation"]
