@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_glorot import sampling
-from keras_glorot.sampling import Bounds, Form
+from keras_glorot.sampling import Bounds
 
 __all__ = [
     "assign",
@@ -221,13 +221,13 @@ def is_tracing() -> bool:
             try:  # 100 times faster than to make an array and look at it
                 from jax._src.core import trace_state_clean
             except ImportError:
-                return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+                return is_symbolic(jax.numpy.zeros(()))
             return not trace_state_clean()
     return False
 
 
 def traced_draw(
-    form: Form,
+    form: str,
     shape: tuple[int, ...],
     scale: float,
     dtype: str,
