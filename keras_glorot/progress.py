@@ -22,7 +22,11 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     """
     wait = 1.0 if verbose == "auto" else 0.0
     shown = Console().is_terminal if verbose == "auto" else bool(verbose)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     bar = Progress(*columns, TimeElapsedColumn(), transient=True)
     task = bar.add_task(title, total=1.0, text="")
     begin = time.monotonic()

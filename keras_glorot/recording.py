@@ -578,7 +578,9 @@ def _jax(run: Run) -> Differentiator:
             of_value, of_gradient = taps[len(signals)]
             value, gradient = values.pop(0), gradients.pop(0)
             signals.append(
-                Signal(of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient)))
+                Signal(
+                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
+                )
             )
         return signals, list(map(to_numpy, extras))
 

@@ -197,7 +197,9 @@ def test_what_is_not_to_be_scaled_stays_and_is_listed():
     }
     for weight in model.weights:
         scaled = weight.path in ("lstm/lstm_cell/kernel", "free/kernel", "last/kernel")
-        assert scaled != np.array_equal(before[weight.path], np.asarray(weight)), weight.path
+        assert scaled != np.array_equal(before[weight.path], np.asarray(weight)), (
+            weight.path
+        )
     assert by_path(table)["lstm/lstm_cell/kernel"]["std"] == pytest.approx(1, rel=1e-5)
 
 
@@ -343,7 +345,9 @@ class Stop(BaseException):
     """As an interrupt: no `Exception`."""
 
 
-@pytest.mark.parametrize("stage", ["first call", "later call", "gradient", "assign", "loss"])
+@pytest.mark.parametrize(
+    "stage", ["first call", "later call", "gradient", "assign", "loss"]
+)
 def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch):
     model, x = CASES["convnet"]()
     count = 0

@@ -520,7 +520,9 @@ def test_empty_tensors_between_layers_and_among_inputs():
     parts = Split(name="split")([layers.Dense(8, name="first")(x), points])
     outputs = layers.Dense(3, name="last")(Join(name="join")(parts))
     model = fill(keras.Model([x, points], outputs))
-    rows = {row["path"]: row for row in propagate(model, [data(16, 12), np.zeros((16, 0, 2))])}
+    rows = {
+        row["path"]: row for row in propagate(model, [data(16, 12), np.zeros((16, 0, 2))])
+    }
     assert rows["split"]["std"] == pytest.approx(rows["first"]["std"], rel=1e-6)
     assert rows["join"]["forward_gain"] == pytest.approx(1, rel=1e-6)
 
