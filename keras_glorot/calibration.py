@@ -30,7 +30,7 @@ from keras_glorot.recording import (
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "measure_ends"]
 
 ops: Any = keras.ops
 tree: Any = keras.tree
@@ -65,7 +65,7 @@ def calibrate(
     training: bool = True,
     verbose: Literal["auto"] | bool = "auto",
 ) -> Table:
-    """Scales each kernel by one positive factor, so that signal and gradient keep level.
+    """Scales each kernel by one factor, in place, so that signal and gradient hold.
 
     Glorot and Bengio ask that neither the variance of the signal nor that of the gradient
     changes from layer to layer. Their formula gives that for a chain of plain layers; here
@@ -146,6 +146,19 @@ def calibrate(
         result = _solve(measure, weight, advance)
     _assign(sites, result.after.factors)
     return _table(result, left)
+
+
+def measure_ends(
+    model: keras.Layer, x: Any, training: bool = True, on_path: np.ndarray | None = None
+) -> tuple[float, float, np.ndarray]:
+    """Signal and gradient from end to end of the model as it is, and between which sites.
+
+    `on_path` is what an earlier call returned, to measure between the same two kernels.
+    """
+    sites, _ = _sites(model, describe(model), None)
+    seen = _Measurement(model, Batch.check(x), sites, training)(None)
+    on_path = _on_path(sites, seen) if on_path is None else on_path
+    return (*_ends(seen, on_path), on_path)
 
 
 def _gradient_weight(mode: Any) -> float:
@@ -292,7 +305,7 @@ class _Measurement:
     ) -> _Measured:
         """From calls to sites."""
         calls = self.calls
-        stds = np.float64(stds)
+        stds = stds.astype(np.float64)
         at_calls = np.array(
             [math.nan if p is None else gradients[p] for p in self.positions]
         )
@@ -311,7 +324,7 @@ class _Measurement:
                 gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
                 share[i] = shares[mine].max()
         order = list(dict.fromkeys(calls))
-        factors = np.float64(factors)
+        factors = factors.astype(np.float64)
         return _Measured(signal, gradient, share, factors, order, float(stream))
 
     def _run(
@@ -375,7 +388,7 @@ class _Measurement:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
         kernel = site.kernels[0].variable
         inputs = _first_float((args, kwargs))
-        value = self.scope.get_current_value(kernel)
+        value: Any = self.scope.get_current_value(kernel)
         z = ops.matmul(ops.cast(inputs, value.dtype), value)
         std = _std(z)
         is_first = i not in self.factors
@@ -446,11 +459,11 @@ class _Measurement:
     def _factor(self, i: int, site: _Site, std: Tensor) -> Tensor:
         """The factor that gives the output of the site's first call its std."""
         if i not in self.factors:
-            log_std = ops.log(ops.where(std > 0, std, 1.0))
+            log_std: Any = ops.log(ops.where(std > 0, std, 1.0))
             factor = ops.exp(self.free * (self.targets[i] - log_std))
             self.factors[i] = ops.where(std > 0, factor, 1.0)
             for weight in site.kernels:
-                value = self.scope.get_current_value(weight.variable)
+                value: Any = self.scope.get_current_value(weight.variable)
                 power = self.factors[i] ** (1 / len(site.kernels))
                 scaled = value * ops.cast(power, value.dtype)
                 self.scope.add_update((weight.variable, scaled))
@@ -711,9 +724,9 @@ def _findings(result: _Result) -> list[Finding]:
     path = [i for i in after.order if result.on_path[i]]
     if path and not 0.5 <= forward * backward <= 2:
         message = (
-            f"Forward times backward is {forward * backward:.2g}, not 1: from "
-            f"{sites[path[0]].path} to here the signal changes {forward:.2g}x, and the "
-            f"gradient {backward:.2g}x on its way back."
+            f"Forward times backward is {forward * backward:.2g}, not 1: the signal changes "
+            f"{forward:.2g}x from {sites[path[0]].path} to here, the gradient "
+            f"{backward:.2g}x on its way back."
         )
         advice = "Add normalization layers or residual connections."
         found.append(Finding("warning", "unreached", sites[path[-1]].path, message, advice))
@@ -722,8 +735,8 @@ def _findings(result: _Result) -> list[Finding]:
     total = math.prod(growths)
     if path and ratio < 0.25 and total > 10:
         message = (
-            f"Its activation lets a deviation grow {max(growths):.3g}x per layer (chi) "
-            f"where the signal is level; {len(growths)} kernels give up to {total:.2g}x."
+            f"Its activation lets a deviation grow {max(growths):.3g}x per layer "
+            f"(chi) even where the signal is level: {total:.2g}x over {len(growths)} kernels."
         )
         advice = (
             "No scale of the kernels changes that: use fewer layers, residual connections, "

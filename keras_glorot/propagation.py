@@ -17,9 +17,9 @@ __all__ = ["propagate"]
 
 
 # The last ones are left out where there is no room.
-_COLUMNS = ("path", "std", "forward_gain", "gradient_std", "backward_gain",
-            "between_examples", "shape", "saturated", "dead", "kernel_gradient_std",
-            "mean", "layer")  # fmt: skip
+_COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
+            "between_examples", "saturated", "dead", "kernel_gradient_std", "mean",
+            "layer")  # fmt: skip
 
 
 def propagate(
@@ -261,16 +261,17 @@ def _chains(calls: list[Call]) -> list[list[int]]:
     for i in reversed(range(len(calls))):
         if _is_kernel(calls[i]) or i in leads_on:
             leads_on.update(calls[i].parents)
-    chains, left = [], set(range(len(calls)))
+    chains: list[list[int]] = []
+    left = set(range(len(calls)))
     while left:
         i = max(left, key=lambda i: (depths[i], i))
         chain = []
         start = i
-        while i is not None and i in left and sources[i] == sources[start]:
+        while i in left and sources[i] == sources[start]:
             left.remove(i)
             chain.append(i)
             parents = [parent for parent in calls[i].parents if parent >= 0]
-            i = max(parents, key=lambda p: depths[p], default=None)
+            i = max(parents, key=lambda parent: depths[parent], default=-1)
         kernels = [i for i in chain[::-1] if _is_kernel(calls[i]) and i in leads_on]
         chains.append(kernels)
     return [chain for chain in chains if chain]
@@ -347,8 +348,8 @@ def _instability(calls: list[Call]) -> list[Finding]:
         total, worst = math.prod(growths), max(growths)
         if total > 10:
             message = (
-                f"Its activation lets a difference between two inputs grow {worst:.3g}x "
-                f"per layer (chi) even where the signal is level: {total:.2g}x from "
+                f"Its activation lets a deviation grow {worst:.3g}x per layer (chi) even "
+                f"where the signal is level: {total:.2g}x from "
                 f"{calls[chain[0]].path} to here."
             )
             path, advice = calls[chain[-1]].path, _ADVICE["unstable-activation"]
