@@ -342,8 +342,9 @@ def test_a_saved_model_draws(tmp_path):
     # Neither of the two drawn tensors is in the file.
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     assert size < 200_000
-    loaded = tf.saved_model.load(str(tmp_path)).draw(tf.constant(0.0))
-    for tensor, array in zip(loaded, wanted, strict=True):
+    loaded = tf.saved_model.load(str(tmp_path))
+    drawn = loaded.draw(tf.constant(0.0))
+    for tensor, array in zip(drawn, wanted, strict=True):
         assert tensor.numpy().tobytes() == array.tobytes()
 
 
