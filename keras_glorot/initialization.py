@@ -59,11 +59,11 @@ def initialize(
 
     Each variable has its own seed, made from `seed` and its place: the names of the layers
     from the model down, and its own. A name that Keras made up, of the form `dense` or
-    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and so
-    does one of this form that you chose. So no two variables are alike, and two models get
-    the same weights if their layers have the same classes, the same order in their parents,
-    and the same names where these are not automatic: however and wherever they were built,
-    cloned or loaded, and on every backend. Exceptions are initializers that are neither
+    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and
+    so does one of this form that you chose. So no two variables are alike, and two models
+    get the same weights if their layers have the same classes, the same order in their
+    parents, and the same names where these are not automatic: however and wherever they
+    were built, cloned or loaded, and on every backend. Exceptions are initializers that are neither
     Keras's nor ours, and values that a layer draws itself in `build`. A layer added or
     removed changes no weight of a layer that you named, nor of one with an automatic name
     unless it comes later in the same parent and is of the same class.
@@ -293,7 +293,7 @@ def _value_factory(
     if "seed" in getattr(initializer, "get_config", dict)():
         initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
-    value = keras.ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype)
+    value: Any = keras.ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"The initializer of {variable.path} must return a tensor of shape {shape}. "
@@ -352,17 +352,18 @@ def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> 
 
 
 def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
-    todo = [assignment for assignment in assignments if assignment.new_value]
-    sizes = [math.prod(assignment.variable.shape) for assignment in todo]
+    sizes = [math.prod(assignment.variable.shape) for assignment in assignments]
     done = itertools.accumulate(sizes)
     with progress("initialize", verbose) as advance:
-        for assignment, size in zip(todo, done, strict=True):
-            backends.assign(assignment.variable, assignment.new_value())
+        for assignment, size in zip(assignments, done, strict=True):
+            if assignment.new_value is not None:
+                backends.assign(assignment.variable, assignment.new_value())
             advance(size / max(1, sum(sizes)))
-    last = [assignment for assignment in todo if assignment.built]
-    values = keras_bridge.build_values([assignment.built for assignment in last])
-    for assignment, value in zip(last, values, strict=True):
-        backends.assign(assignment.variable, value)
+    # All of them are computed before one is assigned: they can depend on each other.
+    built = [assignment.built for assignment in assignments if assignment.built]
+    values = keras_bridge.build_values(built)
+    for source, value in zip(built, values, strict=True):
+        backends.assign(source.variable, value)
 
 
 def _reset_optimizers(model: keras.Layer) -> list[Finding]:

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -650,10 +650,14 @@ def _copy_from_attributes(original: keras.Layer) -> keras.Layer:
 
 
 class _Replica:
-    """Copies a layer as it was before `build`, with the layers in it."""
+    """Copies a layer as it was before `build`, with the layers in it.
+
+    That is, without its variables: what `build` reads must not be what it made.
+    """
 
     def __init__(self):
         self.copies: dict[int, Any] = {}
+        self.left_out: set[int] = set()
 
     def of(self, value: Any) -> Any:
         if isinstance(value, keras.Layer):
@@ -661,20 +665,22 @@ class _Replica:
                 self._copy_layer(value)
             return self.copies[id(value)]
         if isinstance(value, dict):
-            return {key: self.of(item) for key, item in value.items()}
-        if isinstance(value, list | set):
-            kind = list if isinstance(value, list) else set
-            return kind(self.of(item) for item in value)
-        if type(value) is tuple:
-            return tuple(self.of(item) for item in value)
+            return {key: self.of(item) for key, item in self._kept(value.items())}
+        if isinstance(value, list | set) or type(value) is tuple:
+            kind = next(each for each in (list, set, tuple) if isinstance(value, each))
+            return kind(self.of(item) for _, item in self._kept(enumerate(value)))
         return value
+
+    def _kept(self, items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        return [(key, item) for key, item in items if id(item) not in self.left_out]
 
     def _copy_layer(self, layer: keras.Layer) -> None:
         copy: Any = type(layer).__new__(type(layer))
         self.copies[id(layer)] = copy
+        self.left_out |= {id(variable) for variable in _own_variables(layer)}
         # What is made before `__init__`: `build`, and the lists of what Keras tracks.
         fresh = set(vars(copy)) - {"_lock"}
-        for name, value in list(vars(layer).items()):
+        for name, value in self._kept(vars(layer).items()):
             if name not in fresh:
                 vars(copy)[name] = self.of(value)
         vars(copy)["built"] = False

@@ -328,6 +328,58 @@ def test_what_build_assigns_is_what_fresh_means(make):
         assert len({values.tobytes() for values in repeated}) == len(repeated)
 
 
+class Overwritten(layers.Layer):
+    """As in DFine: `build` puts the variable where its number was."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+        self.factors = []
+
+    def build(self, shape):
+        initializer = keras.initializers.Constant(self.factor)
+        self.factor = self.add_weight(shape=(1,), initializer=initializer, name="factor")
+        for index in range(2):
+            self.factors.append(self.add_weight(shape=(1,), name=f"factor_{index}"))
+
+    def call(self, x):
+        return x
+
+
+def test_what_build_made_is_not_what_it_reads():
+    layer = Overwritten(0.5)
+    layer.build((None, 3))
+    layer.factor.assign([7.0])
+    assert not initialize(layer, seed=0).findings
+    assert array(layer.factor) == 0.5
+    assert len(layer.factors) == 2
+
+
+class Incomplete(layers.Layer):
+    """As in Qwen-MoE: a config that lacks an argument, and so gives another layer."""
+
+    def __init__(self, std=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.std = std
+
+    def build(self, shape):
+        initializer = keras.initializers.RandomNormal(stddev=self.std)
+        self.table = self.add_weight(shape=(64, 64), initializer=initializer, name="table")
+
+    def call(self, x):
+        return x
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_a_config_that_lacks_something():
+    layer = Incomplete(0.01)
+    layer.build((None, 3))
+    initialize(layer, seed=0)
+    assert abs(std(layer.table) / 0.01 - 1) < 0.05
+
+
 def test_looking_leaves_a_layer_as_it_is():
     layer = Unconfigured(object())
     layer.build((None, 6))

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from models import SelfAttention
 
 from keras_glorot.variables import describe
-from models import SelfAttention
 
 layers: Any = keras.layers
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
