@@ -324,7 +324,7 @@ def _render(table: Any, all: bool = False) -> str:
 
     console = Console()
     with console.capture() as captured:
-        table.print_to(console, all)
+        console.print(table.view(all))
     return captured.get()
 
 
