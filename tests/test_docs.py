@@ -67,7 +67,7 @@ class TestFromDisk:
 
     def test_search(self, browser):
         page = open_file(browser, SITE / "index.html")
-        page.click("label[for=__search] >> nth=1")
+        page.click("input[name=query]")
         page.fill("input[name=query]", "calculate_gain")
         page.wait_for_selector(".md-search-result__link", timeout=10_000)
         close(page)
