@@ -58,4 +58,5 @@ def violations(page: Any) -> list[dict[str, Any]]:
     """What axe-core finds, of any impact."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     # From disk, style sheets can't be loaded twice, and frames not be talked to.
-    return axe.run(page, options={"preload": False, "iframes": False}).response["violations"]
+    options = {"preload": False, "iframes": False}
+    return axe.run(page, options=options).response["violations"]
