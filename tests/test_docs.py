@@ -67,9 +67,9 @@ class TestFromDisk:
 
     def test_search(self, browser):
         page = open_file(browser, SITE / "index.html")
-        page.click("label[for=__search] >> nth=1")
-        page.fill("input[name=query]", "calculate_gain")
-        page.wait_for_selector(".md-search-result__link", timeout=10_000)
+        page.click("input[name=query]")
+        page.keyboard.type("calculate_gain", delay=50)
+        page.wait_for_selector("a[href*=calculate_gain].md-search-result__link")
         close(page)
 
     def test_formulas(self, browser):
