@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -91,8 +92,8 @@ def verdict(model):
     """What `audit` says, in a few words."""
     counts = Counter(finding.code for finding in keras_glorot.audit(model).findings)
     if not counts["std"]:
-        return "every kernel has the expected std"
-    return f"{counts['std']} of {2 * DEPTH + 2} kernels have the wrong std"
+        return "no wrong std"
+    return f"{counts['std']} of {2 * DEPTH + 2} stds wrong"
 
 
 def run(data):
@@ -103,7 +104,7 @@ def run(data):
         model = separable_net()
         batch = data[0][:BATCH]
         start(model, method, batch)
-        said = verdict(model) if method != CALIBRATED else "scaled by measurement"
+        said = verdict(model) if method != CALIBRATED else "(measured instead)"
         results[method] = model, said, signal(model, batch), learn(model, data)
     return results
 
@@ -119,11 +120,12 @@ def predicts_the_same_when_loaded(model, images):
 
 def show(results, console):
     shown = [1, DEPTH // 2, DEPTH]
-    table = Table(title=f"{DEPTH} separable convolutions on digits", title_justify="left")
+    title = f"{DEPTH} separable convolutions on handwritten digits"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("first weights")
     table.add_column("audit says")
     for layer in shown:
-        table.add_column(f"std after {layer}", justify="right")
+        table.add_column(f"std at {layer}", justify="right")
     table.add_column("accuracy", justify="right")
     for method, (_, said, stds, accuracies) in results.items():
         values = [f"{stds[layer - 1]:.1e}" for layer in shown]
@@ -194,7 +196,8 @@ def main():
     same = predicts_the_same_when_loaded(model, data[1])
     seconds = time.perf_counter() - begin
     console.print(
-        f"Saved and loaded: predictions {'identical' if same else 'DIFFER'}. {seconds:.0f} s."
+        f"Saved and loaded: predictions {'identical' if same else 'DIFFER'} "
+        f"({seconds:.0f} s in all)."
     )
     if not same:
         raise SystemExit("The loaded model does not predict what the saved one did.")

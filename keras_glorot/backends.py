@@ -148,7 +148,8 @@ def _jax_sharding(layout: Any) -> Any:
     mesh = getattr(sharding, "mesh", None)
     if isinstance(mesh, jax.sharding.AbstractMesh) and not is_tracing():
         # Keras opens the concrete mesh as the scope's, and hands over the abstract one.
-        return jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+        spec = getattr(sharding, "spec")  # noqa: B009 - not every sharding has one
+        return jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
     return sharding
 
 

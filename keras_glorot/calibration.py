@@ -724,8 +724,8 @@ def _findings(result: _Result) -> list[Finding]:
     path = [i for i in after.order if result.on_path[i]]
     if path and not 0.5 <= forward * backward <= 2:
         message = (
-            f"Forward times backward is {forward * backward:.2g}, not 1: the signal changes "
-            f"{forward:.2g}x from {sites[path[0]].path} to here, the gradient "
+            f"Forward times backward is {forward * backward:.2g}, not 1: the signal "
+            f"changes {forward:.2g}x from {sites[path[0]].path} to here, the gradient "
             f"{backward:.2g}x on its way back."
         )
         advice = "Add normalization layers or residual connections."
@@ -736,7 +736,7 @@ def _findings(result: _Result) -> list[Finding]:
     if path and ratio < 0.25 and total > 10:
         message = (
             f"Its activation lets a deviation grow {max(growths):.3g}x per layer "
-            f"(chi) even where the signal is level: {total:.2g}x over {len(growths)} kernels."
+            f"(chi) even where the signal is level: {total:.2g}x over all kernels."
         )
         advice = (
             "No scale of the kernels changes that: use fewer layers, residual connections, "

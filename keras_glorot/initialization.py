@@ -63,9 +63,9 @@ def initialize(
     so does one of this form that you chose. So no two variables are alike, and two models
     get the same weights if their layers have the same classes, the same order in their
     parents, and the same names where these are not automatic: however and wherever they
-    were built, cloned or loaded, and on every backend. Exceptions are initializers that are neither
-    Keras's nor ours, and values that a layer draws itself in `build`. A layer added or
-    removed changes no weight of a layer that you named, nor of one with an automatic name
+    were built, cloned or loaded, and on every backend. Exceptions are initializers that
+    are neither Keras's nor ours, and values that a layer draws itself in `build`. A layer
+    added or removed changes no weight of a layer that you named, nor of one with an automatic name
     unless it comes later in the same parent and is of the same class.
 
     For `fit` to repeat itself bit by bit, also shuffle the data yourself:
