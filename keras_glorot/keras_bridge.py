@@ -315,7 +315,7 @@ def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
     Unlike Keras's own `path`, this does not depend on how and when a layer was built.
     """
 
-    def names(children: list[keras.Layer]) -> list[str]:
+    def names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
         return [child.name for child in children]
 
     return {**_tree_paths(layer, names), id(layer): layer.name}
@@ -325,19 +325,20 @@ def canonical_paths(layer: keras.Layer) -> dict[int, str]:
     """As `sublayer_paths`, but the same for each model that is built alike.
 
     Automatic names are replaced by the order of occurrence in the parent: `dense#2` is
-    the second Dense. The name of `layer` itself is left out.
+    the second Dense. The name of `layer` itself is left out, and that of a parent at the
+    start of its sublayers' names: it can be automatic.
     """
     return _tree_paths(layer, _canonical_names)
 
 
 def _tree_paths(
-    layer: keras.Layer, names: Callable[[list[keras.Layer]], list[str]]
+    layer: keras.Layer, names: Callable[[keras.Layer, list[keras.Layer]], list[str]]
 ) -> dict[int, str]:
     paths = {id(layer): ""}
 
     def walk(parent: keras.Layer, prefix: str) -> None:
         children = list(_children(parent))
-        for child, name in zip(children, names(children), strict=True):
+        for child, name in zip(children, names(parent, children), strict=True):
             if id(child) not in paths:
                 paths[id(child)] = prefix + name
                 walk(child, f"{prefix}{name}/")
@@ -346,7 +347,7 @@ def _tree_paths(
     return paths
 
 
-def _canonical_names(children: list[keras.Layer]) -> list[str]:
+def _canonical_names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
     counts = Counter()
     names = []
     for child in children:
@@ -357,7 +358,7 @@ def _canonical_names(children: list[keras.Layer]) -> list[str]:
             counts[kind] += 1
             names.append(f"{kind}#{counts[kind]}")
         else:
-            names.append(child.name)
+            names.append(child.name.removeprefix(f"{parent.name}_"))
     return names
 
 

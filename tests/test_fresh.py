@@ -599,6 +599,22 @@ def early():
     return keras.Sequential([keras.Input((4,)), Early(), Early()])
 
 
+@keras.saving.register_keras_serializable("keras_glorot_tests")
+class NamedAfterParent(layers.Layer):
+    """Its sublayers are named after itself, and its name is automatic; as in HGNetV2."""
+
+    def build(self, shape):
+        self.inner = layers.Dense(4, name=f"{self.name}_inner")
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def named_after_parent():
+    return keras.Sequential([keras.Input((4,)), NamedAfterParent(), NamedAfterParent()])
+
+
 def tied():
     x = keras.Input((4,), dtype="int32")
     embedding = layers.Embedding(6, 6)
@@ -608,7 +624,15 @@ def tied():
 
 @pytest.mark.parametrize(
     "make",
-    [named_like_automatic, nested_sequential, nested_functional, early, tied, convnet],
+    [
+        named_like_automatic,
+        nested_sequential,
+        nested_functional,
+        early,
+        named_after_parent,
+        tied,
+        convnet,
+    ],
 )
 def test_the_same_model_gets_the_same_weights_whatever_its_history(make, tmp_path):
     model = make()
