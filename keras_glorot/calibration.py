@@ -121,7 +121,7 @@ def calibrate(
 
     Example:
 
-    >>> initialize(model, GlorotUniform(gain="auto"), seed=0)
+    >>> fresh = initialize(model, GlorotUniform(gain="auto"), seed=0)
     >>> table = calibrate(model, x)
 
     Reference:

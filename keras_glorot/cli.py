@@ -178,14 +178,15 @@ def _init(options: argparse.Namespace) -> int:
     initializer = kind(gain=options.gain)  # may fail, as may the folder: before the work
     with _folder_beside(options.output) as folder:
         model = _load(options.model)
-        shown = _render(initialize(model, initializer, seed=options.seed))
+        tables = [initialize(model, initializer, seed=options.seed)]
+        said = ""
         if options.calibrate is not None:
             from keras_glorot.calibration import calibrate
 
             x, said = _batch(model, options.calibrate)
-            shown += said + _render(calibrate(model, x))
+            tables.append(calibrate(model, x))
         _save(model, folder, options.output)
-    _write(shown)
+    _write(said + "\n".join(map(_render, tables)))
     return 0
 
 

@@ -191,7 +191,8 @@ def _deferred_variable(initializer: Any) -> keras.Variable | None:
 
 
 def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    lists = ("_trainable_variables", "_non_trainable_variables")
+    return [variable for name in lists for variable in getattr(layer, name, ())]
 
 
 @functools.cache

@@ -32,7 +32,6 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     )
     # Without a thread that redraws it, nothing can fail elsewhere.
     bar = Progress(*columns, TimeElapsedColumn(), transient=True, auto_refresh=False)
-    task = bar.add_task(title, total=1.0, text="")
     begin = time.monotonic()
 
     def advance(fraction: float, text: str = "") -> None:
@@ -40,14 +39,16 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
         if not shown or time.monotonic() - begin < wait:
             return
         try:
-            if not bar.live.is_started:
+            if not bar.tasks:
                 bar.start()
-            bar.update(task, completed=fraction, text=text, refresh=True)
+                bar.add_task(title, total=1.0, text="")
+            bar.update(bar.task_ids[0], completed=fraction, text=text, refresh=True)
         except Exception:  # drawing is never worth an error
             shown = False
 
     try:
         yield advance
     finally:
-        with contextlib.suppress(Exception):
-            bar.stop()
+        if bar.live.is_started:
+            with contextlib.suppress(Exception):
+                bar.stop()
