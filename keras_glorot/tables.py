@@ -308,7 +308,7 @@ def shorten(paths: Sequence[str], width: int) -> list[str]:
     What tells a path from the others stays, as far as the width allows.
     """
     paths = [printable(path) for path in paths]
-    options = {path: list(_shortened(path, width)) for path in set(paths)}
+    options = {path: list(dict.fromkeys(_shortened(path, width))) for path in paths}
     counts = Counter(option for each in options.values() for option in each)
     chosen = {
         path: next((option for option in each if counts[option] == 1), each[0])
@@ -323,13 +323,16 @@ def _shortened(path: str, width: int) -> Iterator[str]:
         yield path
         return
     parts = path.split("/")
-    whole = [
-        "/".join([*parts[:start], "…", *parts[stop:]])
+    cuts = [
+        (start, stop)
         for start in range(len(parts))
         for stop in range(start + 1, len(parts))
+        if cell_len("/".join([*parts[:start], "…", *parts[stop:]])) <= width
     ]
-    fitting = [each for each in whole if cell_len(each) <= width]
-    yield from sorted(dict.fromkeys(fitting), key=lambda each: -cell_len(each))
+    # The layer and its variable say most, then the outermost layer, then as much as fits.
+    cuts.sort(key=lambda cut: (cut[1] > len(parts) - 2, cut[0] == 0, cut[1] - cut[0]))
+    for start, stop in cuts:
+        yield "/".join([*parts[:start], "…", *parts[stop:]])
     # Cut inside a name; first where a third is left of the mark.
     space = max(0, width - 1)
     for head in sorted(range(space + 1), key=lambda head: abs(3 * head - space)):
@@ -431,7 +434,7 @@ STYLE = """\
 
 # Marks of rows that are left out, which have no number, come last in either order.
 _SORT = """\
-const button = event.target, head = button.closest("th"), body = head.closest("table").tBodies[0];
+const head = event.target.closest("th"), body = head.closest("table").tBodies[0];
 const falling = head.ariaSort === "ascending", at = head.cellIndex;
 for (const other of head.parentNode.cells) other.ariaSort = null;
 head.ariaSort = falling ? "descending" : "ascending";
@@ -450,12 +453,12 @@ def _to_html(view: View) -> str:
     if view.shown:
         rows = "".join(_row_html(row, view) for row in view.rows)
         heads = "".join(_head_html(key, view) for key in view.columns)
-        left_out = "".join(f"<p>{html.escape(str(line))}</p>" for line in _left_out(view, []))
+        notes = "".join(html.escape(str(line)) for line in _left_out(view, []))
         parts.append(
             f"<details{'' if view.is_sound else ' open'}>"
             f"<summary>{_count(len(view.shown), 'row')}</summary>"
             f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>{left_out}</details>"
+            f"<tbody>{rows}</tbody></table></div>{notes}</details>"
         )
     return f'<style>{STYLE}</style><div class="keras-glorot">{"".join(parts)}</div>'
 

@@ -41,7 +41,7 @@ def test_audit_prints_the_table(model_file, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["audit", model_file]) == 0
     text = capsys.readouterr().out
-    assert "4 variables; errors: 0, warnings: 1." in text
+    assert "audit: 1 warning. 1 of 2 kernels have the expected std; 4 variables" in text
     assert "warning [std] depthwise/kernel: The std is 0.1" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
