@@ -11,6 +11,7 @@ from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 from keras_glorot.layers import register_fans
 from keras_glorot.plots import plot_histograms
 from keras_glorot.propagation import propagate
+from keras_glorot.report import report
 from keras_glorot.tables import Finding, Table
 from keras_glorot.variables import layer_fans
 
@@ -31,6 +32,7 @@ __all__ = [
     "plot_histograms",
     "propagate",
     "register_fans",
+    "report",
 ]
 
 __version__ = _version("keras-glorot")

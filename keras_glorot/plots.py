@@ -14,10 +14,11 @@ import numpy as np
 from keras_glorot.recording import Batch, record
 from keras_glorot.tables import Row, shorten
 
-__all__ = ["plot_histograms", "plot_table"]
+__all__ = ["OFF_COLOR", "drawable_rows", "plot_histograms", "plot_table"]
 
 # Readable on light and on dark, and in grey.
-_SIGNAL, _GRADIENT, _OFF, _SOUND = "#2a6fbb", "#f09a30", "#d13438", "#8a8a8a"
+_SIGNAL, _GRADIENT, _SOUND = "#2a6fbb", "#f09a30", "#8a8a8a"
+OFF_COLOR = "#d13438"  # of what has a finding
 # More names than that can't be read beside each other, or below each other.
 _NAMES_ACROSS, _NAMES_DOWN = 24, 48
 _NAME_WIDTH = 32  # letters
@@ -46,7 +47,7 @@ def plot_table(table: Any, ax: Any = None) -> Any:
         ValueError: If there is nothing to draw: `initialize` tells what was done.
     """
     draw = {"audit": _plot_ratios, "propagate": _plot_stds, "calibrate": _plot_stds}
-    rows = _drawable(table)
+    rows = drawable_rows(table)
     if not rows:
         raise ValueError(
             "Argument `table` must come from `audit`, `propagate` or `calibrate`, with a "
@@ -56,7 +57,8 @@ def plot_table(table: Any, ax: Any = None) -> Any:
     return draw[table.kind](table, rows, ax)
 
 
-def _drawable(table: Any) -> list[Row]:
+def drawable_rows(table: Any) -> list[Row]:
+    """The rows that `plot_table` draws; none: it has nothing to draw."""
     if table.kind == "audit":
         off = _off(table)
         return [
@@ -94,12 +96,14 @@ def _plot_ratios(table: Any, rows: list[Row], ax: Any) -> Any:
     size = 16 if count <= 100 else 5
     rasterized = count > 1000
     ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND, rasterized=rasterized)
-    ax.hlines(depth[is_off], left, places[is_off], color=_OFF, alpha=0.3, linewidth=0.8)
+    ax.hlines(
+        depth[is_off], left, places[is_off], color=OFF_COLOR, alpha=0.3, linewidth=0.8
+    )
     ax.scatter(
         places[is_off],
         depth[is_off],
         size * 1.5,
-        color=_OFF,
+        color=OFF_COLOR,
         marker="D",
         clip_on=False,
         zorder=3,
@@ -118,7 +122,7 @@ def _plot_ratios(table: Any, rows: list[Row], ax: Any) -> Any:
             named, shorten([rows[i]["path"] for i in named], _NAME_WIDTH), strict=True
         )
     ]
-    ax.set_yticks(depth[named], names, fontsize=7, color=_OFF, parse_math=False)
+    ax.set_yticks(depth[named], names, fontsize=7, color=OFF_COLOR, parse_math=False)
     ax.tick_params("y", length=0)
     ax.set_title(f"{is_off.sum()} of {count} have a finding", loc="left", fontsize=10)
     return ax
@@ -270,7 +274,8 @@ def _draw_bands(
     norm = LogNorm(_LEAST, max(most, 10 * _LEAST), clip=True)
     shown = np.ma.masked_equal(parts, 0)
     # The lightest color is next to nothing, whose place stays empty.
-    ax.pcolormesh(edges, rows, shown, norm=norm, cmap="viridis_r")
+    ax.set_facecolor("white")
+    ax.pcolormesh(edges, rows, shown, norm=norm, cmap="viridis_r", rasterized=True)
     ax.set_xlim(edges[0], edges[-1])
     ax.set_ylim(len(parts) - 0.5, -0.5)
     _signed_ticks(ax, linear, edges[-1])

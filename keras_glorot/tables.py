@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-__all__ = ["Finding", "Row", "Severity", "Table", "View", "cell", "printable", "shorten"]
+__all__ = [
+    "Finding",
+    "Row",
+    "Severity",
+    "Table",
+    "View",
+    "cell",
+    "findings_html",
+    "is_number",
+    "printable",
+    "shorten",
+]
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _SEVERITIES = list(_STYLES)  # the worst first
@@ -383,7 +394,7 @@ def _grid(view: View, width: int) -> Iterator[Any]:
     grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     grid.add_column(headers[path], no_wrap=True, vertical="bottom")
     for key in fitting:
-        side = "right" if _is_number(key, view.shown) else "left"
+        side = "right" if is_number(key, view.shown) else "left"
         grid.add_column(headers[key], justify=side, no_wrap=True, vertical="bottom")
     for row in view.rows:
         if isinstance(row, int):
@@ -408,8 +419,10 @@ def _left_out(view: View, columns: list[str]) -> Iterator[Text]:
         yield Text(f"Not shown: {'; '.join(parts)}.{way}", "dim")
 
 
-def _is_number(key: str, rows: list[Row]) -> bool:
-    return not any(isinstance(row[key], str | tuple | list) for row in rows)
+def is_number(key: str, rows: list[Row]) -> bool:
+    """Whether all of a column are numbers, or nothing."""
+    values = [row.get(key, "") for row in rows]
+    return all(isinstance(value, int | float | None) for value in values)
 
 
 # ---- HTML -------------------------------------------------------------------------------
@@ -422,14 +435,17 @@ STYLE = """\
 .keras-glorot table { border-collapse: collapse; color: inherit; font-size: 90%; }
 .keras-glorot th, .keras-glorot td { padding: 0.2em 0.6em; vertical-align: top;
   text-align: left; border-bottom: 1px solid rgba(128, 128, 128, 0.4); }
-.keras-glorot td:first-child { overflow-wrap: anywhere; min-width: 12em; }
+.keras-glorot td:first-child { min-width: 12em; }
 .keras-glorot .number { text-align: right; font-variant-numeric: tabular-nums; }
 .keras-glorot th button { all: unset; cursor: pointer; font-weight: bold; }
 .keras-glorot th button:focus-visible { outline: 2px solid; }
 .keras-glorot th[aria-sort=ascending] button::after { content: " ▲"; }
 .keras-glorot th[aria-sort=descending] button::after { content: " ▼"; }
-.keras-glorot .error { color: #d13438; } .keras-glorot .warning { color: #b86e00; }
-.keras-glorot .info { color: #2f86c8; }
+.keras-glorot li, .keras-glorot td:first-child { border-left: 0.25em solid transparent;
+  padding-left: 0.5em; overflow-wrap: anywhere; }
+.keras-glorot .error { border-left-color: #d13438; }
+.keras-glorot .warning { border-left-color: #e8a33d; }
+.keras-glorot .info { border-left-color: #2a6fbb; }
 """
 
 # Marks of rows that are left out, which have no number, come last in either order.
@@ -466,7 +482,7 @@ def _to_html(view: View) -> str:
 def findings_html(groups: list[Group]) -> str:
     """The findings as a list."""
     items = [
-        f'<li><strong class="{group.severity}">{group.severity}</strong> [{group.code}] '
+        f'<li class="{group.severity}"><strong>{group.severity}</strong> [{group.code}] '
         f"{_path_html(group.path)}{group.others}: {html.escape(printable(group.text))}</li>"
         for group in groups
     ]
@@ -478,7 +494,7 @@ def _path_html(path: str) -> str:
 
 
 def _head_html(key: str, view: View) -> str:
-    style = ' class="number"' if _is_number(key, view.shown) else ""
+    style = ' class="number"' if is_number(key, view.shown) else ""
     name = key.replace("_", " ")
     script = html.escape(_SORT)
     return f'<th{style}><button onclick="{script}">{name}</button></th>'
