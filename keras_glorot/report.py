@@ -204,7 +204,7 @@ def _section_html(section: Section, identifier: str) -> str:
 
 
 def _table_html(table: Table, identifier: str) -> str:
-    """All rows, sorted by value and filtered by any word of a cell."""
+    """All rows, those with a finding first: to be sorted, and filtered by any word."""
     import itables
     import pandas
 
@@ -216,12 +216,13 @@ def _table_html(table: Table, identifier: str) -> str:
         before = codes.get(finding.path)
         codes[finding.path] = f"{before}, {finding.code}" if before else finding.code
     path, *others = view.columns
+    rows = sorted(view.shown, key=lambda row: row[path] not in codes)
     # Text: a data frame would not tell None from nan.
-    content = {path: [printable(row[path]) for row in view.shown]}
+    content = {path: [printable(row[path]) for row in rows]}
     if codes:
-        content["finding"] = [codes.get(row[path], "") for row in view.shown]
+        content["finding"] = [codes.get(row[path], "") for row in rows]
     for key in others:
-        content[key.replace("_", " ")] = [cell(row[key]) for row in view.shown]
+        content[key.replace("_", " ")] = [cell(row[key]) for row in rows]
     numbers = [
         position
         for position, name in enumerate(content)
@@ -237,7 +238,8 @@ def _table_html(table: Table, identifier: str) -> str:
         maxBytes=0,
         deferRender=True,
         autoWidth=False,
-        order=[[1, "desc"]] if codes else [],  # what has a finding comes first
+        order=[],
+        text_in_header_can_be_selected=False,  # a click there sorts
         columnDefs=[{"targets": numbers, "type": "num", "className": "dt-right"}],
         layout={"topStart": "search", "topEnd": "pageLength"},
         language={"search": "Filter rows:"},

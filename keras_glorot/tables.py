@@ -30,8 +30,8 @@ __all__ = [
     "shorten",
 ]
 
+_SEVERITIES: list["Severity"] = ["error", "warning", "info"]  # the worst first
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-_SEVERITIES = list(_STYLES)  # the worst first
 # Of a table in text, what fits on a screen with the findings above it; HTML scrolls.
 _TEXT_LINES, _HTML_LINES = 24, 200
 # A path that is narrower than this can't be read; other columns are left out before.
@@ -84,6 +84,7 @@ class View(NamedTuple):
         columns: Keys of the rows, the path first; without those that hold nothing.
         rows: The rows; a number stands for that many rows that are left out there.
         others: How many rows without a kernel are left out.
+        severities: By path, the worst severity that was found.
         is_sound: Whether the rows of the table tell nothing that the verdict does not.
     """
 
@@ -92,16 +93,18 @@ class View(NamedTuple):
     columns: list[str]
     rows: list[Row | int]
     others: int
+    severities: dict[str, Severity]
     is_sound: bool
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from _to_text(self, options.max_width, options.encoding)
+
+    def _repr_html_(self) -> str:
+        return _to_html(self)
 
     @property
     def shown(self) -> list[Row]:
         return [row for row in self.rows if not isinstance(row, int)]
-
-    @property
-    def severities(self) -> dict[str, Severity]:
-        """The severity of each row that a group names. Others keep the color of text."""
-        return {group.path: group.severity for group in reversed(self.groups)}
 
 
 class Table:
@@ -168,13 +171,13 @@ class Table:
             all: Whether to show all rows, and not only those of kernels.
         """
         if rich.get_console().is_jupyter:
-            from IPython.display import HTML, display
+            from IPython.display import display
 
-            display(HTML(_to_html(self.view(all, lines=None if all else _HTML_LINES))))
+            display(self.view(all, _HTML_LINES))
         else:
-            rich.print(*_to_text(self.view(all), rich.get_console().width), sep="\n")
+            rich.print(self.view(all))
 
-    def view(self, all: bool = False, lines: int | None = _TEXT_LINES) -> View:
+    def view(self, all: bool = False, lines: int = _TEXT_LINES) -> View:
         """What is shown of the table.
 
         Args:
@@ -188,7 +191,7 @@ class Table:
             for row in self.rows
             if all or _has_kernel(row) or row["path"] in ranks or self._is_total(row)
         ] or self.rows
-        limit = len(candidates) if all or lines is None else lines
+        limit = len(candidates) if all else lines
         order = [
             (-1 if self._is_total(row) else ranks.get(row["path"], len(_STYLES)))
             for row in candidates
@@ -201,6 +204,7 @@ class Table:
             columns,
             _with_gaps(candidates, kept),
             len(self.rows) - len(candidates),
+            {path: _SEVERITIES[rank] for path, rank in ranks.items()},
             is_sound and self.kind == "audit" and not all,
         )
 
@@ -228,7 +232,7 @@ class Table:
         return _to_html(self.view(lines=_HTML_LINES))
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from _to_text(self.view(), options.max_width)
+        yield self.view()
 
 
 # ---- What is shown ----------------------------------------------------------------------
@@ -290,7 +294,8 @@ def _grouped(findings: Iterable[Finding]) -> list[Group]:
     return [
         Group(first.severity, first.code, first.path, len(others), text)
         for first, *others in groups.values()
-        for text in [f"{first.message} {first.advice}"]
+        # Messages of Keras have line breaks.
+        for text in [" ".join(f"{first.message} {first.advice}".split())]
     ]
 
 
@@ -298,28 +303,30 @@ def _count(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, encoding: str = "utf-8") -> str:
     """A value as a table shows it."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), encoding)
 
 
-def printable(text: str) -> str:
-    """The text with escapes for what can't be printed, or would steer a terminal."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in text
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Escapes what a terminal can't show, or would obey instead of showing it."""
+    shown = (
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+        for sign in text
     )
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
 
 
-def shorten(paths: Sequence[str], width: int) -> list[str]:
+def shorten(paths: Sequence[str], width: int, encoding: str = "utf-8") -> list[str]:
     """Shortens paths in the middle: `encoder/…/depthwise/kernel`.
 
     What tells a path from the others stays, as far as the width allows.
     """
-    paths = [printable(path) for path in paths]
-    options = {path: list(dict.fromkeys(_shortened(path, width))) for path in paths}
+    paths = [printable(path, encoding) for path in paths]
+    mark = _mark(encoding)
+    options = {path: list(dict.fromkeys(_shortened(path, width, mark))) for path in paths}
     counts = Counter(option for each in options.values() for option in each)
     chosen = {
         path: next((option for option in each if counts[option] == 1), each[0])
@@ -328,7 +335,12 @@ def shorten(paths: Sequence[str], width: int) -> list[str]:
     return [chosen[path] for path in paths]
 
 
-def _shortened(path: str, width: int) -> Iterator[str]:
+def _mark(encoding: str) -> str:
+    """What stands for what is left out."""
+    return "…" if "…".encode(encoding, "ignore") else "~"
+
+
+def _shortened(path: str, width: int, mark: str) -> Iterator[str]:
     """Ways to shorten a path, the best ones first."""
     if cell_len(path) <= width:
         yield path
@@ -338,16 +350,16 @@ def _shortened(path: str, width: int) -> Iterator[str]:
         (start, stop)
         for start in range(len(parts))
         for stop in range(start + 1, len(parts))
-        if cell_len("/".join([*parts[:start], "…", *parts[stop:]])) <= width
+        if cell_len("/".join([*parts[:start], mark, *parts[stop:]])) <= width
     ]
     # The layer and its variable say most, then the outermost layer, then as much as fits.
     cuts.sort(key=lambda cut: (cut[1] > len(parts) - 2, cut[0] == 0, cut[1] - cut[0]))
     for start, stop in cuts:
-        yield "/".join([*parts[:start], "…", *parts[stop:]])
+        yield "/".join([*parts[:start], mark, *parts[stop:]])
     # Cut inside a name; first where a third is left of the mark.
     space = max(0, width - 1)
     for head in sorted(range(space + 1), key=lambda head: abs(3 * head - space)):
-        yield _crop(path, head) + "…" + _crop(path[::-1], space - head)[::-1]
+        yield _crop(path, head) + mark + _crop(path[::-1], space - head)[::-1]
 
 
 def _crop(text: str, width: int) -> str:
@@ -359,36 +371,36 @@ def _crop(text: str, width: int) -> str:
 # ---- Text -------------------------------------------------------------------------------
 
 
-def _to_text(view: View, width: int) -> Iterator[Any]:
+def _to_text(view: View, width: int, encoding: str) -> Iterator[Any]:
     if view.verdict:
-        yield Text(printable(view.verdict), "bold" if view.groups else "")
-    for group, path in zip(
-        view.groups,
-        shorten([group.path for group in view.groups], max(_PATH_WIDTH, width // 2)),
-        strict=True,
-    ):
-        text = f" [{group.code}] {path}{group.others}: {printable(group.text)}"
-        yield Text(group.severity, _STYLES[group.severity]).append(text, "default")
+        yield Text(printable(view.verdict, encoding), "bold" if view.groups else "")
+    longest = max(_PATH_WIDTH, width // 2)
+    paths = shorten([group.path for group in view.groups], longest, encoding)
+    for group, path in zip(view.groups, paths, strict=True):
+        text = printable(group.text, encoding)
+        line = f" [{group.code}] {path}{group.others}: {text}"
+        yield Text(group.severity, _STYLES[group.severity]).append(line, "default")
     if view.shown and not view.is_sound:
         if view.verdict or view.groups:
             yield ""
-        yield from _grid(view, width)
+        yield from _grid(view, width, encoding)
 
 
-def _grid(view: View, width: int) -> Iterator[Any]:
+def _grid(view: View, width: int, encoding: str) -> Iterator[Any]:
     path, *others = view.columns
-    cells = {key: [cell(row[key]) for row in view.shown] for key in others}
+    whole = [printable(row[path], encoding) for row in view.shown]
+    cells = {key: [cell(row[key], encoding) for row in view.shown] for key in others}
     headers = {key: key.replace("_", "\n") for key in view.columns}
-    longest = max(cell_len(printable(row[path])) for row in view.shown)
-    space = width - min(longest, _PATH_WIDTH, max(8, width // 2)) - 1
+    longest = max(map(cell_len, whole))
+    path_width = min(longest, _PATH_WIDTH, max(8, width // 2))
+    space = width - path_width - 1
     fitting = []
     for key in others:
         needed = max(map(cell_len, [*headers[key].split("\n"), *cells[key]])) + 2
         if needed <= space:
             fitting.append(key)
             space -= needed
-    path_width = min(longest, _PATH_WIDTH, max(8, width // 2)) + space
-    paths = iter(shorten([row[path] for row in view.shown], path_width))
+    paths = iter(shorten(whole, path_width + space, encoding))
     lines = zip(*(cells[key] for key in fitting), strict=True)
 
     grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
@@ -398,7 +410,7 @@ def _grid(view: View, width: int) -> Iterator[Any]:
         grid.add_column(headers[key], justify=side, no_wrap=True, vertical="bottom")
     for row in view.rows:
         if isinstance(row, int):
-            grid.add_row(Text(f"… {row} rows", "dim"))
+            grid.add_row(Text(f"{_mark(encoding)} {row} rows", "dim"))
             continue
         severity = view.severities.get(row[path])
         name = Text(next(paths), _STYLES[severity] if severity else "")
@@ -469,7 +481,7 @@ def _to_html(view: View) -> str:
     if view.shown:
         rows = "".join(_row_html(row, view) for row in view.rows)
         heads = "".join(_head_html(key, view) for key in view.columns)
-        notes = "".join(html.escape(str(line)) for line in _left_out(view, []))
+        notes = "".join(f"<p>{html.escape(str(line))}</p>" for line in _left_out(view, []))
         parts.append(
             f"<details{'' if view.is_sound else ' open'}>"
             f"<summary>{_count(len(view.shown), 'row')}</summary>"

@@ -3,12 +3,14 @@
 `pytest tests/test_tables.py --overwrite` writes the golden outputs anew: read the diff.
 """
 
+import io
 import json
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from keras_glorot.tables import Finding, Table, shorten
 
@@ -194,6 +196,20 @@ def test_no_text_steers_the_terminal(width):
     assert r"\x1b]0;title\x07" in text
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_knows_few_signs(encoding, width):
+    width(60)
+    path = "名/" + "a/" * 60 + "kernel"
+    found = [Finding("error", "std", path, "名.", "名.")]
+    many = Table("propagate", [{"path": path, "std": 0.5, "shape": "名"}] * 99, found)
+    file = io.TextIOWrapper(io.BytesIO(), encoding, newline="\n")
+    Console(file=file).print(many)  # raises what can't be encoded
+    file.flush()
+    text = file.buffer.getvalue().decode(encoding)
+    assert r"\u540d" in text
+    assert max(map(len, text.splitlines())) <= 60
+
+
 def test_sequence_of_rows():
     assert len(table()) == 4
     assert list(table()) == ROWS
@@ -255,6 +271,9 @@ def test_html_is_a_table_that_can_be_sorted():
     assert outline.count("button") == len(ROWS[0])
     assert "Redraw it." in outline.text
     assert "[bold]odd[/] 名/kernel" in outline.text
+    marked = [attrs["class"] for tag, attrs in outline.tags if tag == "td"
+              and attrs.get("class") in ("error", "warning", "info")]  # fmt: skip
+    assert marked == ["info", "warning", "warning", "error"]
     values = [attrs["data-value"] for _, attrs in outline.tags if "data-value" in attrs]
     assert "0.0797" in values
 
