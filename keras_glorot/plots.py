@@ -169,7 +169,7 @@ def _plot_stds(table: Any, rows: list[Row], ax: Any) -> Any:
                       fontsize=8, parse_math=False)  # fmt: skip
     else:
         ax.set_xlabel(f"{thing}, input to output")
-    ax.set_title(table.view().verdict.split(".")[0], loc="left", fontsize=10)
+    ax.set_title(table.summary or table.kind, loc="left", fontsize=10)
     ax.legend(fontsize=8)
     return ax
 
