@@ -169,7 +169,7 @@ def _plot_stds(table: Any, rows: list[Row], ax: Any) -> Any:
                       fontsize=8, parse_math=False)  # fmt: skip
     else:
         ax.set_xlabel(f"{thing}, input to output")
-    ax.set_title(table.view().verdict.split(".")[0], loc="left", fontsize=10)
+    ax.set_title(table.summary or table.kind, loc="left", fontsize=10)
     ax.legend(fontsize=8)
     return ax
 
@@ -191,11 +191,7 @@ def plot_histograms(
     that layers whose scales differ by many powers of ten can be compared.
 
     Args:
-        model: As in `propagate`.
-        x: As in `propagate`.
-        y: As in `propagate`.
-        loss: As in `propagate`.
-        seed: As in `propagate`.
+        model, x, y, loss, seed: As in `propagate`.
         layers: Paths of rows of `propagate`. Defaults to all hidden layers with a kernel.
         axes: Two matplotlib `Axes`. Defaults to those of a new figure.
 

@@ -185,7 +185,6 @@ class Table:
             lines: How many lines the rows may take. Ignored if all are to be shown.
         """
         ranks = _ranks(self.findings)
-        is_sound = not {"error", "warning"} & {each.severity for each in self.findings}
         candidates = [
             row
             for row in self.rows
@@ -199,26 +198,36 @@ class Table:
         kept = _select(order, limit)
         columns = [key for key in self.columns if _holds_something(key, candidates)]
         return View(
-            self._verdict(is_sound),
+            self._verdict,
             _grouped(self.findings),
             columns,
             _with_gaps(candidates, kept),
             len(self.rows) - len(candidates),
             {path: _SEVERITIES[rank] for path, rank in ranks.items()},
-            is_sound and self.kind == "audit" and not all,
+            self._is_sound and self.kind == "audit" and not all,
         )
 
     def _is_total(self, row: Row) -> bool:
         """Whether a row is about the whole model."""
         return self.kind == "propagate" and row is self.rows[-1]
 
-    def _verdict(self, is_sound: bool) -> str:
+    @property
+    def summary(self) -> str:
+        """How many findings there are: `"audit: 1 error, 2 warnings"`."""
         counts = Counter(finding.severity for finding in self.findings)
         names = {"error": "error", "warning": "warning", "info": "remark"}
-        words = ["sound"] if is_sound and self.kind in ("audit", "propagate") else []
+        can_be_sound = self.kind in ("audit", "propagate")
+        words = ["sound"] if can_be_sound and self._is_sound else []
         words += [_count(counts[key], name) for key, name in names.items() if counts[key]]
-        start = f"{self.kind}: {', '.join(words)}." if words and self.rows else ""
-        return " ".join(filter(None, (start, self.note)))
+        return f"{self.kind}: {', '.join(words)}" if words and self.rows else ""
+
+    @property
+    def _is_sound(self) -> bool:
+        return all(finding.severity == "info" for finding in self.findings)
+
+    @property
+    def _verdict(self) -> str:
+        return f"{self.summary}. {self.note}".strip() if self.summary else self.note
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), color_system=None, force_jupyter=False)
