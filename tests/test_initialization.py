@@ -387,7 +387,8 @@ def test_what_can_not_be_reset_is_left_and_listed():
         [keras.Input((4,)), normalization, Stubborn(4), layers.Dense(2)]
     )
     model.layers[1].w.assign(np.full((4, 4), 3.0))
-    table = initialize(model, seed=0)
+    with pytest.warns(UserWarning, match="did not reset stubborn/w"):
+        table = initialize(model, seed=0)
     left = {finding.path.split("/")[-1]: finding for finding in table.findings}
     assert left.keys() == {"mean", "variance", "count", "w"}
     assert "adapt" in left["mean"].message
@@ -403,7 +404,8 @@ def test_quantized_layers_are_left():
     layer = layers.Dense(8)
     layer.build((None, 8))
     layer.quantize("int8")
-    table = initialize(layer, seed=0)
+    with pytest.warns(UserWarning, match="its layer is quantized"):
+        table = initialize(layer, seed=0)
     assert all("quantized" in finding.message for finding in table.findings)
     assert len(table.findings) == len(layer.weights)
 

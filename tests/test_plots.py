@@ -92,7 +92,7 @@ def test_audit_draws_a_dot_per_kernel_and_names_what_is_off():
     sound, off = dots(ax)
     assert sound[:, 1].tolist() == [1, 3, 4, 5]
     np.testing.assert_allclose(sound[:, 0], 1, rtol=0.2)
-    np.testing.assert_allclose(off, [(3, 2)], rtol=0.2)
+    np.testing.assert_allclose(off, [(3 * 3 / 5, 2)], rtol=0.2)  # 5/3: the gain of tanh
     assert names(ax) == ["h1/kernel"]
 
 

@@ -309,7 +309,10 @@ def test_empty():
 
 def test_what_a_terminal_would_obey_is_escaped():
     name = "a\x1b[2J\x9bb\x07\u202ec\ud800"
-    row, finding = {"path": name, "std": 1.0}, Finding("warning", "std", name, name, "Do\nit.")
+    row, finding = (
+        {"path": name, "std": 1.0},
+        Finding("warning", "std", name, name, "Do\nit."),
+    )
     for text in (
         str(Table("audit", [row], [finding], note=name)),
         Table("audit", [row], [finding], note=name)._repr_html_(),
