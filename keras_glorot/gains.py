@@ -131,7 +131,7 @@ def known_gain(activation: str | Callable[[Any], Any] | None) -> float | None:
         return None
 
 
-def activation_growth(activation: Callable[[Any], Any] | None) -> float:
+def activation_growth(activation: str | Callable[[Any], Any] | None) -> float:
     """How much a deviation grows per layer even where the gain keeps the signal level.
 
     The larger of two factors on variances, for standard normal z: of a small difference
@@ -142,9 +142,9 @@ def activation_growth(activation: Callable[[Any], Any] | None) -> float:
 
     - [Schoenholz et al., 2017](https://arxiv.org/abs/1611.01232)
     """
-    if activation is None or _name(activation) in _COUPLING:
-        return 1.0
     try:
+        if activation is None or _name(activation) in _COUPLING:
+            return 1.0
         return backends.outside_traces(_growth, activation)
     except Exception:  # from an activation of the user: anything
         return 1.0
