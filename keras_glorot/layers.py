@@ -17,12 +17,19 @@ __all__ = [
     "kernel_activation",
     "kernel_fans",
     "register_fans",
+    "unit_axis",
+    "window_rank",
 ]
 
 # A string stands for an activation that can't be called: Keras does not know it.
 Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
 _RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
@@ -150,6 +157,18 @@ def following_activation(
     ]
     agree = all(activation == activations[0] for activation in activations)
     return activations[0] if activations and agree else None
+
+
+def window_rank(layer: keras.Layer | None, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a kernel are the window of a convolution."""
+    window = getattr(layer, "kernel_size", None)
+    is_window = isinstance(window, tuple) and shape[:-2] == window
+    return len(shape) - 2 if is_window else 0
+
+
+def unit_axis(layer: keras.Layer | None) -> int:
+    """The axis of a kernel, counted from the end, along which units differ."""
+    return -2 if isinstance(layer, _TRANSPOSED) else -1
 
 
 def is_relu_like(activation: Activation | None) -> bool:

@@ -6,12 +6,12 @@ same number are then compared value by value. So the tensor is read once per axi
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["ONE_IN", "Slices", "find_repeats", "relation"]
+__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "project", "relation"]
 
 # How often chance may look like a fault: in one tensor of 500 million, the share that a
 # normal variable has beyond six standard errors.
@@ -31,13 +31,13 @@ class Slices(NamedTuple):
 
     Attributes:
         axes: The fixed axes.
-        count: How many slices there are.
+        total: How many slices there are.
         dead: The slices that are all zeros, as indices: `values[index]` is the slice.
         copies: Pairs of indices: a slice, and an earlier one that it equals or negates.
     """
 
     axes: tuple[int, ...]
-    count: int
+    total: int
     dead: list[Index]
     copies: list[tuple[Index, Index]]
 
@@ -58,7 +58,7 @@ def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[
     sizes = [math.prod(values.shape[axis] for axis in axes) for axes in merged]
     merged = [axes for axes, size in zip(merged, sizes, strict=True) if size > 1]
     tensor = values.reshape([size for size in sizes if size > 1])
-    project = _projector(tensor)
+    number = _projector(tensor)
 
     def index(fixed: tuple[int, ...], flat: int) -> Index:
         place: list[Any] = [slice(None)] * values.ndim
@@ -71,12 +71,12 @@ def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[
         return tuple(place)
 
     for fixed in _axes_to_fix(tensor.ndim):
-        count = math.prod(tensor.shape[axis] for axis in fixed)
-        if can_be_chance(count, tensor.size // count, collision):
+        total = math.prod(tensor.shape[axis] for axis in fixed)
+        if can_be_chance(total, tensor.size // total, collision):
             continue
         axes = tuple(original for axis in fixed for original in merged[axis])
         at = functools.partial(index, fixed)
-        slices = Slices(axes, count, *_compare(values, at, project(fixed)))
+        slices = Slices(axes, total, *_compare(values, at, number(fixed)))
         if slices.dead or slices.copies:
             yield slices
 
@@ -90,17 +90,19 @@ def can_be_chance(count: int, length: float, collision: float) -> bool:
 
 
 def relation(one: np.ndarray, other: np.ndarray) -> str | None:
-    """How a tensor of the same size repeats another one; None where it does not.
+    """How a tensor repeats another one; None where it does not.
 
     Transposed means that the first axes come last, or that the last two are swapped.
     """
     views = {"Identical to": [other], "The transpose of": _transposes(other)}
     for name, candidates in views.items():
         for candidate in candidates:
+            if candidate.shape != one.shape:
+                continue
             start, prefix = one.flat[:_PREFIX], candidate.flat[:_PREFIX]
-            if np.array_equal(start, prefix) and _are_equal(one, candidate):
+            if np.array_equal(start, prefix) and np.array_equal(one, candidate):
                 return name
-            if np.array_equal(start, -prefix) and _are_equal(one, -candidate):
+            if np.array_equal(start, -prefix) and np.array_equal(one, -candidate):
                 negated = {"Identical to": "The negative of"}
                 return negated.get(name, "The negated transpose of")
     return None
@@ -113,10 +115,6 @@ def _transposes(values: np.ndarray) -> list[np.ndarray]:
     return [values.transpose(order) for order in rolled + swapped]
 
 
-def _are_equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return np.array_equal(one.reshape(-1), other.reshape(-1))
-
-
 def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
     """One axis, the last (in most kernels the units) first; then all axes but one."""
     if rank < 2:
@@ -126,17 +124,17 @@ def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
     return single if rank == 2 else single + fibres
 
 
-def _projector(tensor: np.ndarray):
-    """Makes the function that projects slices: `project(fixed)` has a number for each.
+def _projector(tensor: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Makes the function that gives each of the slices that fix some axes its number.
 
     The weights of the projection are products of a weight for each axis, so what was
     projected along one axis can be projected further, at little cost.
     """
     rng = np.random.Generator(np.random.PCG64(0))
     weights = [rng.standard_normal(size) for size in tensor.shape]
-    along = functools.cache(lambda axis: _contract(tensor, axis, weights[axis]))
+    along = functools.cache(lambda axis: project(tensor, axis, weights[axis]))
 
-    def project(fixed: tuple[int, ...]) -> np.ndarray:
+    def number(fixed: tuple[int, ...]) -> np.ndarray:
         free = [axis for axis in range(tensor.ndim) if axis not in fixed]
         first = max(free, key=lambda axis: tensor.shape[axis])
         projected = along(first)
@@ -147,10 +145,10 @@ def _projector(tensor: np.ndarray):
                 left.remove(axis)
         return projected
 
-    return project
+    return number
 
 
-def _contract(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
+def project(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     """The weighted sum along an axis, in float64, a part at a time."""
     shape = tensor.shape
     before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
@@ -170,10 +168,12 @@ def _contract(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     return total.reshape(shape[:axis] + shape[axis + 1 :])
 
 
-def _compare(values: np.ndarray, index, projections: np.ndarray):
+def _compare(
+    values: np.ndarray, index: Callable[[int], Index], projections: np.ndarray
+) -> tuple[list[Index], list[tuple[Index, Index]]]:
     """The dead slices and the copies, as `Slices` has them."""
     sizes = np.abs(projections.reshape(-1))
-    zeros = map(index, np.flatnonzero(sizes == 0))
+    zeros = map(index, np.flatnonzero(sizes == 0).tolist())
     dead = [place for place in zeros if not np.any(values[place] != 0)]
     ordered = np.sort(sizes)  # much faster than `argsort`, and mostly enough
     slack = _ROUNDING * ordered[-1]
@@ -181,9 +181,9 @@ def _compare(values: np.ndarray, index, projections: np.ndarray):
     copies = []
     if close.any():
         order = np.argsort(sizes, kind="stable")
-        for k in np.flatnonzero(close):
+        for k in np.flatnonzero(close).tolist():
             earlier, later = (index(i) for i in sorted(order[k : k + 2]))
             one, other = values[later], values[earlier]
             if np.array_equal(one, other) or np.array_equal(one, -other):
                 copies.append((later, earlier))
-    return dead, sorted(copies, key=repr) if len(copies) < 2 else copies
+    return dead, copies
