@@ -87,8 +87,9 @@ def _fault(
     return None
 
 
-# What can speak against a distribution: the later in this list, the more.
-_FAULTS: tuple[str | None, ...] = (None, "form", "bounds", "mean", "constant", "std")
+# What can speak against a distribution: the later in this list, the more. (A stray says
+# less than a form: what is declared uniform is not truncated normal for one stray.)
+_FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
 
 
 def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
