@@ -154,12 +154,18 @@ def _measure_weight(weight: Weight) -> _Measured:
             plausible += _glorot_distributions(weight, gain or 1.0)
         expected, fault = best_fit(weight, statistics, plausible)
     repeats = []
-    varies = statistics.is_finite and statistics.low < statistics.high
-    if varies and expected is not None and expected.std:
+    random = _random(weight, expected)
+    if random is not None and statistics.std and statistics.is_finite:
         values = backends.to_array(weight.variable)
         window = window_rank(weight.owner, weight.shape)
-        repeats = list(find_repeats(values, window, collision(weight, expected)))
+        repeats = list(find_repeats(values, window, collision(weight, random)))
     return _Measured(weight, statistics, expected, fault, repeats, gain)
+
+
+def _random(weight: Weight, expected: Distribution | None) -> Distribution | None:
+    """The expected distribution, if it has more than one value."""
+    is_float = keras.backend.is_float_dtype(weight.variable.dtype)
+    return expected if is_float and expected is not None and expected.std > 0 else None
 
 
 def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
@@ -210,7 +216,7 @@ def _check_constant_kernel(subject: _Measured) -> _Verdict | None:
     statistics, expected = subject.statistics, subject.expected
     if not _is_constant_kernel(subject):
         return None
-    is_declared = expected is not None and expected.form == "constant"
+    is_declared = expected is not None and not expected.std
     is_meant = is_declared and subject.fault is None
     message = (
         f"All kernel values are {statistics.low:.4g}, so every unit learns the same thing."
@@ -223,10 +229,11 @@ def _is_constant_kernel(subject: _Measured) -> bool:
     size, expected = subject.statistics.size, subject.expected
     if not (subject.weight.is_kernel and subject.is_constant and size > 1):
         return False
-    if expected is None or not expected.std:
-        return True
+    random = _random(subject.weight, expected)
     # A few random values of half precision can be equal by chance.
-    return not can_be_chance(1, size - 1, collision(subject.weight, expected))
+    return random is None or not can_be_chance(
+        1, size - 1, collision(subject.weight, random)
+    )
 
 
 def _check_constant(subject: _Measured) -> _Verdict | None:
@@ -419,16 +426,17 @@ def _same_statistics(subjects: list[_Measured]) -> Iterator[tuple[int, int]]:
 
 def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
     """Whether the weight is random, and so large that no other is like it by chance."""
-    expected, statistics = subject.expected, subject.statistics
-    if not statistics.std or not math.isfinite(statistics.std):
+    weight, statistics, expected = subject[:3]
+    if not statistics.std or not subject.is_finite:
         return False
-    if expected is None or not expected.std:
-        expected = Distribution.from_std("normal", statistics.std)
-        if not subject.weight.is_kernel:
+    random = _random(weight, expected)
+    if random is None:
+        if not weight.is_kernel:
             return False
+        random = Distribution.from_std("normal", statistics.std)
     # The entries of an orthogonal matrix hang together: at least a third are free.
-    free = statistics.size / (3 if expected.form == "orthogonal" else 1)
-    return not can_be_chance(len(measured), free, collision(subject.weight, expected))
+    free = statistics.size / (3 if random.form == "orthogonal" else 1)
+    return not can_be_chance(len(measured), free, collision(weight, random))
 
 
 def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
@@ -454,7 +462,11 @@ def _has_strays(subject: _Measured) -> bool:
 def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
     steps = max(map(_count_steps, _optimizers(model)), default=0)
-    kernels = [each for each in measured if each.weight.is_kernel and _is_random(each)]
+    kernels = [
+        each
+        for each in measured
+        if each.weight.is_kernel and _random(each.weight, each.expected)
+    ]
     constants = [
         each
         for each in measured
@@ -488,12 +500,8 @@ def _optimizers(model: keras.Layer) -> list[keras.optimizers.Optimizer]:
 
 
 def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
-    iterations: Any = optimizer.iterations
-    return int(keras.ops.convert_to_numpy(iterations))
-
-
-def _is_random(subject: _Measured) -> bool:
-    return subject.expected is not None and subject.expected.std > 0
+    steps: Any = keras.ops.convert_to_numpy(optimizer.iterations)
+    return int(steps)
 
 
 def _has_left(subject: _Measured) -> bool:

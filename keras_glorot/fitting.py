@@ -28,11 +28,10 @@ __all__ = [
 _SIGMAS = 6.0
 # What is significant can still be too small to matter.
 _TOLERANCE = 0.05
-# That of the kurtosis: a third of what uniform and truncated normal values differ by.
-_KURTOSIS_TOLERANCE = 0.2
+# That of the kurtosis: uniform and truncated normal values differ by 24 %.
+_KURTOSIS_TOLERANCE = 0.1
 # The variance of a sample's kurtosis, times its size: m8 - 4 m4 m6 + 4 m4**3 - m4**2 of
-# the standardized moments. The estimate is skewed in small samples, and always where
-# there is no bound, so those are not judged by it.
+# the standardized moments. Where there is no bound, the estimate is too wild to judge by.
 _KURTOSIS_VARIANCE = {"uniform": 1.32, "truncated_normal": 3.86}
 _FEWEST_FOR_KURTOSIS = 100
 # Elements looked at together: their float64 copy stays in the cache.
@@ -58,6 +57,8 @@ def best_fit(
     weight: Weight, statistics: Statistics, plausible: list[Distribution]
 ) -> tuple[Distribution | None, str | None]:
     """The distribution that least speaks against, nearest in std; and what does."""
+    # Keras takes a negative stddev or gain, which only mirrors the values.
+    plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
@@ -71,7 +72,7 @@ def _fault(
     weight: Weight, statistics: Statistics, distribution: Distribution
 ) -> str | None:
     """The first thing that speaks against a distribution; later ones may follow from it."""
-    if distribution.form == "constant":
+    if not distribution.std:
         is_other = _is_other_constant(weight, statistics, distribution)
         return "constant" if is_other else None
     if not keras.backend.is_float_dtype(weight.variable.dtype):
@@ -250,9 +251,10 @@ def _is_other_form(
     variance = _KURTOSIS_VARIANCE.get(distribution.form)
     if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
         return False
-    sigmas = _SIGMAS * math.sqrt(variance / statistics.size)
-    tolerance = max(_KURTOSIS_TOLERANCE, sigmas)
-    return abs(statistics.kurtosis - distribution.kurtosis) > tolerance
+    # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.
+    spread = math.sqrt(variance / statistics.size) / distribution.kurtosis
+    ratio = distribution.kurtosis / statistics.kurtosis
+    return abs(ratio - 1) > max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
 
 
 def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:

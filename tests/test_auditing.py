@@ -465,7 +465,7 @@ def mixes(x):
         (3, False),
         (None, True),
     ],
-    ids=str,
+    ids=["unknown", "name", "ReLU", "Softmax", "layer", "mixing", "number", "none"],
 )
 def test_activations_that_keras_does_not_know(odd, is_known):
     layer = OddActivation(24, odd)
