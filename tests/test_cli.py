@@ -343,9 +343,13 @@ def test_a_failed_save_names_the_path_that_was_given(
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_leaves_nothing_behind(name, model_file, tmp_path, monkeypatch):
+def test_a_signal_leaves_nothing_behind(name, model_file, tmp_path, monkeypatch, request):
     out, number = tmp_path / "out.keras", getattr(signal, name)
     out.write_text("kept")
+    # Under `nohup`, or in the background, they are ignored.
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    outer = signal.signal(number, default)
+    request.addfinalizer(lambda: signal.signal(number, outer))
     before = signal.getsignal(number)
 
     def save(self, path):
