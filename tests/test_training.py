@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -112,15 +113,22 @@ def test_tables_say_what_the_lines_say():
     assert differences["AnyInit analytic"] == "—"
 
 
-def test_what_a_peer_can_t_do_is_a_line_and_not_tried_again(tmp_path, monkeypatch):
+def test_what_a_peer_can_t_do_is_a_line_and_not_tried_again(monkeypatch):
     def fail(build, x, seed):
         raise ValueError("It can't be.")
 
-    monkeypatch.setitem(deep_nets.METHODS, "stock", fail)
-    path = tmp_path / "training.jsonl"
-    training.main([*TINY, "--methods", "stock", "--results", str(path)])
-    assert [line["failure"] for line in lines(path)] == ["ValueError: It can't be."]
-    assert "fails" in path.with_suffix(".md").read_text()
+    for method in ("AnyInit analytic", "stock"):
+        monkeypatch.setitem(deep_nets.METHODS, method, fail)
+    first = Training("digits", "mlp", "AnyInit analytic", 1, 1e-3, 0)
+    failed = deep_nets.train(first, lambda epochs: None)
+    assert failed == {"failure": "ValueError: It can't be."}
+    arguments = {"datasets": ["digits"], "nets": ["mlp"], "methods": ["AnyInit analytic"]}
+    args = SimpleNamespace(**arguments, epochs=1, rates=[1e-3, 3e-3], seeds=5)
+    assert next(training.trainings(args, {})) == first
+    assert list(training.trainings(args, {first: failed})) == []
+    # Our own failures must not become lines.
+    with pytest.raises(ValueError, match="can't be"):
+        deep_nets.train(Training("digits", "mlp", "stock", 1, 1e-3, 0), lambda epochs: None)
 
 
 @pytest.mark.parametrize("net", ["mlp", "transformer+ln"])
