@@ -544,7 +544,7 @@ def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
             sources = _Rebuild(original, copy, children).sources() | sources
         except Exception as error:  # from a layer of the user: anything
             errors.append(error)
-        if all(id(variable) in sources for variable in _own_variables(original)):
+        if all(id(variable) in sources for variable in original.weights):
             return sources
     if errors and not sources:
         raise errors[-1]
@@ -585,7 +585,8 @@ class _Rebuild:
         return {key: value for key, value in values.items() if value is not None}
 
     def _build(self, scope: "_ReplayScope"):
-        with scope:
+        # What the layer warns of, it has said of the original.
+        with scope, warnings.catch_warnings(action="ignore"):
             copy = self.copy(self.original)
         created = list(get_global_attribute("uninitialized_variables") or ())
         pairs = []
@@ -617,6 +618,9 @@ class _ReplayScope(keras.StatelessScope):
 
 def _copy_from_config(original: keras.Layer) -> keras.Layer:
     config = original.get_config()
+    if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
+        # `build` has put it where an argument was.
+        raise ValueError(f"The config of {original.name} holds a variable.")
     parameters = inspect.signature(type(original).__init__).parameters.values()
     if all(each.kind is not each.VAR_KEYWORD for each in parameters):
         # Keras puts these into every config, whether the layer takes them or not.

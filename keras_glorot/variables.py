@@ -161,6 +161,7 @@ class _Survey:
     """What is looked up once for a model, and asked for each of its weights."""
 
     def __init__(self, model: keras.Layer):
+        self.model = model
         self.layer_paths = keras_bridge.sublayer_paths(model)
         self.layer_ids = set(self.layer_paths)
         self.rebuilt: set[int] = set()
@@ -224,8 +225,11 @@ class _Survey:
     def _origin_by_rebuilding(
         self, owner: keras.Layer, variable: keras.Variable
     ) -> _Origin:
-        if id(variable) not in self.sources:
-            self._rebuild(owner)
+        # The model as a whole is the last resort: its config can say what to make a layer
+        # from that has none.
+        for layer in (owner, self.model):
+            if id(variable) not in self.sources:
+                self._rebuild(layer)
         source = self.sources.get(id(variable))
         if source is None:
             error = self.errors.get(id(owner))

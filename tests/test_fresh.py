@@ -355,6 +355,20 @@ def test_what_build_made_is_not_what_it_reads():
     assert len(layer.factors) == 2
 
 
+class OverwrittenConfig(Overwritten):
+    def get_config(self):
+        return {"factor": self.factor}
+
+
+def test_a_config_that_holds_what_build_made():
+    layer = OverwrittenConfig(0.5)
+    layer.build((None, 3))
+    layer.factor.assign([7.0])
+    with pytest.warns(UserWarning, match="did not reset overwritten_config"):
+        initialize(layer, seed=0)
+    assert array(layer.factor) == 7
+
+
 class Incomplete(layers.Layer):
     """As in Qwen-MoE: a config that lacks an argument, and so gives another layer."""
 
@@ -378,6 +392,43 @@ def test_a_config_that_lacks_something():
     layer.build((None, 3))
     initialize(layer, seed=0)
     assert abs(std(layer.table) / 0.01 - 1) < 0.05
+
+
+class Part(layers.Layer):
+    """As in T5: its weight is made in `__init__`, and it has no config."""
+
+    def __init__(self, something, **kwargs):
+        super().__init__(**kwargs)
+        self.table = self.add_weight(shape=(2, 2), initializer="ones", name="table")
+
+    def call(self, x):
+        return x
+
+    def get_config(self):
+        raise NotImplementedError("none")
+
+
+class Backbone(keras.Model):
+    """As in KerasHub: a functional model with a config of its own."""
+
+    def __init__(self, size=3, **kwargs):
+        inputs = keras.Input((size,))
+        super().__init__(inputs, Part(object())(layers.Dense(size)(inputs)), **kwargs)
+        self.size = size
+
+    def get_config(self):
+        return {"size": self.size}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def test_the_model_can_know_what_its_layer_does_not():
+    model = Backbone(4)
+    disturb(model.variables)
+    assert not initialize(model, seed=0).findings
+    np.testing.assert_array_equal(model.layers[-1].table, np.ones((2, 2)))
 
 
 def test_looking_leaves_a_layer_as_it_is():
