@@ -415,7 +415,13 @@ def _jax_philox(counter, key) -> Any:
 
 
 def _jax_high_product(a: Any, b: int) -> Any:
-    """The high word of a product, from those of halves: JAX may lack 64-bit integers."""
+    """The high word of a product."""
+    from jax import lax
+    from jax import numpy as jnp
+
+    if hasattr(lax, "mulhi"):
+        return lax.mulhi(*jnp.broadcast_arrays(a, jnp.uint32(b)))
+    # An older JAX, which may have no 64-bit integers either: from the products of halves.
     low, high = np.uint32(b & 0xFFFF), np.uint32(b >> 16)
     a_low, a_high = a & 0xFFFF, a >> 16
     cross = a_low * high
