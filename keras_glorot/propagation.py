@@ -206,7 +206,7 @@ _ADVICE = {
     "scale": "Scale the kernels with calibrate(model, x), or add normalization layers.",
     "collapsed": "Use fewer layers, residual connections or normalization layers.",
     "unstable-activation": "No scale of the kernels changes that: use fewer layers, "
-    "residual connections, normalization layers, or another activation, such as 'selu'.",
+    "residual connections, normalization layers, or another activation, such as 'relu'.",
     "residual-growth": "Scale the ends of the branches down with calibrate(model, x).",
 }
 
