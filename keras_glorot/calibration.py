@@ -77,8 +77,9 @@ def calibrate(
     with w = 1/2 for `"balanced"`, 0 for `"forward"` and 1 for `"backward"`, as `fan_avg`,
     `fan_in` and `fan_out` are for the formula. A factor trades one for the other: along a
     path s times g is given by the structure, so at the least of the balanced objective
-    s / g is the same everywhere, and forward times backward is 1. The geometric mean of s
-    is 1, where activations do their work.
+    s / g is the same everywhere, and forward times backward is 1. log s counts from 0: the
+    geometric mean of s is 1, or 0.7 or 0.5 where the activation drives s and g apart and
+    the objective is less there, as with many layers of tanh.
 
     Each pass sets the factors as the layers are called, one after the other, and then
     measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
@@ -200,7 +201,9 @@ def _sites(
     by_owner: dict[int, list[Weight]] = {}
     left = []
     for weight in weights:
-        if weight.fans is None or not keras.backend.is_float_dtype(weight.variable.dtype):
+        variable = weight.variable
+        is_float = keras.backend.is_float_dtype(variable.dtype)
+        if weight.fans is None or not is_float or variable.name == "bias":
             continue
         if selected_ids is not None and id(weight.owner) not in selected_ids:
             continue
