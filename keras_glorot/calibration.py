@@ -122,7 +122,7 @@ def calibrate(
 
     Example:
 
-    >>> initialize(model, GlorotUniform(gain="auto"), seed=0)
+    >>> table = initialize(model, GlorotUniform(gain="auto"), seed=0)
     >>> table = calibrate(model, x)
 
     Reference:

@@ -45,5 +45,7 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     try:
         yield advance
     finally:
+        # A bar that was not started would still print an empty line.
         with contextlib.suppress(Exception):
-            bar.stop()
+            if bar.live.is_started:
+                bar.stop()

@@ -18,7 +18,7 @@ __all__ = ["propagate"]
 
 # The last ones are left out where there is no room.
 _COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
-            "between_examples", "saturated", "dead", "kernel_gradient_std", "mean",
+            "saturated", "dead", "between_examples", "kernel_gradient_std", "mean",
             "layer")  # fmt: skip
 
 
