@@ -145,8 +145,8 @@ HUB = {
         "mlp_dim": 64,
     },
     "ResNetBackbone": {
-        **IMAGE, "input_conv_filters": [16], "input_conv_kernel_sizes": [7],
-        "stackwise_num_filters": [16, 32, 64], "stackwise_num_blocks": [2, 2, 2],
+        **IMAGE, "input_conv_filters": [64], "input_conv_kernel_sizes": [7],
+        "stackwise_num_filters": [64, 64, 128], "stackwise_num_blocks": [2, 2, 2],
         "stackwise_num_strides": [1, 2, 2], "block_type": "basic_block",
     },
     "DenseNetBackbone": {
@@ -154,7 +154,7 @@ HUB = {
         "growth_rate": 16,
     },
     "MiTBackbone": {
-        **IMAGE, "layerwise_num_layers": [2, 2, 2, 2], "num_layers": 4,
+        **IMAGE, "layerwise_depths": [2, 2, 2, 2], "num_layers": 4,
         "layerwise_num_heads": [1, 1, 2, 2], "layerwise_sr_ratios": [8, 4, 2, 1],
         "max_drop_path_rate": 0.1, "layerwise_patch_sizes": [7, 3, 3, 3],
         "layerwise_strides": [4, 2, 2, 2], "hidden_dims": [16, 32, 48, 64],
@@ -226,12 +226,12 @@ def by_anyinit(build, training, on_path):
     results = {}
     for mode in ("analytic", "empirical"):
         model, x = build()
+        # It takes no dictionary of inputs, but may take a list.
+        batch = list(x.values()) if isinstance(x, dict) else x
+        shape = None if isinstance(x, dict) else tuple(x.shape)
         begin = time.process_time()
         try:
-            if mode == "analytic":
-                anyinit.initialize(model, "analytic", tuple(x.shape))
-            else:
-                anyinit.initialize(model, "empirical", x)
+            anyinit.initialize(model, mode, shape if mode == "analytic" else batch)
         except Exception as error:
             results[mode] = f"{type(error).__name__}: {error}"[:80]
             continue

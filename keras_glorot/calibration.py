@@ -77,8 +77,9 @@ def calibrate(
     with w = 1/2 for `"balanced"`, 0 for `"forward"` and 1 for `"backward"`, as `fan_avg`,
     `fan_in` and `fan_out` are for the formula. A factor trades one for the other: along a
     path s times g is given by the structure, so at the least of the balanced objective
-    s / g is the same everywhere, and forward times backward is 1. The geometric mean of s
-    is 1, where activations do their work.
+    s / g is the same everywhere, and forward times backward is 1. log s counts from 0: the
+    geometric mean of s is 1, or 0.7 or 0.5 where the activation drives s and g apart and
+    the objective is less there, as with many layers of tanh.
 
     Each pass sets the factors as the layers are called, one after the other, and then
     measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
@@ -121,7 +122,7 @@ def calibrate(
 
     Example:
 
-    >>> fresh = initialize(model, GlorotUniform(gain="auto"), seed=0)
+    >>> table = initialize(model, GlorotUniform(gain="auto"), seed=0)
     >>> table = calibrate(model, x)
 
     Reference:
@@ -200,7 +201,9 @@ def _sites(
     by_owner: dict[int, list[Weight]] = {}
     left = []
     for weight in weights:
-        if weight.fans is None or not keras.backend.is_float_dtype(weight.variable.dtype):
+        variable = weight.variable
+        is_float = keras.backend.is_float_dtype(variable.dtype)
+        if weight.fans is None or not is_float or variable.name == "bias":
             continue
         if selected_ids is not None and id(weight.owner) not in selected_ids:
             continue
@@ -578,14 +581,17 @@ def _converge(
     # A shared layer's first call, or an unusual layer, is set off from what is wanted.
     offset = np.zeros(len(sites))
     best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
+    stream = _StreamBound()
     for _ in range(_MOST_PASSES):
         seen = measure(wanted + offset)
         on_path = _on_path(sites, seen)
         misfit, compromise, is_tilted = _compromise(seen, on_path, weight, level)
         missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
         offset = np.clip(offset - missed, -5, 5)
-        excess = max(0.0, math.log(max(seen.stream, 1e-300) / _STREAM_BOUND))
-        excess = 0.0 if is_tilted else excess
+        excess = stream.excess(seen.stream, is_tilted)
+        if stream.gave_up:
+            level, best, best_fit = level + stream.lowered, None, math.inf
+            stream.lowered = 0.0
         fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
         advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
         if best is None or fit < best_fit:
@@ -604,6 +610,28 @@ def _converge(
         wanted = best_wanted + step * (aim - best_wanted)
     assert best is not None
     return best
+
+
+class _StreamBound:
+    """By how much the level has to be lowered for the sums of residual blocks.
+
+    Given up where the largest sum does not follow, because it comes from no kernel.
+    """
+
+    def __init__(self) -> None:
+        self.lowered, self.start, self.gave_up = 0.0, math.inf, False
+        self.holds = True
+
+    def excess(self, stream: float, is_tilted: bool) -> float:
+        self.gave_up = self.holds and self.lowered > 0.1 and stream > 0.9 * self.start
+        if self.gave_up:
+            self.holds = False
+        if not self.holds or is_tilted or not stream > _STREAM_BOUND:
+            return 0.0
+        excess = math.log(stream / _STREAM_BOUND)
+        self.start = stream if not self.lowered else self.start
+        self.lowered += excess
+        return excess
 
 
 def _objective(seen: _Measured, on_path: np.ndarray, weight: float) -> float:
@@ -736,11 +764,12 @@ def _findings(result: _Result) -> list[Finding]:
     if path and ratio < 0.25 and total > 10:
         message = (
             f"Its activation lets a deviation grow {max(growths):.3g}x per layer "
-            f"(chi) even where the signal is level: {total:.2g}x over all kernels."
+            f"(chi) even where the signal is level: up to {total:.2g}x over "
+            f"{len(growths)} kernels."
         )
         advice = (
             "No scale of the kernels changes that: use fewer layers, residual connections, "
-            "normalization layers, or another activation, such as 'selu'."
+            "normalization layers, or another activation, such as 'relu'."
         )
         path_of = sites[path[int(np.argmax(growths))]].path
         found.append(Finding("warning", "unstable-activation", path_of, message, advice))

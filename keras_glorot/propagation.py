@@ -18,7 +18,7 @@ __all__ = ["propagate"]
 
 # The last ones are left out where there is no room.
 _COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
-            "between_examples", "saturated", "dead", "kernel_gradient_std", "mean",
+            "saturated", "dead", "between_examples", "kernel_gradient_std", "mean",
             "layer")  # fmt: skip
 
 
@@ -206,7 +206,7 @@ _ADVICE = {
     "scale": "Scale the kernels with calibrate(model, x), or add normalization layers.",
     "collapsed": "Use fewer layers, residual connections or normalization layers.",
     "unstable-activation": "No scale of the kernels changes that: use fewer layers, "
-    "residual connections, normalization layers, or another activation, such as 'selu'.",
+    "residual connections, normalization layers, or another activation, such as 'relu'.",
     "residual-growth": "Scale the ends of the branches down with calibrate(model, x).",
 }
 

@@ -165,7 +165,6 @@ def test_a_shared_layer_has_one_factor_for_all_its_calls():
     table = calibrate(model, data(64, 32), mode="forward")
     rows = [row for row in propagate(model, data(64, 32)) if "shared" in row["path"]]
     assert len(table) == 2
-    # The mean of the two logarithms is 0, to 2.5 %.
     assert rows[0]["std"] * rows[1]["std"] == pytest.approx(1, rel=0.05)
 
 
