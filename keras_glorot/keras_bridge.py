@@ -591,7 +591,9 @@ class _Rebuild:
         created = list(get_global_attribute("uninitialized_variables") or ())
         pairs = []
         for one, other in _layer_pairs(self.original, copy, self.children):
-            made = [variable for variable in _own_variables(other) if variable._value is None]
+            made = [
+                variable for variable in _own_variables(other) if variable._value is None
+            ]
             pairs += _variable_pairs(_own_variables(one), made)
         return pairs, created
 
