@@ -415,13 +415,18 @@ def _jax_philox(counter, key) -> Any:
 
 
 def _jax_high_product(a: Any, b: int) -> Any:
-    """The high word of a product."""
-    from jax import lax
-    from jax import numpy as jnp
+    """The high word of a product, by 64-bit integers, which JAX hides by default.
 
-    if hasattr(lax, "mulhi"):
-        return lax.mulhi(*jnp.broadcast_arrays(a, jnp.uint32(b)))
-    # An older JAX, which may have no 64-bit integers either: from the products of halves.
+    Not `lax.mulhi`: JAX 0.10 can't compile it in a program for several devices.
+    """
+    import jax
+    from jax import lax
+
+    if hasattr(jax, "enable_x64"):
+        with jax.enable_x64(True):
+            product = lax.convert_element_type(a, np.uint64) * np.uint64(b)
+            return lax.convert_element_type(product >> np.uint64(32), np.uint32)
+    # JAX 0.6 can't do that inside a program: from the products of halves.
     low, high = np.uint32(b & 0xFFFF), np.uint32(b >> 16)
     a_low, a_high = a & 0xFFFF, a >> 16
     cross = a_low * high
