@@ -191,7 +191,11 @@ def plot_histograms(
     that layers whose scales differ by many powers of ten can be compared.
 
     Args:
-        model, x, y, loss, seed: As in `propagate`.
+        model: As in `propagate`.
+        x: As in `propagate`.
+        y: As in `propagate`.
+        loss: As in `propagate`.
+        seed: As in `propagate`.
         layers: Paths of rows of `propagate`. Defaults to all hidden layers with a kernel.
         axes: Two matplotlib `Axes`. Defaults to those of a new figure.
 

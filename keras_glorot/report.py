@@ -58,7 +58,9 @@ def report(
         model: A built Keras model or layer.
         x: A batch to call it on, as in `propagate`. Defaults to none: weights alone.
         path: The file to write.
-        y, loss, seed: As in `propagate`.
+        y: As in `propagate`.
+        loss: As in `propagate`.
+        seed: As in `propagate`.
 
     Returns:
         The path of the file.
