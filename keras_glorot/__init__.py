@@ -1,8 +1,15 @@
 """Glorot (Xavier) initialization that is right in every Keras layer."""
 
+from keras_glorot import cli as _cli
+
+# Run as a program, `--help` need not wait for the seconds in which Keras is imported.
+if _cli.is_starting():
+    _cli.start()
+
 from importlib.metadata import version as _version
 
 from keras_glorot.auditing import audit
+from keras_glorot.calibration import calibrate
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
 from keras_glorot.initialization import initialize
@@ -10,6 +17,7 @@ from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 from keras_glorot.layers import register_fans
 from keras_glorot.plots import plot_histograms
 from keras_glorot.propagation import propagate
+from keras_glorot.report import report
 from keras_glorot.tables import Finding, Table
 from keras_glorot.variables import layer_fans
 
@@ -23,12 +31,14 @@ __all__ = [
     "as_default",
     "audit",
     "calculate_gain",
+    "calibrate",
     "compute_fans",
     "initialize",
     "layer_fans",
     "plot_histograms",
     "propagate",
     "register_fans",
+    "report",
 ]
 
 __version__ = _version("keras-glorot")

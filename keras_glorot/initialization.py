@@ -1,31 +1,29 @@
 """`initialize`: every weight of a model back to a fresh start, in place."""
 
-import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import numbers
 import random
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import Distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
+from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe, distribution_of
 
-__all__ = ["initialize"]
+__all__ = ["initialize", "select_layers"]
 
 
 class _Assignment(NamedTuple):
@@ -120,7 +118,7 @@ def initialize(
         )
     root = _root_seed(seed, kernel_initializer)
     all_layers = keras_bridge.sublayers(model)
-    selected = all_layers if layers is None else _select(all_layers, layers)
+    selected = all_layers if layers is None else select_layers(all_layers, layers)
     selected_ids = {id(layer) for layer in selected}
     derive = _seed_deriver(root, keras_bridge.canonical_paths(model))
 
@@ -193,7 +191,7 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def _select(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
+def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
     """The layers that `layers` stands for, with all that is in them."""
     selected = []
     for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
@@ -356,11 +354,12 @@ def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> 
 
 def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
     sizes = [math.prod(assignment.variable.shape) for assignment in assignments]
-    with _progress(sum(sizes), verbose) as advance:
-        for assignment, size in zip(assignments, sizes, strict=True):
+    done = itertools.accumulate(sizes)
+    with progress("initialize", verbose) as advance:
+        for assignment, size in zip(assignments, done, strict=True):
             if assignment.new_value is not None:
                 backends.assign(assignment.variable, assignment.new_value())
-            advance(size)
+            advance(size / max(1, sum(sizes)))
     # All of them are computed before one is assigned: they can depend on each other.
     built = [assignment.built for assignment in assignments if assignment.built]
     values = keras_bridge.build_values(built)
@@ -382,35 +381,3 @@ def _reset_optimizers(model: keras.Layer) -> list[Finding]:
                 Finding("warning", "optimizer", optimizer.name, message, advice)
             )
     return findings
-
-
-@contextlib.contextmanager
-def _progress(
-    total: int, verbose: Literal["auto"] | bool
-) -> Iterator[Callable[[int], None]]:
-    """A bar once the work has taken a second. Whatever fails in it, the work goes on."""
-    shown = Console().is_terminal if verbose == "auto" else verbose
-    begin = time.monotonic() + (1.0 if verbose == "auto" else 0.0)
-    done = 0
-    # Without a thread that redraws it, nothing can fail elsewhere.
-    bar = Progress(transient=True, auto_refresh=False)
-
-    def advance(size: int) -> None:
-        nonlocal done, shown
-        done += size
-        if not shown or time.monotonic() < begin:
-            return
-        try:
-            if not bar.tasks:
-                bar.start()
-                bar.add_task("initialize", total=total)
-            bar.update(bar.task_ids[0], completed=done, refresh=True)
-        except Exception:  # such as another bar on the terminal, or a closed one
-            shown = False
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            with contextlib.suppress(Exception):
-                bar.stop()

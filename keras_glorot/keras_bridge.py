@@ -17,9 +17,8 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -27,12 +26,19 @@ import numpy as np
 
 from keras_glorot import backends
 
+# `_is_keras_as_expected` notices what is missing, and warns.
 try:
     from keras.src.backend.common.global_state import get_global_attribute
-except ImportError:  # `_is_keras_as_expected` notices and warns
+except ImportError:
 
     def get_global_attribute(name, default=None, set_to_default=False) -> Any:
         return None
+
+
+try:
+    from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+except ImportError:
+    get_keras_mask = set_keras_mask = None
 
 
 __all__ = [
@@ -43,7 +49,6 @@ __all__ = [
     "canonical_paths",
     "copy_mask",
     "current_call_site",
-    "custom_objects_in_scope",
     "direct_sublayers",
     "downstream_operations",
     "initial_state",
@@ -59,6 +64,8 @@ __all__ = [
     "sublayer_paths",
     "sublayers",
     "untracked_variables",
+    "without_colors",
+    "without_remat",
 ]
 
 
@@ -74,8 +81,10 @@ class CallSite(NamedTuple):
 
 def current_call_site(initializer: keras.initializers.Initializer) -> CallSite:
     """Finds out for what Keras is calling this initializer."""
-    if not _is_keras_as_expected():
-        return CallSite()
+    return _find_call_site(initializer) if _is_keras_as_expected() else CallSite()
+
+
+def _find_call_site(initializer: Any) -> CallSite:
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
     outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
@@ -100,8 +109,14 @@ def owned_variables(
     """
     if not _is_keras_as_expected():
         return [(None, variable) for variable in layer.weights]
+    return _find_owners(layer)
+
+
+def _find_owners(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable]]:
     makers: dict[int, tuple[int, keras.Layer]] = {}
-    for holder in layer._flatten_layers():
+    for holder in sublayers(layer):
         for variable in _own_variables(holder):
             # Wrappers and tied layers hold the variables of others. The path tells who
             # made one; else the innermost holder did, and that one comes last.
@@ -142,7 +157,7 @@ class _Deferred(threading.local):
             self.owners = {
                 id(owned): (weakref.ref(layer), weakref.ref(model))
                 for model in models
-                for layer, owned in owned_variables(model)
+                for layer, owned in _find_owners(model)
                 if layer is not None
             }
         layer, model = self._look_up(variable) or (None, None)
@@ -163,9 +178,7 @@ _DEAD_REFERENCES = (lambda: None, lambda: None)
 _deferred = _Deferred()
 
 
-def _deferred_variable(
-    initializer: keras.initializers.Initializer,
-) -> keras.Variable | None:
+def _deferred_variable(initializer: Any) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
     pending = get_global_attribute("uninitialized_variables")
     if not pending:
@@ -178,50 +191,90 @@ def _deferred_variable(
 
 
 def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    lists = ("_trainable_variables", "_non_trainable_variables")
+    return [variable for name in lists for variable in getattr(layer, name, ())]
 
 
 @functools.cache
 def _is_keras_as_expected() -> bool:
-    """Tries, once, the names that this module takes from inside Keras."""
-    caller = object()
-    try:
-        with keras.name_scope("keras_glorot_probe", caller=caller):
-            as_expected = get_global_attribute("name_scope_stack")[-1].caller is caller
-        layer = keras.layers.Identity(name="keras_glorot_probe")
-        _own_variables(layer)
-        layer._flatten_layers()
-        as_expected = as_expected and hasattr(keras.Variable, "_deferred_initialize")
-    except (AttributeError, IndexError, TypeError):
-        as_expected = False
+    """Tries, once, if the names that this module takes from inside Keras still work."""
+    as_expected = backends.outside_traces(_probe)
     if not as_expected:
         warnings.warn(
             f"keras_glorot can't tell in Keras {keras.__version__} which layer a "
             "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
             "alone. That is wrong for depthwise, grouped, transposed and einsum "
             "kernels: give those `input_axes` and `output_axes`, or install a Keras "
-            "version that this version of keras_glorot was tested with.",
+            "version that this version of keras_glorot was tested with. What it says "
+            "about whole models is not complete either.",
             stacklevel=2,
         )
     return as_expected
 
 
-def custom_objects_in_scope() -> dict[str, Any]:
-    """The objects of the innermost `custom_object_scope`, which a new one would hide."""
-    return get_global_attribute("custom_objects_scope_dict") or {}
+def _probe() -> bool:
+    """Builds a small model without a `build` method and looks at what is found in it."""
+    if get_global_attribute("stateless_scope") is not None:
+        return True  # no thread could be had for it, and in this one it can't be tried
+    sites: list[CallSite | None] = []
+
+    def initializer(shape: Any, dtype: Any = None) -> Any:
+        try:
+            sites.append(_find_call_site(initializer))
+        except Exception:  # Keras would add a warning of its own to it
+            sites.append(None)
+        return keras.ops.zeros(shape, dtype)
+
+    try:
+        model = _LateModel(initializer)
+        entry = keras.layers.InputLayer(batch_shape=(1, 1), name="probe_input")
+        model(entry.output)
+        dropout, kernel = model.dropout, model.inner.weights[0]
+        found = (
+            # The symbolic call asks first, if at all.
+            all(site is not None and site.layer is model.inner for site in sites),
+            sites[-1] == CallSite(model.inner, kernel),
+            _find_owners(model) == [(model.inner, kernel)],
+            _own_variables(model.inner) == [kernel],
+            set(map(id, sublayers(model))) == set(map(id, (model, model.inner, dropout))),
+            dropout._seed_generators == [dropout.seed_generator],
+            downstream_operations(entry) == [model],
+            get_keras_mask is not None and set_keras_mask is not None,
+        )
+    except Exception:  # whatever a change inside Keras brings about
+        return False
+    return all(found)
 
 
-def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
-    """The numbers that a seed stands for; a `SeedGenerator` advances.
+class _LateModel(keras.Layer):
+    """Has no `build`, so that Keras makes the weights of its sublayers late."""
 
-    None where a generator's state is only a symbol, because the backend is tracing.
+    def __init__(self, initializer: Any):
+        super().__init__(dtype="float32", name="probe")
+        self.inner = keras.layers.Dense(
+            1, use_bias=False, kernel_initializer=initializer, name="probe_inner"
+        )
+        # With a seed: to make one up would advance the user's `random`.
+        self.dropout = keras.layers.Dropout(0.5, seed=0, name="probe_dropout")
+
+    def call(self, x: Any) -> Any:
+        return self.dropout(self.inner(x))
+
+
+def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | Any:
+    """The integers that a seed stands for; a `SeedGenerator` advances.
+
+    Its state, as a tensor, where that is only a symbol, because the backend is tracing.
     """
     if isinstance(seed, int):
         return (seed,)
     state = seed.next()
     if backends.is_symbolic(state):
-        return None
-    return tuple(np.asarray(keras.ops.convert_to_numpy(state)).tolist())
+        return state
+    words = np.asarray(keras.ops.convert_to_numpy(state))
+    if words.dtype == np.int32:
+        words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
+    return tuple(words.tolist())
 
 
 def is_shape_inference() -> bool:
@@ -234,13 +287,26 @@ def is_shape_inference() -> bool:
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layer itself and all layers in it, at any depth, each once."""
-    return list(layer._flatten_layers())
+    """The layer itself and all layers in it, at any depth, each once; parents first."""
+    found = {id(layer): layer}
+    waiting = deque(_children(layer))
+    while waiting:
+        child = waiting.popleft()
+        if id(child) not in found:
+            found[id(child)] = child
+            waiting.extendleft(_children(child))  # backwards, as Keras does it
+    return list(found.values())
+
+
+def _children(layer: keras.Layer) -> list[keras.Layer]:
+    if hasattr(layer, "_layers"):
+        return layer._layers
+    return getattr(layer, "layers", [])  # models show them, other layers don't
 
 
 def direct_sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layers that the layer holds itself."""
-    return list(layer._layers)
+    return list(_children(layer))
 
 
 def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
@@ -272,7 +338,7 @@ def _tree_paths(
     paths = {id(layer): ""}
 
     def walk(parent: keras.Layer, prefix: str) -> None:
-        children = list(parent._layers)
+        children = list(_children(parent))
         for child, name in zip(children, names(parent, children), strict=True):
             if id(child) not in paths:
                 paths[id(child)] = prefix + name
@@ -307,16 +373,35 @@ def canonical_name(variable: keras.Variable) -> str:
 
 def copy_mask(source: Any, target: Any) -> None:
     """Copies the Keras mask, which says which timesteps count, from source to target."""
-    with contextlib.suppress(ImportError):
-        from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-
+    if get_keras_mask is not None and set_keras_mask is not None:
         set_keras_mask(target, get_keras_mask(source))
+
+
+@contextlib.contextmanager
+def without_remat(layer: keras.Layer) -> Iterator[None]:
+    """Lets a layer of a `RematScope` keep its activations: it is then called once only."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None:
+        yield
+        return
+    attributes: Any = vars(layer)
+    attributes["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        attributes["_remat_mode"] = mode
+
+
+def without_colors(message: str) -> str:
+    """A message of Keras without the codes that print it bold."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", message)
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators that the layer holds itself."""
     held = _attributes(layer, keras.random.SeedGenerator)
-    return _unique([*layer._seed_generators, *held.values()])
+    listed = getattr(layer, "_seed_generators", ())
+    return _unique([*listed, *held.values()])
 
 
 def optimizers(layer: keras.Layer) -> list[keras.optimizers.Optimizer]:
@@ -333,7 +418,9 @@ def optimizers(layer: keras.Layer) -> list[keras.optimizers.Optimizer]:
 
 def metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
     """The metrics of a model, compiled ones too, and of all layers in it."""
-    own = [metric for member in sublayers(layer) for metric in member._metrics]
+    own = [
+        metric for member in sublayers(layer) for metric in getattr(member, "_metrics", ())
+    ]
     return _unique([*layer.metrics, *own])
 
 
@@ -403,7 +490,7 @@ def _unique(objects: list[Any]) -> list[Any]:
 
 def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
     """What takes the layer's outputs where Keras knows the graph, else nothing."""
-    return [node.operation for node in layer._outbound_nodes]
+    return [node.operation for node in getattr(layer, "_outbound_nodes", ())]
 
 
 class BuildValue:
@@ -479,7 +566,7 @@ class _Rebuild:
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
         scope = _ReplayScope([])
-        pairs, created = _in_thread(self._build, scope)
+        pairs, created = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
         self.created = [counterparts.get(id(copy)) for copy in created]
         sources = {}
@@ -493,7 +580,7 @@ class _Rebuild:
     def assigned_values(self) -> dict[int, Any]:
         """By `id` of the variable, what `build` assigns if the weights are as now."""
         scope = _ReplayScope(self.created)
-        pairs, _ = _in_thread(self._build, scope)
+        pairs, _ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.get_assigned(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -504,7 +591,9 @@ class _Rebuild:
         created = list(get_global_attribute("uninitialized_variables") or ())
         pairs = []
         for one, other in _layer_pairs(self.original, copy, self.children):
-            made = [variable for variable in _own_variables(other) if variable._value is None]
+            made = [
+                variable for variable in _own_variables(other) if variable._value is None
+            ]
             pairs += _variable_pairs(_own_variables(one), made)
         return pairs, created
 
@@ -528,11 +617,6 @@ class _ReplayScope(keras.StatelessScope):
             if made is variable:
                 return None if original is None else original._value
         return None
-
-
-def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def _copy_from_config(original: keras.Layer) -> keras.Layer:
@@ -614,7 +698,7 @@ class _Replica:
 
 
 def _tracked_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
-    return dict(enumerate(layer._layers))
+    return dict(enumerate(_children(layer)))
 
 
 def _attribute_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
@@ -669,10 +753,12 @@ def optimizer_values(
         return [(variable, lambda: 0) for variable in state]
     try:
         scope = keras.StatelessScope(initialize_variables=False)
-        rebuilt = _in_thread(_rebuild_optimizer, original, scope)
+        rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
     except Exception:  # some make variables of values, which needs a real copy
         scope = None
-        rebuilt = _in_thread(_rebuild_optimizer, original, contextlib.nullcontext())
+        rebuilt = backends.outside_traces(
+            _rebuild_optimizer, original, contextlib.nullcontext()
+        )
     copies = _optimizer_state(rebuilt)
     if list(map(_signature, state)) != list(map(_signature, copies)):
         raise ValueError(f"a copy of {original.name} has other variables")

@@ -18,11 +18,19 @@ __all__ = [
     "kernel_activation",
     "kernel_fans",
     "register_fans",
+    "unit_axis",
+    "window_rank",
 ]
 
-Activation = Callable[[Any], Any]
+# A string stands for an activation that can't be called: Keras does not know it.
+Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
 _RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
@@ -122,7 +130,19 @@ def kernel_activation(
     """The activation of the layer itself behind this weight, or None."""
     if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
         return None  # what follows it is the pointwise kernel
-    return getattr(layer, "activation", None)
+    return _standardize_activation(getattr(layer, "activation", None))
+
+
+def _standardize_activation(activation: Any) -> Activation | None:
+    """A layer of the user may keep anything in its attribute `activation`."""
+    if isinstance(activation, keras.Layer):
+        return _layer_activation(activation) or type(activation).__name__
+    if activation is None or callable(activation):
+        return activation
+    try:
+        return keras.activations.get(activation)
+    except (ValueError, TypeError):
+        return str(activation)
 
 
 def following_activation(
@@ -148,12 +168,30 @@ def following_activation(
     return activations[0] if activations and agree else None
 
 
+def window_rank(layer: keras.Layer | None, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a kernel are the window of a convolution."""
+    window = getattr(layer, "kernel_size", None)
+    is_window = isinstance(window, tuple) and shape[:-2] == window
+    return len(shape) - 2 if is_window else 0
+
+
+def unit_axis(layer: keras.Layer | None) -> int:
+    """The axis of a kernel, counted from the end, along which units differ."""
+    return -2 if isinstance(layer, _TRANSPOSED) else -1
+
+
 def is_relu_like(activation: Activation | None) -> bool:
     """Whether Glorot's assumption, linear around zero, fails as it does for ReLU."""
     owner = getattr(activation, "__self__", None)
     if isinstance(owner, keras.layers.ReLU | keras.layers.LeakyReLU | keras.layers.ELU):
         return True
     return getattr(activation, "__name__", "") in _RELU_LIKE
+
+
+def is_normalization(layer: keras.Layer) -> bool:
+    """By the name: many packages have a `LayerNorm` or `RMSNorm` of their own."""
+    name = type(layer).__name__.lower()
+    return name.endswith(("norm", "normalization")) and name != "normalization"
 
 
 def _layer_activation(layer: Any) -> Activation | None:
@@ -166,6 +204,8 @@ def _layer_activation(layer: Any) -> Activation | None:
             return keras.activations.relu  # its slopes start at zero
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
+        case keras.layers.Softmax():
+            return keras.activations.softmax
     return None
 
 

@@ -1,30 +1,42 @@
 """`propagate`: how the signal and its gradient change from layer to layer."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
-from keras_glorot.recording import NOTHING, moments, record
-from keras_glorot.tables import Finding, Table
+from keras_glorot.gains import activation_growth
+from keras_glorot.layers import is_normalization
+from keras_glorot.progress import progress
+from keras_glorot.recording import LOOPS, Batch, Call, Moments, moments, record
+from keras_glorot.tables import Finding, Row, Table
 
 __all__ = ["propagate"]
 
 
 # The last ones are left out where there is no room.
 _COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
-            "saturated", "dead", "kernel_gradient_std", "mean", "layer")  # fmt: skip
+            "saturated", "dead", "between_examples", "kernel_gradient_std", "mean",
+            "layer")  # fmt: skip
 
 
 def propagate(
-    model: keras.Layer, x: Any, y: Any = None, loss: Any = None, seed: int = 0
+    model: keras.Layer,
+    x: Any,
+    y: Any = None,
+    loss: Any = None,
+    seed: int = 0,
+    *,
+    training: bool = True,
+    verbose: Literal["auto"] | bool = "auto",
 ) -> Table:
     """Shows how the signal and its gradient change from layer to layer.
 
-    The model is called once with `training=False` and differentiated once; its weights,
-    statistics, metrics and random states stay as they are. Differentiated is the mean of
-    `loss(y, model(x))`; without a loss, `sum(c * model(x))`, c random with unit variance.
+    The model is called once and differentiated once; its weights, statistics, metrics and
+    random states stay as they are. Differentiated is the mean of `loss(y, model(x))`;
+    without a loss, `sum(c * model(x))`, c random with unit variance. Dropout is off.
 
     Args:
         model: A built Keras model or layer.
@@ -32,22 +44,34 @@ def propagate(
         y: Targets for `loss`.
         loss: A Keras loss or its name, or a function of `(y, outputs)`.
         seed: Integer: which random c.
+        training: Whether BatchNormalization uses the statistics of the batch, as in
+            training, or its moving ones, as in `predict`.
+        verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
 
     Returns:
         A `Table` with a row for each call of a layer, in order of execution, and at last
         one for the model. What only hands on the result of a layer inside it has no row; a
-        recurrent layer has one for all steps. `mean`, `std` and `gradient_std` belong to
-        the output; `forward_gain` is the std of output over input, `backward_gain` that of
-        the gradient at the input over that at the output, each of the first tensor where
-        there are several; `kernel_gradient_std` is of the first kernel. `saturated` is the
-        fraction with slope |f'| < 0.1 (tanh, sigmoid, softsign), `dead` that of ReLU units
-        that are zero on the whole batch, where it holds ten positions. The findings tell
-        what vanishes, explodes, is saturated or dead.
+        recurrent layer has one for all steps. Keys of a row:
+
+        - `path`, `layer`, `shape`: the layer, its class, and the shape of its output.
+        - `mean`, `std`, `gradient_std`: of the first float tensor of the output.
+        - `between_examples`: the part of the output's variance that differs between the
+          examples; 0: they have become alike, 1: they have nothing in common.
+        - `input_std`: the std of the first float tensor of the input.
+        - `forward_gain`: `std / input_std`. `backward_gain`: the std of the gradient at
+          the input over that at the output.
+        - `kernel_gradient_std`: of the first kernel.
+        - `saturated`: the fraction with slope |f'| < 0.1 (tanh, sigmoid, softsign).
+        - `dead`: the fraction of ReLU units that are zero on the whole batch, where it
+          holds ten positions.
+
+        The findings tell what vanishes, explodes, is saturated or dead, where examples
+        become alike or unrelated, and where no scale of the kernels can change that.
 
     Raises:
-        ValueError: If the model is not built; `x` is empty, not finite or does not fit; or
-            no gradient reaches the layers.
-        TypeError: If `model` is not a Keras layer.
+        ValueError: If the model is not built; `x` is empty, not finite or does not fit; `y`
+            does not fit; or no gradient reaches the layers.
+        TypeError: If `model` is not a Keras layer, or `seed` not an integer.
 
     Example:
 
@@ -59,20 +83,14 @@ def propagate(
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4
     """
-    calls = record(model, x, y, loss, seed, moments)
-    if calls[-1]["input"] == NOTHING:
-        # Token ids have no std and no gradient: the model then starts at its first output.
-        calls[-1]["input"] = calls[0]["output"]
-    rows = []
-    for call in calls:
-        ((_, std_before), (_, gradient_before)) = call["input"]
-        ((mean, std), (_, gradient)) = call["output"]
-        gains = (_ratio(std, std_before), _ratio(gradient_before, gradient))
-        rows.append({"path": call["path"], "layer": call["layer"], "shape": call["shape"],
-                     "mean": mean, "std": std, "forward_gain": gains[0],
-                     "gradient_std": gradient, "backward_gain": gains[1],
-                     "kernel_gradient_std": call["kernel"][1][1],
-                     "saturated": call["saturated"], "dead": call["dead"]})  # fmt: skip
+    batch = Batch.check(x, y, loss, seed)
+
+    def summarize(layer: keras.Layer, values: np.ndarray) -> dict[str, Any]:
+        return _summarize(layer, values, batch.size)
+
+    with progress("propagate", verbose) as advance:
+        calls = record(model, batch, training, summarize, advance=advance)
+    rows = _rows(calls)
     inside = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None]
     if not any(row["gradient_std"] for row in inside or rows):
         raise ValueError(
@@ -80,66 +98,265 @@ def propagate(
             f"output, and the gradient there must not be zero. Received: model={model}"
         )
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
-    return Table("propagate", rows, _findings(rows), filled)
+    return Table("propagate", rows, _findings(calls, rows), filled)
+
+
+def _rows(calls: list[Call]) -> list[Row]:
+    if calls[-1].input.gradient is None:
+        # Token ids have no std and no gradient: the model then starts at its first output.
+        first = calls[0].output
+        value = Moments(first.value["mean"], first.value["std"]) if first.value else None
+        calls[-1] = calls[-1]._replace(input=first._replace(value=value))
+    return [_row(call) for call in calls]
+
+
+def _row(call: Call) -> Row:
+    output = call.output.value or dict.fromkeys(_STATISTICS)
+    gradient = _std(call.output.gradient)
+    return {
+        "path": call.path,
+        "layer": type(call.layer).__name__,
+        "shape": call.shape,
+        **output,
+        "input_std": _std(call.input.value),
+        "forward_gain": _ratio(output["std"], _std(call.input.value)),
+        "gradient_std": gradient,
+        "backward_gain": _ratio(_std(call.input.gradient), gradient),
+        "kernel_gradient_std": _std(call.kernel.gradient),
+    }
+
+
+def _std(summary: Moments | None) -> float | None:
+    return None if summary is None else summary.std
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-_REDRAW = (
-    "See audit(model) for kernels of a wrong scale; redraw them with initialize(model, "
-    "GlorotUniform(gain='auto')), or normalize in between."
-)
-_ADVICE = {
-    "not finite": "Look for weights that are not finite with audit(model).",
-    "saturated": "Draw its kernel with a smaller gain, or scale its input down to std 1.",
-    "dead": "Check its bias and the mean of its input, train with a smaller learning rate, "
-    "or use an activation that has a slope on both sides.",
+# A statistic of an output is a function of the layer, the values and their moments, and
+# the number of examples; it returns a number, or None where it says nothing.
+Statistic = Callable[[Any, np.ndarray, Moments, int], float | None]
+
+
+def _summarize(layer: keras.Layer, values: np.ndarray, examples: int) -> dict[str, Any]:
+    both = moments(values)
+    return {
+        name: statistic(layer, values, both, examples)
+        for name, statistic in _STATISTICS.items()
+    }
+
+
+def _between_examples(
+    layer: Any, values: np.ndarray, both: Moments, examples: int
+) -> float | None:
+    """The mean variance over the examples at one position, over that of all values."""
+    known = examples > 1 and values.shape[0] == examples and values.ndim > 1
+    if not known or not both.std > 0 or not math.isfinite(both.std):
+        return None
+    scaled = values / np.float32(both.std)
+    return min(1.0, float(scaled.var(axis=0, ddof=1).mean()))
+
+
+# |f'(z)| of what saturates, from y = f(z).
+_SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "tanh": lambda y: 1 - y * y,
+    "sigmoid": lambda y: y * (1 - y),
+    "softsign": lambda y: (1 - np.abs(y)) ** 2,
 }
 
 
-def _findings(rows: list[dict[str, Any]]) -> list[Finding]:
+def _saturated(
+    layer: Any, values: np.ndarray, both: Moments, examples: int
+) -> float | None:
+    slope = _SLOPES.get(_activation_name(layer))
+    if slope is None or isinstance(layer, LOOPS):
+        return None
+    return float((slope(values) < 0.1).mean())
+
+
+def _dead(layer: Any, values: np.ndarray, both: Moments, examples: int) -> float | None:
+    is_relu = _activation_name(layer) in ("relu", "relu6")
+    if not is_relu and not isinstance(layer, keras.layers.ReLU):
+        return None
+    first = getattr(layer, "data_format", None) == "channels_first"
+    units = values.reshape(values.shape[0], values.shape[1], -1) if first else values
+    units = np.moveaxis(units, 1, -1) if first else units
+    units = units.reshape(-1, units.shape[-1])
+    return float((units <= 0).all(axis=0).mean()) if len(units) >= 10 else None
+
+
+def _activation_name(layer: Any) -> str:
+    return getattr(getattr(layer, "activation", None), "__name__", "")
+
+
+_STATISTICS: dict[str, Statistic] = {
+    "mean": lambda layer, values, both, examples: both.mean,
+    "std": lambda layer, values, both, examples: both.std,
+    "between_examples": _between_examples,
+    "saturated": _saturated,
+    "dead": _dead,
+}
+
+_ADVICE = {
+    "not-finite": "Look for weights that are not finite with audit(model).",
+    "saturated": "Use a smaller gain for its kernel, or scale its input down to std 1.",
+    "dead": "Check its bias and the mean of its input, train with a smaller learning rate, "
+    "or use an activation that has a slope on both sides.",
+    "scale": "Scale the kernels with calibrate(model, x), or add normalization layers.",
+    "collapsed": "Use fewer layers, residual connections or normalization layers.",
+    "unstable-activation": "No scale of the kernels changes that: use fewer layers, "
+    "residual connections, normalization layers, or another activation, such as 'relu'.",
+    "residual-growth": "Scale the ends of the branches down with calibrate(model, x).",
+}
+
+
+def _findings(calls: list[Call], rows: list[Row]) -> list[Finding]:
     found = []
     for row in rows[:-1] or rows:
-        if not math.isfinite((row["std"] or 0) + (row["gradient_std"] or 0)):
-            message = "Its signal or gradient is not finite."
-            advice = _ADVICE["not finite"]
-            found.append(Finding("error", "not-finite", row["path"], message, advice))
-        for state in ("saturated", "dead"):
-            if (row[state] or 0) > 0.5:
-                message = f"{row[state]:.0%} of its units are {state}."
-                found.append(
-                    Finding("warning", state, row["path"], message, _ADVICE[state])
-                )
-    # The last kernel's layer is left out: its gains are those of its width and softmax.
-    hidden = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None][:-1]
-    found += _trend(hidden, "std", "signal")
-    return found + _trend(hidden[::-1], "gradient_std", "gradient")
+        found += _unit_findings(row)
+    for chain in _chains(calls):
+        if len(chain) >= 3:
+            hidden = [rows[i] for i in chain]
+            found += _trend(hidden, "std", "Signal")
+            found += _trend(hidden[::-1], "gradient_std", "Gradient")
+            found += _collapse(hidden)
+    return found + _residual_growth(calls[:-1], rows) + _instability(calls)
 
 
-def _trend(rows: list[dict[str, Any]], key: str, name: str) -> list[Finding]:
+def _unit_findings(row: Row) -> list[Finding]:
+    found = []
+    if not math.isfinite((row["std"] or 0) + (row["gradient_std"] or 0)):
+        message = "Its signal or gradient is not finite."
+        advice = _ADVICE["not-finite"]
+        found.append(Finding("error", "not-finite", row["path"], message, advice))
+    for state in ("saturated", "dead"):
+        if (row[state] or 0) > 0.5:
+            message = f"{row[state]:.0%} of its units are {state}."
+            found.append(Finding("warning", state, row["path"], message, _ADVICE[state]))
+    return found
+
+
+def _is_kernel(call: Call) -> bool:
+    """Whether the layer has a kernel that is no table to look up."""
+    return call.weight is not None and "embedding" not in call.weight.variable.name
+
+
+def _chains(calls: list[Call]) -> list[list[int]]:
+    """The hidden kernels along the paths of the graph: the longest first, each in one.
+
+    A path ends where others join it that come from another input of the model. The last
+    kernel of each path is left out: its gains are those of its width and softmax.
+    """
+    calls = calls[:-1]
+    depths: list[int] = []
+    sources: list[frozenset[int]] = []
+    leads_on: set[int] = set()  # to another kernel
+    for i, call in enumerate(calls):
+        parents = [parent for parent in call.parents if parent >= 0]
+        inputs = {parent for parent in call.parents if parent < 0}
+        own = inputs or ({-1 - len(calls) - i} if not parents else set())
+        sources.append(frozenset(own).union(*(sources[parent] for parent in parents)))
+        depths.append(_is_kernel(call) + max((depths[p] for p in parents), default=0))
+    for i in reversed(range(len(calls))):
+        if _is_kernel(calls[i]) or i in leads_on:
+            leads_on.update(calls[i].parents)
+    chains: list[list[int]] = []
+    left = set(range(len(calls)))
+    while left:
+        i = max(left, key=lambda i: (depths[i], i))
+        chain = []
+        start = i
+        while i in left and sources[i] == sources[start]:
+            left.remove(i)
+            chain.append(i)
+            parents = [parent for parent in calls[i].parents if parent >= 0]
+            i = max(parents, key=lambda parent: depths[parent], default=-1)
+        kernels = [i for i in chain[::-1] if _is_kernel(calls[i]) and i in leads_on]
+        chains.append(kernels)
+    return [chain for chain in chains if chain]
+
+
+def _trend(rows: list[Row], key: str, name: str) -> list[Finding]:
     """What becomes of a std along the layers, by a straight line through its logarithms.
 
     Through all of them: in branches, such as those of attention, one may differ widely.
     """
     stds = [row[key] for row in rows]
-    if len(rows) < 3 or not all(map(math.isfinite, stds)):
+    if not all(std is not None and math.isfinite(std) for std in stds):
         return []
     if not all(stds):
         path, change = rows[stds.index(0)]["path"], -math.inf
     else:
-        path, change = (
-            rows[-1]["path"],
-            float(np.polyfit(range(len(rows)), np.log(stds), 1)[0]),
-        )
+        path = rows[-1]["path"]
+        change = float(np.polyfit(range(len(rows)), np.log(stds), 1)[0])
     total = abs(change) * (len(rows) - 1)
     # A stride or a pooling changes something too: that much only where it goes on and on.
     if total < math.log(5) or (abs(change) < math.log(4 / 3) and total < math.log(1000)):
         return []
+    verb, code = ("vanishes", "vanishing") if change < 0 else ("explodes", "exploding")
     message = (
-        f"The {name} {'vanishes' if change < 0 else 'explodes'}: from {rows[0]['path']} on "
-        f"its std changes by a factor of {math.exp(change):.2g} per layer."
+        f"{name} {verb}: its std changes {math.exp(change):.2g}x per layer from "
+        f"{rows[0]['path']} to {path}."
     )
-    code = "vanishing" if change < 0 else "exploding"
-    return [Finding("warning", code, path, message, _REDRAW)]
+    return [Finding("warning", code, path, message, _ADVICE["scale"])]
+
+
+def _collapse(rows: list[Row]) -> list[Finding]:
+    """Examples that became alike on their way, while the signal as a whole may be level."""
+    shares = [row["between_examples"] for row in rows]
+    first, last = shares[0], shares[-1]
+    if first is None or last is None or last > 0.02 or first < 10 * last:
+        return []
+    message = (
+        f"Examples become alike: they make {first:.2g} of the variance at "
+        f"{rows[0]['path']}, {last:.2g} here."
+    )
+    advice = _ADVICE["collapsed"]
+    return [Finding("warning", "collapsed", rows[-1]["path"], message, advice)]
+
+
+def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
+    """What normalization layers see of a sum that each block adds to."""
+    stream = [
+        row
+        for call, row in zip(calls, rows, strict=False)
+        if is_normalization(call.layer) and row["input_std"] and len(row["shape"]) > 2
+    ]
+    if len(stream) < 8:
+        return []
+    first, last = stream[0], max(stream[1:], key=lambda row: row["input_std"])
+    growth = last["input_std"] / first["input_std"]
+    if not 3 < growth < math.inf or "Batch" in last["layer"]:
+        return []
+    message = (
+        f"The residual stream grows: the input of this normalization has {growth:.2g} "
+        f"times the std of that of {first['path']}."
+    )
+    advice = _ADVICE["residual-growth"]
+    return [Finding("info", "residual-growth", last["path"], message, advice)]
+
+
+def _instability(calls: list[Call]) -> list[Finding]:
+    """Where activations by themselves let small differences explode along plain layers."""
+    if any(is_normalization(call.layer) for call in calls):
+        return []
+    for chain in _chains(calls):
+        if any(len(calls[i].parents) > 1 for i in range(chain[0], chain[-1])):
+            continue  # sums and products have laws of their own
+        growths = [_growth(calls[i]) for i in chain]
+        total, worst = math.prod(growths), max(growths)
+        if total > 10:
+            message = (
+                f"Its activation lets a deviation grow {worst:.3g}x per layer (chi) even "
+                f"where the signal is level: {total:.2g}x from "
+                f"{calls[chain[0]].path} to here."
+            )
+            path, advice = calls[chain[-1]].path, _ADVICE["unstable-activation"]
+            return [Finding("warning", "unstable-activation", path, message, advice)]
+    return []
+
+
+def _growth(call: Call) -> float:
+    activation = call.weight and call.weight.activation
+    return activation_growth(activation) if activation else 1.0

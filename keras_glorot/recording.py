@@ -1,282 +1,600 @@
-"""What passes through the layers of a model, forward and back, in numbers, on any backend.
+"""What passes through the layers of a model, forward and back, as named records.
 
-For one pass each layer's `call` is replaced by one that sends the layer's input and output
-through an identity whose gradient is a statistic: what autodiff returns as the gradient of
-the identity's second argument, the probe, is mean and std of the gradient that came by.
-Nothing is kept but a few numbers per tensor, and almost all is the same on every backend.
+For one pass each layer's `call` is replaced by one that taps the tensors on their way: a
+tap hands a tensor on unchanged and summarizes it, and later its gradient, by a NumPy
+function. Eager backends summarize at once and keep a few numbers; JAX compiles one program
+that returns the tensors, so that it compiles little more than autodiff's own program.
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import numbers
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 
-from keras_glorot.keras_bridge import copy_mask, sublayers
+from keras_glorot import keras_bridge
+from keras_glorot.keras_bridge import sublayers
+from keras_glorot.progress import Advance
 from keras_glorot.sampling import TRUNCATED_STD, draw
-from keras_glorot.variables import describe
+from keras_glorot.variables import Weight, describe, unique_paths
 
-__all__ = ["NOTHING", "moments", "record"]
+__all__ = ["NO_TENSOR", "Batch", "Call", "Moments", "Signal", "moments", "record"]
 
 ops: Any = keras.ops  # Keras declares that many of these may return None
 tree: Any = keras.tree
 
+Tensor = Any
+Summary = Callable[[np.ndarray], Any]
+
 # These call the layer inside them in a loop, which backends trace: it can't be looked into.
-_LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
-# |f'(z)| of what saturates, from y = f(z).
-_SLOPES: dict[str, Callable[[Any], Any]] = {
-    "tanh": lambda y: 1 - y * y,
-    "sigmoid": lambda y: y * (1 - y),
-    "softsign": lambda y: (1 - ops.abs(y)) ** 2,
-}
-NOTHING = ((None, None), (None, None))  # for what has no float tensor
+LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
+# Layers are shared by threads, and the replaced `call` of one by two recordings.
+_lock = threading.RLock()
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of the values of a tensor."""
+
+    mean: float
+    std: float
+
+
+class Signal(NamedTuple):
+    """What was seen of one tensor: a summary of its values and of its gradient."""
+
+    value: Any
+    gradient: Any
+
+
+NO_TENSOR = Signal(None, None)  # where there is no float tensor
+
+
+class Call(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        path: The layer's path from the model down, with a number from its second call on.
+        layer: The layer.
+        shape: The shape of its first output.
+        input, output: The first float tensor of each.
+        kernel: The gradient of the layer's first weight with fans.
+        weight: That weight.
+        parents: Positions of the calls that its inputs come from; below zero are the
+            inputs of the model.
+    """
+
+    path: str
+    layer: keras.Layer
+    shape: tuple[int, ...]
+    input: Signal
+    output: Signal
+    kernel: Signal
+    weight: Weight | None
+    parents: tuple[int, ...]
+
+
+class Tap(Protocol):
+    """Hands a tensor on; its summaries are in the result at the position returned."""
+
+    def __call__(
+        self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary
+    ) -> tuple[Tensor, int]: ...
+
+
+def moments(values: np.ndarray) -> Moments:
+    """Mean and std, scaled so that squares neither vanish nor overflow."""
+    values = np.asarray(values, np.float32)
+    scale = float(np.abs(values).max(initial=0.0)) or 1.0
+    if not math.isfinite(scale):
+        return Moments(math.nan, math.nan)
+    scaled = values / np.float32(scale)
+    return Moments(float(scaled.mean()) * scale, float(scaled.std()) * scale)
+
+
+class Batch(NamedTuple):
+    """A checked batch, with what is differentiated on it."""
+
+    x: Any
+    y: Any
+    loss: Any
+    seed: int
+
+    @classmethod
+    def check(cls, x: Any, y: Any = None, loss: Any = None, seed: int = 0) -> "Batch":
+        """The batch as tensors, or an error that says what is wrong."""
+        if (y is None) != (loss is None):
+            raise ValueError(
+                "Arguments `y` and `loss` must be given together or not at all. "
+                f"Received: loss={loss}, y={y}"
+            )
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise TypeError(
+                f"Argument `seed` must be an integer. Received: seed={seed} "
+                f"(of type {type(seed)})"
+            )
+        shapes = [tuple(getattr(array, "shape", ())) for array in tree.flatten(x)]
+        # One of several inputs may be empty, such as a prompt without points.
+        if not all(shape and shape[0] for shape in shapes) or not any(
+            map(math.prod, shapes)
+        ):
+            raise ValueError(
+                "Argument `x` must be a batch of at least one example: an array or a "
+                f"structure of arrays. Received: x of type {type(x)} with shapes "
+                f"{shapes[:4]}"
+            )
+        x = tree.map_structure(ops.convert_to_tensor, x)
+        if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
+            raise ValueError(f"Argument `x` must be finite. Received: x={x}")
+        loss = None if loss is None else keras.losses.get(loss)
+        return cls(x, y, loss, int(seed))
+
+    @property
+    def size(self) -> int:
+        """How many examples it holds."""
+        return tree.flatten(self.x)[0].shape[0]
+
+    def call(self, model: keras.Layer, x: Any) -> Any:
+        try:
+            return model(x, training=False)
+        except Exception as error:
+            shapes = [tuple(tensor.shape) for tensor in tree.flatten(x)]
+            raise ValueError(
+                "Argument `x` must be a batch that the model can be called on. "
+                f"Received: x of shape {str(shapes)[1:-1]}. Calling the model failed: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def objective(self, outputs: Any) -> Tensor:
+        """The mean loss or, without one, the sum of `c * outputs` with a random c."""
+        if self.loss is not None:
+            return self._mean_loss(outputs)
+        floats = [tensor for tensor in tree.flatten(outputs) if is_float(tensor)]
+        if not floats:
+            raise ValueError("Argument `model` must return floats, which have a gradient.")
+        total, std = 0.0, 1 / TRUNCATED_STD
+        for i, tensor in enumerate(floats):
+            seed = (self.seed, i)
+            c = draw("truncated_normal", tuple(tensor.shape), std, "float32", seed)
+            total += ops.sum(ops.cast(tensor, "float32") * ops.convert_to_tensor(c))
+        return total
+
+    def _mean_loss(self, outputs: Any) -> Tensor:
+        try:
+            y = tree.map_structure(ops.convert_to_tensor, self.y)
+            return ops.mean(self.loss(y, outputs))
+        except Exception as error:
+            shapes = [tuple(getattr(part, "shape", ())) for part in tree.flatten(self.y)]
+            wanted = [tuple(tensor.shape) for tensor in tree.flatten(outputs)]
+            raise ValueError(
+                "Argument `y` must be targets that `loss` can compare with the outputs of "
+                f"the model, which have shape {str(wanted)[1:-1]}. Received: y of shape "
+                f"{str(shapes)[1:-1]}, loss={self.loss}. Calling the loss failed: "
+                f"{_first_line(error)}"
+            ) from error
 
 
 def record(
-    model: Any, x: Any, y: Any, loss: Any, seed: int, statistic: Callable[[Any], Any]
-) -> list[dict[str, Any]]:
-    """The calls; of their tensors, `statistic` and that of the gradient in a pair."""
-    differentiate = _DIFFERENTIATE.get(keras.backend.backend())
-    if differentiate is None:
-        raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
-    layers, kernels = _audible(model)
-    x, y = _checked(x, y, loss)
-    variables, listeners = model.variables, []
+    model: keras.Layer,
+    batch: Batch,
+    training: bool = True,
+    of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
+    of_tensor: Summary = moments,
+    advance: Advance = lambda fraction, text: None,
+) -> list[Call]:
+    """Calls the model once and differentiates it once.
 
-    def run(new_probe: Callable, values: list[Any], x: Any) -> tuple[Any, tuple[Any, Any]]:
-        """What to differentiate, and what was seen. JAX runs it on symbols, and twice."""
-        listeners.append(listener := _Listener(statistic, new_probe))
-        state = dict(zip(map(id, variables), values, strict=True))
-        for layer, kernel in kernels.items():
-            state[kernel], listener.kernels[layer] = listener.tap(state[kernel])
+    Args:
+        model: A built model or layer.
+        batch: What to call it on.
+        training: Whether BatchNormalization uses the statistics of the batch.
+        of_output: Summarizes the output of a layer. Defaults to `of_tensor`.
+        of_tensor: Summarizes inputs and gradients.
+        advance: Is told of progress.
+
+    Returns:
+        The calls in order of execution; the last one is the model's.
+    """
+    weights = describe(model)  # checks the model
+    listener = _Listener(model, weights, of_output, of_tensor, advance)
+
+    def run(tap: Tap, values: list[Tensor], x: Any) -> tuple[Tensor, list[Tensor]]:
+        listener.start(tap)
+        state = dict(zip(map(id, model.variables), values, strict=True))
+        for layer, weight in listener.kernels.items():
+            key = id(weight.variable)
+            state[key], position = tap(state[key], None, of_tensor)
+            listener.kernel_positions[layer] = position
         # What the model would change, such as a random state, stays in the scope.
-        scope = keras.StatelessScope(zip(variables, state.values(), strict=True))
-        with scope, contextlib.ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(listener.listen(layer, layer is model))
-            outputs = _call(model, x)
-        return _target(outputs, y, loss, seed), (listener.seen, listener.fractions)
+        scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
+        with scope, intercept(model, listener.wrappers(), training):
+            outputs = batch.call(model, x)
+        advance(0.5, "gradients")
+        return batch.objective(outputs), []
 
-    (seen, fractions), gradients = differentiate(run, [v.value for v in variables], x)
-    pairs = dict(enumerate(zip(_to_lists(seen), _to_lists(gradients), strict=True)))
-    for call, fraction in zip(listeners[-1].calls, _to_lists(fractions), strict=True):
-        call |= {
-            key: pairs.get(call[key], NOTHING) for key in ("input", "output", "kernel")
-        }
-        call |= {"saturated": None, "dead": None} | fraction
-    return listeners[-1].calls
+    values = [variable.value for variable in model.variables]
+    signals, _ = differentiator(run)(values, batch.x)
+    return listener.finish(signals)
 
 
-def moments(tensor: Any) -> Any:
-    """Mean and std, in float32."""
-    values = ops.cast(tensor, "float32")
-    # Scaled, so that squares neither vanish nor overflow.
-    scale = ops.max(ops.abs(values))
-    scale = ops.where(scale > 0, scale, ops.ones_like(scale))
-    values = values / scale
-    return ops.stack([ops.mean(values) * scale, ops.std(values) * scale])
+class _Note(NamedTuple):
+    """A call before its summaries are there: positions in place of signals."""
+
+    layer: keras.Layer
+    shape: tuple[int, ...]
+    input: int | None
+    output: int | None
+    parents: tuple[int, ...]
 
 
 class _Listener:
-    """Takes a statistic of tensors on their way, and notes the calls of layers."""
+    """Taps what goes into and out of layers, and notes their calls."""
 
-    def __init__(self, statistic: Callable[[Any], Any], new_probe: Callable[[int], Any]):
-        @ops.custom_gradient
-        def identity(tensor, probe):
-            def gradient(*args, upstream=None):  # a keyword in torch alone
-                upstream = args[0] if upstream is None else upstream
-                return upstream, statistic(upstream)
+    def __init__(
+        self,
+        model: keras.Layer,
+        weights: list[Weight],
+        of_output: Callable[[keras.Layer, np.ndarray], Any] | None,
+        of_tensor: Summary,
+        advance: Advance,
+    ):
+        self.model, self.advance = model, advance
+        self.of_output, self.of_tensor = of_output, of_tensor
+        self.loops = loops_around(model)
+        self.kernels: dict[int, Weight] = {}
+        for weight in weights:
+            owner = weight.owner
+            if weight.fans and owner is not None and "float" in weight.variable.dtype:
+                self.kernels.setdefault(id(self.loops.get(id(owner), owner)), weight)
+        self.kernel_positions: dict[int, int] = {}
 
-            return tensor, gradient
+    def start(self, tap: Tap) -> None:
+        """Forgets the run before: JAX runs twice, first for shapes."""
+        self.tap_tensor = tap
+        self.notes: list[_Note] = []
+        # Which call made a tensor. Tensors are compared by `id`, so these must be alive.
+        self.origins: dict[int, int] = {}
+        self.alive = weakref.WeakValueDictionary()
 
-        self.identity, self.statistic, self.new_probe = identity, statistic, new_probe
-        self.seen, self.fractions, self.calls = [], [], []
-        self.kernels: dict[int, int | None] = {}
-        self.names: list[str] = []  # of the calls that have not returned
-        self.latest: list[Any] = []  # what the call before returned
+    def wrappers(self) -> dict[int, Callable]:
+        """What replaces the `call` of each layer that can be listened to."""
+        layers = [
+            layer
+            for layer in sublayers(self.model)
+            if self.loops.get(id(layer), layer) is layer
+        ]
+        self.expected_calls = len(layers)
+        return {id(layer): self._wrapper(layer) for layer in layers}
 
-    def tap(self, structure: Any) -> tuple[Any, int | None]:
-        """Sends the first float tensor through the identity; says where in `seen` it is."""
+    def _wrapper(self, layer: keras.Layer) -> Callable:
+        always = layer is self.model or isinstance(layer, LOOPS)
+        always |= len(sublayers(layer)) == 1
+
+        def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
+            before = len(self.notes)
+            self.advance(0.5 * min(1.0, before / self.expected_calls), layer.name)
+            if layer is self.model and not before:
+                self._remember_inputs((args, kwargs))
+            parents = self._origins_of((args, kwargs))
+            (args, kwargs), input_position = self._tap_first((args, kwargs), self.of_tensor)
+            outputs = call(*args, **kwargs)
+            inside = len(self.notes) > before
+            if inside and not always and self._is_handed_on(outputs):
+                return outputs
+            of_output = self.of_output and functools.partial(self.of_output, layer)
+            outputs, position = self._tap_first(outputs, of_output or self.of_tensor)
+            shape = tuple(tree.flatten(outputs)[0].shape)
+            parents = (len(self.notes) - 1,) if inside else parents
+            for tensor in filter(ops.is_tensor, tree.flatten(outputs)):
+                self._remember(tensor, len(self.notes))
+            self.notes.append(_Note(layer, shape, input_position, position, parents))
+            return outputs
+
+        return listening_call
+
+    def _is_handed_on(self, outputs: Any) -> bool:
+        """Whether a layer returns just what the call before it, inside it, returned."""
+        latest = len(self.notes) - 1
+        tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
+        return all(self._origin(tensor) == latest for tensor in tensors)
+
+    def _tap_first(self, structure: Any, of_value: Summary) -> tuple[Any, int | None]:
+        """Taps the first float tensor that is not empty, and says where its signal is."""
         tensors = tree.flatten(structure)
-        first = next(filter(_is_float, tensors), None)
+        first = next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
         if first is None:
             return structure, None
-        self.seen.append(self.statistic(ops.stop_gradient(first)))
-        tapped = self.identity(first, self.new_probe(self.seen[-1].shape[0]))
-        copy_mask(first, tapped)
+        tapped, position = self.tap_tensor(first, of_value, self.of_tensor)
+        keras_bridge.copy_mask(first, tapped)
+        origin = self._origin(first)
+        if origin is not None:
+            self._remember(tapped, origin)
         tensors = [tapped if tensor is first else tensor for tensor in tensors]
-        return tree.pack_sequence_as(structure, tensors), len(self.seen) - 1
+        return tree.pack_sequence_as(structure, tensors), position
 
-    @contextlib.contextmanager
-    def listen(self, layer: keras.Layer, always: bool) -> Iterator[None]:
-        """Replaces the `call` of this one object; its class stays as it is."""
-        name = "quantized_call" if layer.quantization_mode else "call"
-        call = getattr(layer, name)
-        attributes: Any = vars(layer)
-        before = {name: attributes[name]} if name in attributes else {}
-        always |= isinstance(layer, _LOOPS) or len(sublayers(layer)) == 1
+    def _remember_inputs(self, structure: Any) -> None:
+        for i, tensor in enumerate(filter(ops.is_tensor, tree.flatten(structure))):
+            self._remember(tensor, -1 - i)
 
-        def listening_call(*args: Any, **kwargs: Any) -> Any:
-            (args, kwargs), inputs = self.tap((args, kwargs))
-            self.names.append(layer.name)
-            outputs = call(*args, **kwargs)
-            path = "/".join(self.names[1:]) or layer.name
-            self.names.pop()
-            handed_on = {id(tensor) for tensor in self.latest}
-            if not always and handed_on.issuperset(map(id, tree.flatten(outputs))):
-                return outputs
-            outputs, output = self.tap(outputs)
-            self.latest = tree.flatten(outputs)
-            self.fractions.append(_fraction(layer, self.latest[0]))
-            count = 1 + sum(path == call["path"].split(" (")[0] for call in self.calls)
-            path += f" ({count})" if count > 1 else ""
-            self.calls.append(
-                {
-                    "path": path,
-                    "layer": type(layer).__name__,
-                    "shape": tuple(self.latest[0].shape),
-                    "input": inputs,
-                    "output": output,
-                    "kernel": self.kernels.get(id(layer)),
-                }
+    def _remember(self, tensor: Tensor, origin: int) -> None:
+        self.origins[id(tensor)] = origin
+        self.alive[id(tensor)] = tensor
+
+    def _origin(self, tensor: Tensor) -> int | None:
+        known = self.alive.get(id(tensor)) is tensor
+        return self.origins[id(tensor)] if known else None
+
+    def _origins_of(self, structure: Any) -> tuple[int, ...]:
+        """The calls that tensors come from: the latest where a tensor is not known.
+
+        That is right for what a layer computes between the layers inside it.
+        """
+        tensors = filter(ops.is_tensor, tree.flatten(structure))
+        origins = {self._origin(tensor) for tensor in tensors}
+        known = sorted(origin for origin in origins if origin is not None)
+        if known or not origins or not self.notes:
+            return tuple(known)
+        return (len(self.notes) - 1,)
+
+    def finish(self, signals: list[Signal]) -> list[Call]:
+        paths = keras_bridge.sublayer_paths(self.model)
+
+        def signal(position: int | None) -> Signal:
+            return NO_TENSOR if position is None else signals[position]
+
+        return [
+            Call(
+                path,
+                note.layer,
+                note.shape,
+                signal(note.input),
+                signal(note.output),
+                signal(self.kernel_positions.get(id(note.layer))),
+                self.kernels.get(id(note.layer)),
+                note.parents,
             )
-            return outputs  # fmt: skip
-
-        attributes[name] = listening_call
-        try:
-            yield
-        finally:
-            del attributes[name]
-            attributes.update(before)
+            for note, path in zip(
+                self.notes,
+                unique_paths(paths[id(note.layer)] for note in self.notes),
+                strict=True,
+            )
+        ]
 
 
-def _tensorflow(run, values, x):
-    import tensorflow as tf
+@contextlib.contextmanager
+def intercept(
+    model: keras.Layer, wrappers: dict[int, Callable], training: bool
+) -> Iterator[None]:
+    """Replaces the `call` of layers, in this thread, by `wrapper(call, *args, **kwargs)`.
 
-    probes = []
-    with tf.GradientTape() as tape:
-
-        def new_probe(size):
-            probes.append(tf.zeros(size))
-            tape.watch(probes[-1])
-            return probes[-1]
-
-        target, seen = run(new_probe, values, x)
-    zero = tf.UnconnectedGradients.ZERO
-    return seen, tape.gradient(target, probes, unconnected_gradients=zero)
-
-
-def _jax(run, values, x):
-    import jax
-
-    def target(probes, values, x):
-        left = iter(probes)
-        return run(lambda size: next(left), values, x)
-
-    sizes = []  # the probes have to be there before
-    jax.eval_shape(lambda: run(lambda n: sizes.append(n) or np.zeros(n, "f"), values, x))
-    # Compiled for this one run, and not eagerly one operation after another: most of the
-    # time goes there.
-    once = {"xla_backend_optimization_level": 0}
-    gradient = jax.jit(jax.grad(target, has_aux=True), compiler_options=once)
-    return gradient([np.zeros(size, "f") for size in sizes], values, x)[::-1]
+    By `id` of each layer; classes stay as they are. Other threads may use the model
+    meanwhile. With `training`, BatchNormalization uses the statistics of the batch.
+    """
+    thread = threading.get_ident()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock)
+        for layer in sublayers(model):
+            stack.enter_context(keras_bridge.without_remat(layer))
+            wrapper = wrappers.get(id(layer))
+            if training and isinstance(layer, keras.layers.BatchNormalization):
+                stack.enter_context(_replaced_call(layer, _call_in_training, thread))
+            if wrapper is not None:
+                stack.enter_context(_replaced_call(layer, wrapper, thread))
+        yield
 
 
-def _torch(run, values, x):
-    import torch
+@contextlib.contextmanager
+def _replaced_call(layer: Any, wrapper: Callable, thread: int) -> Iterator[None]:
+    name = "quantized_call" if layer.quantization_mode else "call"
+    call = getattr(layer, name)
 
-    probes = []
+    def replaced_call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(*args, **kwargs)
+        return wrapper(call, *args, **kwargs)
 
-    def new_probe(size):
-        probes.append(ops.zeros(size).requires_grad_())
-        return probes[-1]
-
-    with torch.enable_grad():
-        target, seen = run(new_probe, values, x)
-        return seen, torch.autograd.grad(target, probes, materialize_grads=True)
-
-
-_DIFFERENTIATE = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+    with replaced_attribute(layer, name, replaced_call):
+        yield
 
 
-def _audible(model: keras.Layer) -> tuple[list[keras.Layer], dict[int, int]]:
-    """Layers that can be listened to; by `id` of each, the `id` of its first kernel."""
-    weights = describe(model)  # checks the model
+@contextlib.contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of this one object, past Keras's tracking."""
+    attributes: Any = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
+
+
+def _call_in_training(call: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("training", None)
+    return call(inputs, True, *args[1:], **kwargs)
+
+
+def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
+    """By `id` of each layer in a loop (and of the loop itself), the outermost such loop."""
     loops: dict[int, keras.Layer] = {}
     for layer in sublayers(model):
-        if isinstance(layer, _LOOPS):
+        if isinstance(layer, LOOPS):
             loops = {id(inner): layer for inner in sublayers(layer)} | loops
-    kernels: dict[int, int] = {}
-    for weight in weights:
-        owner, variable = weight.owner, weight.variable
-        if weight.fans and owner is not None and "float" in variable.dtype:
-            kernels.setdefault(id(loops.get(id(owner), owner)), id(variable))
-    return [each for each in sublayers(model) if loops.get(id(each), each) is each], kernels
+    return loops
 
 
-def _checked(x: Any, y: Any, loss: Any) -> tuple[Any, Any]:
-    """x and y as tensors, if all is as it must be."""
-    if (y is None) != (loss is None):
-        raise ValueError(
-            "Arguments `y` and `loss` must be given together or not at all. "
-            f"Received: loss={loss}, y={y}"
-        )
-    shapes = [tuple(getattr(array, "shape", ())) for array in tree.flatten(x)]
-    if not all(map(math.prod, shapes)) or () in shapes:
-        raise ValueError(
-            "Argument `x` must be a batch of at least one example: an array or a structure "
-            f"of arrays. Received: x of type {type(x)} with shapes {shapes[:4]}"
-        )
-    x = tree.map_structure(ops.convert_to_tensor, x)
-    if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if _is_float(t)):
-        raise ValueError(f"Argument `x` must be finite. Received: x={x}")
-    return x, None if y is None else tree.map_structure(ops.convert_to_tensor, y)
-
-
-def _call(model: keras.Layer, x: Any) -> Any:
-    try:
-        return model(x, training=False)
-    except Exception as error:
-        shapes = [tuple(tensor.shape) for tensor in tree.flatten(x)]
-        raise ValueError(
-            "Argument `x` must be a batch that the model can be called on. "
-            f"Received: x of shape {str(shapes)[1:-1]}. The model says: {error}"
-        ) from error
-
-
-def _target(outputs: Any, y: Any, loss: Any, seed: int) -> Any:
-    if loss is not None:
-        function: Any = keras.losses.get(loss)
-        return ops.mean(function(y, outputs))
-    floats = [tensor for tensor in tree.flatten(outputs) if _is_float(tensor)]
-    if not floats:
-        raise ValueError("Argument `model` must return floats, which have a gradient.")
-    total, std = 0.0, 1 / TRUNCATED_STD
-    for i, tensor in enumerate(floats):
-        c = draw("truncated_normal", tuple(tensor.shape), std, "float32", (seed, i))
-        total += ops.sum(ops.cast(tensor, "float32") * ops.convert_to_tensor(c))
-    return total
-
-
-def _fraction(layer: keras.Layer, y: Any) -> dict[str, Any]:
-    """What fraction is saturated, or dead, where the activation is such that it can be."""
-    name = getattr(getattr(layer, "activation", None), "__name__", "")
-    if name in _SLOPES and not isinstance(layer, _LOOPS):
-        return {"saturated": ops.mean(ops.cast(_SLOPES[name](y) < 0.1, "float32"))}
-    if name in ("relu", "relu6") or isinstance(layer, keras.layers.ReLU):
-        units = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
-        others = [axis for axis in range(y.ndim) if axis != units % y.ndim]
-        if math.prod(y.shape[axis] for axis in others) >= 10:
-            silent = ops.all(y <= 0, axis=others)
-            return {"dead": ops.mean(ops.cast(silent, "float32"))}
-    return {}
-
-
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
     return ops.is_tensor(value) and "float" in keras.backend.standardize_dtype(value.dtype)
 
 
-def _to_lists(tensors: Any) -> list:
-    return tree.map_structure(lambda t: ops.convert_to_numpy(t).tolist(), list(tensors))
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return keras_bridge.without_colors(lines[0]) if lines else type(error).__name__
+
+
+# One entry per backend: from `run(tap, *arguments) -> (objective, extras)` to a function of
+# the arguments that returns the signals of all taps, and the extras as arrays.
+Run = Callable[..., tuple[Tensor, list[Tensor]]]
+Differentiator = Callable[..., tuple[list[Signal], list[np.ndarray]]]
+
+
+def differentiator(run: Run) -> Differentiator:
+    """What runs and differentiates `run`; on JAX compiled once for all calls."""
+    build = _DIFFERENTIATORS.get(keras.backend.backend())
+    if build is None:
+        raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
+    return build(run)
+
+
+class _EagerSignals:
+    """Summarizes values as they come, and gradients as they come back."""
+
+    def __init__(self) -> None:
+        self.taps: list[tuple[Any, tuple[int, ...], Summary]] = []
+        self.gradients: dict[int, Any] = {}
+
+    def see(self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary) -> int:
+        value = of_value and of_value(to_numpy(tensor))
+        self.taps.append((value, tuple(tensor.shape), of_gradient))
+        return len(self.taps) - 1
+
+    def see_gradient(self, position: int, gradient: Tensor) -> None:
+        of_gradient = self.taps[position][2]
+        self.gradients[position] = of_gradient(to_numpy(gradient))
+
+    def signals(self) -> list[Signal]:
+        for position, (_, shape, of_gradient) in enumerate(self.taps):
+            if position not in self.gradients:  # the objective does not depend on it
+                self.gradients[position] = of_gradient(np.zeros(shape, np.float32))
+        return [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
+
+
+def _tensorflow(run: Run) -> Differentiator:
+    import tensorflow as tf
+
+    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
+        seen = _EagerSignals()
+
+        def tap(tensor, of_value, of_gradient):
+            position = seen.see(tensor, of_value, of_gradient)
+
+            @tf.custom_gradient
+            def identity(tensor):
+                def gradient(upstream):
+                    seen.see_gradient(position, tf.convert_to_tensor(upstream))
+                    return upstream
+
+                return tf.identity(tensor), gradient
+
+            return identity(tensor), position
+
+        sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
+        sources = list(map(tf.convert_to_tensor, sources))
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            flat = iter(sources)
+            watched = tree.map_structure(
+                lambda argument: next(flat) if is_float(argument) else argument, arguments
+            )
+            objective, extras = run(tap, *watched)
+        tape.gradient(objective, sources)
+        return seen.signals(), list(map(to_numpy, extras))
+
+    return differentiate
+
+
+def _torch(run: Run) -> Differentiator:
+    import torch
+
+    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
+        seen, leaves = _EagerSignals(), []
+
+        def tap(tensor, of_value, of_gradient):
+            position = seen.see(tensor.detach(), of_value, of_gradient)
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_()
+                leaves.append(tensor)
+            tapped = tensor.clone()  # the layer may work in place
+            tapped.register_hook(lambda gradient: seen.see_gradient(position, gradient))
+            return tapped, position
+
+        def detach(argument: Any) -> Any:
+            return argument.detach() if is_float(argument) else argument
+
+        with torch.enable_grad():
+            objective, extras = run(tap, *tree.map_structure(detach, arguments))
+            if objective.requires_grad:
+                torch.autograd.grad(objective, leaves, allow_unused=True)
+        return seen.signals(), list(map(to_numpy, extras))
+
+    return differentiate
+
+
+def _jax(run: Run) -> Differentiator:
+    import jax
+
+    taps: list[tuple[Summary | None, Summary]] = []
+
+    def objective(probes: Sequence[Any], *arguments: Any) -> Any:
+        """What a probe is added to has the gradient of the probe."""
+        left, values = iter(probes), []
+        taps.clear()
+
+        def tap(tensor, of_value, of_gradient):
+            taps.append((of_value, of_gradient))
+            values.append(tensor if of_value else None)
+            return tensor + next(left), len(taps) - 1
+
+        target, extras = run(tap, *arguments)
+        return target, (values, extras)
+
+    def shapes_of_taps(*arguments: Any) -> list[Any]:
+        shapes = []
+
+        def tap(tensor, of_value, of_gradient):
+            shapes.append((tensor.shape, tensor.dtype))
+            return tensor + 0, len(shapes) - 1
+
+        jax.eval_shape(lambda *arguments: run(tap, *arguments)[0], *arguments)
+        return shapes
+
+    def program(*arguments: Any) -> Any:
+        probes = [jax.numpy.zeros(*shape) for shape in shapes_of_taps(*arguments)]
+        return jax.grad(objective, has_aux=True)(probes, *arguments)
+
+    # It runs a few times at most: most of the time goes into compiling it.
+    compiled = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
+
+    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
+        gradients, (values, extras) = compiled(*arguments)
+        signals = []
+        while gradients:  # frees each as it goes
+            of_value, of_gradient = taps[len(signals)]
+            value, gradient = values.pop(0), gradients.pop(0)
+            signals.append(
+                Signal(
+                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
+                )
+            )
+        return signals, list(map(to_numpy, extras))
+
+    return differentiate
+
+
+_DIFFERENTIATORS: dict[str, Callable[[Run], Differentiator]] = {
+    "tensorflow": _tensorflow,
+    "jax": _jax,
+    "torch": _torch,
+}
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The values as float32, or as they are if they are doubles."""
+    values = np.asarray(ops.convert_to_numpy(tensor))
+    return values if values.dtype == np.float64 else values.astype(np.float32, copy=False)

@@ -97,6 +97,8 @@ def optimizer_state(optimizer):
 @pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize("kind", all_optimizers(), ids=lambda kind: kind.__name__)
 def test_every_optimizer_of_keras_is_as_new(kind, wrapped):
+    if (kind.__name__, BACKEND) == ("Muon", "tensorflow") and keras.__version__ < "3.11":
+        pytest.skip("Keras 3.10's Muon can't train on TensorFlow")
     optimizer = WRAPPED[wrapped](kind)
     model = small()
     model.compile(optimizer, "mse", run_eagerly=True)
@@ -171,7 +173,7 @@ def test_an_optimizer_that_can_not_be_reset_is_a_finding_and_a_warning():
     model = small()
     model.compile(Stubborn(0.1, momentum=0.9), "mse")
     model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
-    with pytest.warns(UserWarning, match=r"did not reset .*no config"):
+    with pytest.warns(UserWarning, match=r"did not reset .*: .*no config"):
         (finding,) = initialize(model).findings
     assert (finding.severity, finding.code) == ("warning", "optimizer")
 

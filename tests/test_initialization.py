@@ -387,7 +387,7 @@ def test_what_can_not_be_reset_is_left_and_listed():
         [keras.Input((4,)), normalization, Stubborn(4), layers.Dense(2)]
     )
     model.layers[1].w.assign(np.full((4, 4), 3.0))
-    with pytest.warns(UserWarning, match="did not reset stubborn.*/w"):
+    with pytest.warns(UserWarning, match="did not reset stubborn/w"):
         table = initialize(model, seed=0)
     left = {finding.path.split("/")[-1]: finding for finding in table.findings}
     assert left.keys() == {"mean", "variance", "count", "w"}
@@ -404,7 +404,7 @@ def test_quantized_layers_are_left():
     layer = layers.Dense(8)
     layer.build((None, 8))
     layer.quantize("int8")
-    with pytest.warns(UserWarning, match=r"quantized. \(2 more"):
+    with pytest.warns(UserWarning, match="its layer is quantized"):
         table = initialize(layer, seed=0)
     assert all("quantized" in finding.message for finding in table.findings)
     assert len(table.findings) == len(layer.weights)
@@ -538,8 +538,8 @@ def test_every_layer_of_keras_applications_blocks_is_walked():
     assert keras_glorot.initialize is initialize
 
 
-GOLDEN_KERNELS = ["937dfbc9", "9a844127", "a142dc92", "d2a2e280"]
-GOLDEN_OTHERS = [-0.03463822, 0.09818219, 0.97843027]
+GOLDEN_KERNELS = ["f27d3ec6", "d81b3032", "783ae311", "9f6a0641"]
+GOLDEN_OTHERS = [0.031400751, 0.098182186, 0.97843027]
 
 
 def test_auto_gain_with_a_seed_generator():

@@ -1,0 +1,795 @@
+"""`calibrate`: both of Glorot's constraints, held on the whole network by measurement."""
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_glorot import backends
+from keras_glorot.gains import activation_growth
+from keras_glorot.initialization import select_layers
+from keras_glorot.keras_bridge import sublayers
+from keras_glorot.layers import is_normalization
+from keras_glorot.progress import progress
+from keras_glorot.recording import (
+    Batch,
+    Tap,
+    Tensor,
+    differentiator,
+    intercept,
+    is_float,
+    loops_around,
+    moments,
+    replaced_attribute,
+)
+from keras_glorot.tables import Finding, Row, Table
+from keras_glorot.variables import Weight, describe
+
+__all__ = ["calibrate", "measure_ends"]
+
+ops: Any = keras.ops
+tree: Any = keras.tree
+
+Mode = Literal["balanced", "forward", "backward"]
+
+# How much of the compromise goes to the gradient.
+_GRADIENT_WEIGHT = {"forward": 0.0, "balanced": 0.5, "backward": 1.0}
+# No kernel's output leaves the median by more, unless the whole network has to tilt.
+_LARGEST_RATIO = 4.0
+# A kernel that gets less than this part of the gradient that passes by stands in a branch
+# that is switched off on purpose, by LayerScale or zeros.
+_SMALLEST_SHARE = 0.01
+# A sum that each block adds to may reach this many times the std that it starts with.
+_STREAM_BOUND = 2.0
+_MOST_PASSES = 12
+# What the geometric mean of s may be lowered to, and from which objective on that is tried.
+_LOWER_LEVELS = (0.7, 0.5)
+_HIGH_OBJECTIVE = 0.2
+_TOLERANCE = 0.02  # of a logarithm
+
+
+def calibrate(
+    model: keras.Layer,
+    x: Any,
+    y: Any = None,
+    loss: Any = None,
+    *,
+    mode: Mode = "balanced",
+    layers: Sequence[keras.Layer | str] | None = None,
+    seed: int = 0,
+    training: bool = True,
+    verbose: Literal["auto"] | bool = "auto",
+) -> Table:
+    """Scales each kernel by one factor, in place, so that signal and gradient hold.
+
+    Glorot and Bengio ask that neither the variance of the signal nor that of the gradient
+    changes from layer to layer. Their formula gives that for a chain of plain layers; here
+    it is measured on the network as it is. With s the std of a kernel's output (before the
+    activation) and g that of the gradient there, on this batch, the objective is
+
+        sum over kernels of (1 - w) (log s - mean log s)² + w (log g - mean log g)²
+
+    with w = 1/2 for `"balanced"`, 0 for `"forward"` and 1 for `"backward"`, as `fan_avg`,
+    `fan_in` and `fan_out` are for the formula. A factor trades one for the other: along a
+    path s times g is given by the structure, so at the least of the balanced objective
+    s / g is the same everywhere, and forward times backward is 1. log s counts from 0: the
+    geometric mean of s is 1, or 0.7 or 0.5 where the activation drives s and g apart and
+    the objective is less there, as with many layers of tanh.
+
+    Each pass sets the factors as the layers are called, one after the other, and then
+    measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
+
+    - Kernels of query and key get s = 1, so that the logits have unit variance; so do
+      kernels before a sigmoid and the input kernels of recurrent layers.
+    - Where blocks add to a sum, as in transformers, the ends of the branches are made
+      smaller until the sum has at most 2 times the std that it starts with.
+    - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
+    - Constants, frozen layers, embeddings and recurrent kernels stay as they are; a
+      finding says so. A shared kernel has one factor, for the mean over its calls.
+    - s stays within a factor of 4 of the median, unless the ends of the network differ
+      more than that, by its structure.
+
+    All or nothing: after an error or an interrupt the kernels are as they were.
+
+    Args:
+        model: A built Keras model or layer.
+        x: A batch like those it will be trained on: dozens of examples.
+        y: Targets for `loss`.
+        loss: What is differentiated, as in `propagate`. Without a loss,
+            `sum(c * model(x))`, c random.
+        mode: `"balanced"`, `"forward"` or `"backward"`.
+        layers: Layers of the model, or their names, to which to limit the work.
+        seed: Integer: which random c.
+        training: Whether BatchNormalization uses the statistics of the batch, as training
+            will. Dropout is off.
+        verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
+
+    Returns:
+        A `Table` with a row per kernel. Keys: `path`, `factor`; `std`, `gradient_std`:
+        s and g, this relative to their geometric mean; `std_before`; `share`: the part of
+        the gradient that it gets of what passes by; `target`: `"balanced"`, `"unit"`,
+        `"off path"` or `""` (not scaled); `shape`, `layer`. The note has forward (s of the
+        last kernel over the first) and backward (g of the first over the last).
+
+    Raises:
+        ValueError: If the model is not built, or the batch does not fit or can't tell: one
+            example, or all alike, or not finite.
+        TypeError: If an argument is of a wrong type.
+
+    Example:
+
+    >>> table = initialize(model, GlorotUniform(gain="auto"), seed=0)
+    >>> table = calibrate(model, x)
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), equations
+      8 and 9
+    - [Mishkin & Matas, 2016](https://arxiv.org/abs/1511.06422), the forward pass alone
+    """
+    weight = _gradient_weight(mode)
+    batch = Batch.check(x, y, loss, seed)
+    _check_tells(batch)
+    weights = describe(model)
+    selected = None if layers is None else select_layers(sublayers(model), layers)
+    sites, left = _sites(model, weights, selected)
+    if not sites:
+        raise ValueError(
+            "Argument `model` must have a kernel that may be scaled: one that is trainable "
+            f"and was not made constant. Received: model={model}"
+        )
+    with progress("calibrate", verbose) as advance:
+        measure = _Measurement(model, batch, sites, training)
+        result = _solve(measure, weight, advance)
+    _assign(sites, result.after.factors)
+    return _table(result, left)
+
+
+def measure_ends(
+    model: keras.Layer, x: Any, training: bool = True, on_path: np.ndarray | None = None
+) -> tuple[float, float, np.ndarray]:
+    """Signal and gradient from end to end of the model as it is, and between which sites.
+
+    `on_path` is what an earlier call returned, to measure between the same two kernels.
+    """
+    sites, _ = _sites(model, describe(model), None)
+    seen = _Measurement(model, Batch.check(x), sites, training)(None)
+    on_path = _on_path(sites, seen) if on_path is None else on_path
+    return (*_ends(seen, on_path), on_path)
+
+
+def _gradient_weight(mode: Any) -> float:
+    if isinstance(mode, str) and mode in _GRADIENT_WEIGHT:
+        return _GRADIENT_WEIGHT[mode]
+    raise ValueError(
+        "Argument `mode` must be 'balanced', 'forward' or 'backward'. "
+        f"Received: mode={mode!r}"
+    )
+
+
+def _check_tells(batch: Batch) -> None:
+    arrays = [np.asarray(ops.convert_to_numpy(part)) for part in tree.flatten(batch.x)]
+    varies = any((array != array[:1]).any() for array in arrays if array.size)
+    if batch.size < 2 or not varies:
+        raise ValueError(
+            "Argument `x` must be a batch of several examples that differ, dozens of them: "
+            f"nothing can be measured on one. Received: x of shape {arrays[0].shape}"
+            + ("" if batch.size < 2 else ", with all examples alike")
+        )
+
+
+class _Site(NamedTuple):
+    """A layer whose kernels are scaled: its output, before the activation, is measured."""
+
+    path: str
+    layer: Any  # that is called
+    owner: Any  # that has the kernels: the same, or the one inside a TimeDistributed
+    kernels: tuple[Weight, ...]
+    is_unit: bool  # its std is to be 1, whatever the gradient
+
+
+def _sites(
+    model: keras.Layer, weights: list[Weight], selected: list[keras.Layer] | None
+) -> tuple[list[_Site], list[tuple[Weight, str]]]:
+    """What may be scaled, and what may not, with the reason."""
+    loops = loops_around(model)
+    selected_ids = None if selected is None else {id(layer) for layer in selected}
+    by_owner: dict[int, list[Weight]] = {}
+    left = []
+    for weight in weights:
+        variable = weight.variable
+        is_float = keras.backend.is_float_dtype(variable.dtype)
+        if weight.fans is None or not is_float or variable.name == "bias":
+            continue
+        if selected_ids is not None and id(weight.owner) not in selected_ids:
+            continue
+        reason = _reason_to_leave(weight, loops)
+        if reason:
+            left.append((weight, reason))
+        else:
+            by_owner.setdefault(id(weight.owner), []).append(weight)
+    sites = []
+    for kernels in by_owner.values():
+        owner: Any = kernels[0].owner
+        path = kernels[0].path.rpartition("/")[0]
+        layer = loops.get(id(owner), owner)
+        is_unit = isinstance(layer, keras.layers.RNN) or _has_unit_output(owner)
+        sites.append(_Site(path, layer, owner, tuple(kernels), is_unit))
+    return sites, left
+
+
+def _reason_to_leave(weight: Weight, loops: dict[int, keras.Layer]) -> str:
+    """Why a weight with fans is not scaled; "" if it is."""
+    owner = weight.owner
+    if weight.reason:
+        return weight.reason
+    if "recurrent" in weight.variable.name:
+        return "a recurrent kernel: repeated multiplication decides over its scale"
+    if "embedding" in weight.variable.name:
+        return "an embedding: it has no sum to keep"
+    if weight.distribution is not None and weight.distribution.form == "constant":
+        return "it was made constant on purpose"
+    if not weight.is_kernel:
+        return "its layer does not say that it is a kernel"
+    if not weight.variable.trainable:
+        return "it is frozen"
+    if not np.any(backends.to_array(weight.variable)):
+        return "all its values are zero"
+    loop = loops.get(id(owner))
+    if isinstance(loop, keras.layers.RNN) and _input_kernel(loop) is not weight.variable:
+        return "it is used inside a loop, which can't be looked into"
+    return ""
+
+
+_CELLS = (keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
+
+
+def _input_kernel(layer: Any) -> keras.Variable | None:
+    """The kernel that a recurrent layer multiplies its input with."""
+    return layer.cell.kernel if isinstance(layer, _CELLS) else None
+
+
+def _has_unit_output(owner: Any) -> bool:
+    """Whether a softmax or sigmoid follows, which have a scale of their own.
+
+    Queries and keys are known by the names that Keras, KerasHub and others give them.
+    """
+    activation = getattr(getattr(owner, "activation", None), "__name__", "")
+    if activation in ("sigmoid", "hard_sigmoid"):
+        return True
+    return bool(re.search(r"(^|_)(q|k|qk|qkv|quer(y|ies)|keys?)(_|\d|$)", owner.name))
+
+
+class _Measured(NamedTuple):
+    """What one pass saw: arrays over the sites; log std and log gradient std are means."""
+
+    signal: np.ndarray  # log std of the output, over the calls; nan where not called
+    gradient: np.ndarray  # log std of the gradient; -inf where none comes
+    share: np.ndarray  # of the gradient that passes by
+    factors: np.ndarray
+    order: list[int]  # sites in order of their first call
+    stream: float  # largest std of a sum that goes into a normalization or a kernel
+
+
+class _Measurement:
+    """Passes over the model in which each kernel is scaled as its layer is called."""
+
+    def __init__(
+        self, model: keras.Layer, batch: Batch, sites: list[_Site], training: bool
+    ):
+        self.model, self.batch, self.sites, self.training = model, batch, sites, training
+        self.differentiate = differentiator(self._run)
+        self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
+        self.passes = 0
+
+    def __call__(self, targets: np.ndarray | None) -> _Measured:
+        """One pass: with targets, the log std of each site's output, or as it is."""
+        self.passes += 1
+        free = np.float32(targets is not None)
+        targets = np.zeros(len(self.sites)) if targets is None else targets
+        signals, extras = self.differentiate(
+            [variable.value for variable in self.model.variables],
+            self.batch.x,
+            ops.convert_to_tensor(targets.astype(np.float32)),
+            ops.convert_to_tensor(free),
+        )
+        return self._collect([signal.gradient for signal in signals], *extras)
+
+    def _collect(
+        self,
+        gradients: list[float],
+        stds: np.ndarray,
+        factors: np.ndarray,
+        stream: np.ndarray,
+    ) -> _Measured:
+        """From calls to sites."""
+        calls = self.calls
+        stds = stds.astype(np.float64)
+        at_calls = np.array(
+            [math.nan if p is None else gradients[p] for p in self.positions]
+        )
+        passing = np.nan_to_num(stds * at_calls * np.sqrt(self.sizes))
+        # By Euler's theorem this is the same all along a chain, whatever the factors.
+        before = np.maximum.accumulate(passing)
+        behind = np.maximum.accumulate(passing[::-1])[::-1]
+        shares = passing / np.maximum(np.minimum(before, behind), 1e-300)
+        count = len(self.sites)
+        signal, gradient = np.full(count, math.nan), np.full(count, -math.inf)
+        share = np.zeros(count)
+        with np.errstate(divide="ignore"):
+            for i in set(calls):
+                mine = [k for k, site in enumerate(calls) if site == i]
+                signal[i] = np.log(stds[mine]).mean()
+                gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
+                share[i] = shares[mine].max()
+        order = list(dict.fromkeys(calls))
+        factors = factors.astype(np.float64)
+        return _Measured(signal, gradient, share, factors, order, float(stream))
+
+    def _run(
+        self,
+        tap: Tap,
+        values: list[Tensor],
+        x: Any,
+        targets: Tensor,
+        free: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        self.tap, self.targets, self.free = tap, targets, free
+        # Of each call: the site, where its gradient is, how many values it has.
+        self.calls: list[int] = []
+        self.positions: list[int | None] = []
+        self.sizes: list[int] = []
+        self.stds: list[Tensor] = []
+        self.factors: dict[int, Tensor] = {}
+        # By `id`, with the tensor, so that no other gets it: what kernels put out, and the
+        # std of what goes into normalizations or kernels and comes from no kernel alone.
+        self.outputs: dict[int, Tensor] = {}
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        variables = self.model.variables
+        self.scope = keras.StatelessScope(zip(variables, values, strict=True))
+        with self.scope, intercept(self.model, self._wrappers(), self.training):
+            outputs = self.batch.call(self.model, x)
+        one = ops.ones(())
+        factors = [self.factors.get(i, one) for i in range(len(self.sites))]
+        stream = ops.max(ops.stack([0 * one, *(std for _, std in self.sums.values())]))
+        return self.batch.objective(outputs), [
+            ops.stack(self.stds),
+            ops.stack(factors),
+            stream,
+        ]
+
+    def _wrappers(self) -> dict[int, Callable]:
+        wrappers: dict[int, Callable] = {}
+        normalizations = [
+            layer for layer in sublayers(self.model) if is_normalization(layer)
+        ]
+        for layer in normalizations:
+            wrappers[id(layer)] = self._observe_input
+        for i, site in enumerate(self.sites):
+            call = functools.partial(self._call_site, i, site)
+            if isinstance(site.layer, keras.layers.RNN):
+                call = functools.partial(self._call_recurrent, i, site)
+            wrappers[id(site.layer)] = call
+        self.observes_kernels = not normalizations
+        return wrappers
+
+    def _observe_input(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        self._note_sum((args, kwargs))
+        return call(*args, **kwargs)
+
+    def _note_sum(self, structure: Any) -> None:
+        first = _first_float(structure)
+        known = first is None or id(first) in self.sums or id(first) in self.outputs
+        if self.calls and not known:
+            self.sums[id(first)] = (first, _std(first))
+
+    def _call_recurrent(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
+        """Nothing inside the loop is seen, but what it multiplies its input with is."""
+        kernel = site.kernels[0].variable
+        inputs = _first_float((args, kwargs))
+        value: Any = self.scope.get_current_value(kernel)
+        z = ops.matmul(ops.cast(inputs, value.dtype), value)
+        std = _std(z)
+        is_first = i not in self.factors
+        factor = self._factor(i, site, std)
+        std = std * factor if is_first else std
+        self._note_call(i, std, None, math.prod(z.shape))
+        return call(*args, **kwargs)
+
+    def _call_site(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
+        if self.observes_kernels:
+            self._note_sum((args, kwargs))
+        activation = getattr(site.owner, "activation", None)
+        activation = activation if callable(activation) else keras.activations.linear
+        with self._bare(site.owner):
+            z = call(*args, **kwargs)
+        tensor = _first_float(z)
+        if tensor is None:
+            return call(*args, **kwargs)
+        is_first = i not in self.factors
+        std = _std(tensor)
+        factor = self._factor(i, site, std)
+        if i in self.unbiased:
+            # The factor reaches the output alone: no need to call the layer again.
+            if is_first:
+                tensor, std = tensor * ops.cast(factor, tensor.dtype), std * factor
+            outputs = activation(self._tap(i, tensor, std))
+        else:
+            known = std * factor if is_first and _is_affine(site) else None
+            outputs = self._call_again(i, site, activation, known, call, *args, **kwargs)
+        for tensor in tree.flatten(outputs):
+            self.outputs[id(tensor)] = tensor
+        return outputs
+
+    def _call_again(self, i, site, activation, std, call, *args: Any, **kwargs: Any) -> Any:
+        """With the scaled kernels, tapping what goes into the activation.
+
+        `std` is that of the output without the bias, if it is known.
+        """
+        tapped: list[Tensor] = []
+
+        def tapping(z: Tensor, *rest: Any, **options: Any) -> Tensor:
+            if not tapped:
+                tapped.append(z)
+                z = self._tap(i, z, _std(z) if std is None else std)
+            return activation(z, *rest, **options)
+
+        with self._activation(site.owner, tapping):
+            outputs = call(*args, **kwargs)
+        if tapped:
+            return outputs
+        tensors = tree.flatten(outputs)
+        position = next(k for k, tensor in enumerate(tensors) if is_float(tensor))
+        z = tensors[position]
+        tensors[position] = self._tap(i, z, _std(z) if std is None else std)
+        return tree.pack_sequence_as(outputs, tensors)
+
+    def _tap(self, i: int, z: Tensor, std: Tensor) -> Tensor:
+        tapped, position = self.tap(z, None, lambda gradient: moments(gradient).std)
+        self._note_call(i, std, position, math.prod(z.shape))
+        return tapped
+
+    def _note_call(self, i: int, std: Tensor, position: int | None, size: int) -> None:
+        self.calls.append(i)
+        self.stds.append(std)
+        self.positions.append(position)
+        self.sizes.append(size)
+
+    def _factor(self, i: int, site: _Site, std: Tensor) -> Tensor:
+        """The factor that gives the output of the site's first call its std."""
+        if i not in self.factors:
+            log_std: Any = ops.log(ops.where(std > 0, std, 1.0))
+            factor = ops.exp(self.free * (self.targets[i] - log_std))
+            self.factors[i] = ops.where(std > 0, factor, 1.0)
+            for weight in site.kernels:
+                value: Any = self.scope.get_current_value(weight.variable)
+                power = self.factors[i] ** (1 / len(site.kernels))
+                scaled = value * ops.cast(power, value.dtype)
+                self.scope.add_update((weight.variable, scaled))
+        return self.factors[i]
+
+    @contextlib.contextmanager
+    def _bare(self, owner: Any) -> Iterator[None]:
+        """The layer without bias and activation."""
+        biases = [weight for weight in owner.weights if weight.name == "bias"]
+        held = [(bias, self.scope.get_current_value(bias)) for bias in biases]
+        for bias, value in held:
+            self.scope.add_update((bias, ops.zeros_like(value)))
+        try:
+            with self._activation(owner, keras.activations.linear):
+                yield
+        finally:
+            for update in held:
+                self.scope.add_update(update)
+
+    def _activation(self, owner: Any, function: Callable) -> Any:
+        if callable(getattr(owner, "activation", None)):
+            return replaced_attribute(owner, "activation", function)
+        return contextlib.nullcontext()
+
+
+_AFFINE = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+def _is_affine(site: _Site) -> bool:
+    """Whether the output is `activation(kernel * x + bias)`."""
+    if site.layer is not site.owner or not isinstance(site.owner, _AFFINE):
+        return False
+    of_keras = type(site.owner).call in {layer.call for layer in _AFFINE}
+    return of_keras and site.owner.quantization_mode is None
+
+
+def _is_unbiased(site: _Site) -> bool:
+    """Whether it is so without a bias, or with one that is zero."""
+    bias = getattr(site.owner, "bias", None)
+    return _is_affine(site) and (bias is None or not np.any(backends.to_array(bias)))
+
+
+def _first_float(structure: Any) -> Tensor | None:
+    tensors = tree.flatten(structure)
+    return next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
+
+
+def _std(tensor: Tensor) -> Tensor:
+    """In float32, and scaled so that squares neither vanish nor overflow."""
+    values = ops.cast(ops.stop_gradient(tensor), "float32")
+    scale = ops.max(ops.abs(values))
+    scale = ops.where(scale > 0, scale, 1.0)
+    return ops.std(values / scale) * scale
+
+
+class _Result(NamedTuple):
+    """The pass before, the best pass after, and what it aimed at."""
+
+    sites: list[_Site]
+    before: _Measured
+    after: _Measured
+    on_path: np.ndarray  # which sites take part in the compromise
+    passes: int
+
+
+def _solve(
+    measure: _Measurement, weight: float, advance: Callable[[float, str], None]
+) -> _Result:
+    """The objective at its least, on the level where it is least."""
+    advance(0.0, "as it is")
+    before = measure(None)
+    found = _converge(measure, weight, 0.0, advance)
+    # Where the activation itself drives s and g apart, it does so less near zero.
+    growth = max(map(_growth, measure.sites))
+    levels = _LOWER_LEVELS if growth > 1.05 and found.seen.stream < _STREAM_BOUND else ()
+    for level in levels:
+        if found.objective < _HIGH_OBJECTIVE:
+            break
+        lower = _converge(measure, weight, math.log(level), advance)
+        if lower.objective > 0.95 * found.objective:
+            break
+        found = lower
+    return _Result(measure.sites, before, found.seen, found.on_path, measure.passes)
+
+
+class _Converged(NamedTuple):
+    seen: _Measured
+    on_path: np.ndarray
+    objective: float
+
+
+def _converge(
+    measure: _Measurement,
+    weight: float,
+    level: float,
+    advance: Callable[[float, str], None],
+) -> _Converged:
+    """Passes until s and g are in their proportion everywhere, or nothing improves."""
+    sites = measure.sites
+    is_unit = np.array([site.is_unit for site in sites])
+    wanted = aim = np.where(is_unit, 0.0, level)
+    # A shared layer's first call, or an unusual layer, is set off from what is wanted.
+    offset = np.zeros(len(sites))
+    best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
+    stream = _StreamBound()
+    for _ in range(_MOST_PASSES):
+        seen = measure(wanted + offset)
+        on_path = _on_path(sites, seen)
+        misfit, compromise, is_tilted = _compromise(seen, on_path, weight, level)
+        missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
+        offset = np.clip(offset - missed, -5, 5)
+        excess = stream.excess(seen.stream, is_tilted)
+        if stream.gave_up:
+            level, best, best_fit = level + stream.lowered, None, math.inf
+            stream.lowered = 0.0
+        fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
+        advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
+        if best is None or fit < best_fit:
+            step = 1.0 if fit < 0.8 * best_fit else 0.5 * step
+            best, best_fit = (
+                _Converged(seen, on_path, _objective(seen, on_path, weight)),
+                fit,
+            )
+            level -= excess
+            aim = np.where(on_path, compromise - excess, np.where(is_unit, 0.0, level))
+            best_wanted = wanted
+        else:
+            step *= 0.5
+        if best_fit < _TOLERANCE or step < 0.25:
+            break
+        wanted = best_wanted + step * (aim - best_wanted)
+    assert best is not None
+    return best
+
+
+class _StreamBound:
+    """By how much the level has to be lowered for the sums of residual blocks.
+
+    Given up where the largest sum does not follow, because it comes from no kernel.
+    """
+
+    def __init__(self) -> None:
+        self.lowered, self.start, self.gave_up = 0.0, math.inf, False
+        self.holds = True
+
+    def excess(self, stream: float, is_tilted: bool) -> float:
+        self.gave_up = self.holds and self.lowered > 0.1 and stream > 0.9 * self.start
+        if self.gave_up:
+            self.holds = False
+        if not self.holds or is_tilted or not stream > _STREAM_BOUND:
+            return 0.0
+        excess = math.log(stream / _STREAM_BOUND)
+        self.start = stream if not self.lowered else self.start
+        self.lowered += excess
+        return excess
+
+
+def _objective(seen: _Measured, on_path: np.ndarray, weight: float) -> float:
+    """The mean over the kernels; the signal's part also counts how far it is from 1."""
+    if not on_path.any():
+        return 0.0
+    s, g = seen.signal[on_path], seen.gradient[on_path]
+    return float((1 - weight) * np.mean(s**2) + weight * np.var(g))
+
+
+def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
+    """Where the gradient counts: not in branches that are switched off, nor at the end."""
+    balanced = np.array([not site.is_unit for site in sites])
+    on_path = balanced & (seen.share > _SMALLEST_SHARE) & np.isfinite(seen.gradient)
+    on_path[seen.order[-1]] = False  # what follows it is the loss
+    return on_path
+
+
+def _compromise(
+    seen: _Measured, on_path: np.ndarray, weight: float, level: float
+) -> tuple[float, np.ndarray, bool]:
+    """How far s and g are from the compromise, log targets nearer to it, and whether the
+    structure drives the ends further apart than the kernels may be otherwise."""
+    if on_path.sum() < 2:
+        return 0.0, np.full(len(on_path), level), False
+    s = seen.signal
+    g = seen.gradient - seen.gradient[on_path].mean()
+    compromise = weight * (s + g)
+    compromise += level - compromise[on_path].mean()
+    ends = [i for i in seen.order if on_path[i]]
+    tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
+    limit = math.log(_LARGEST_RATIO) * 0.95
+    is_tilted = 0.6 * tilt > limit
+    limit = max(limit, 0.6 * tilt)
+    middle = float(np.median(compromise[on_path]))
+    compromise = np.clip(compromise, middle - limit, middle + limit)
+    misfit = ((1 - weight) * s - weight * g)[on_path]
+    return float(misfit.std()), compromise, is_tilted
+
+
+def _assign(sites: list[_Site], factors: np.ndarray) -> None:
+    """Writes the scaled kernels; puts the old ones back if that fails."""
+    done: list[tuple[keras.Variable, np.ndarray]] = []
+    try:
+        for site, factor in zip(sites, factors, strict=True):
+            for weight in site.kernels:
+                old = backends.to_array(weight.variable)
+                done.append((weight.variable, old))
+                power = float(factor) ** (1 / len(site.kernels))
+                new = old.astype(np.promote_types(old.dtype, np.float32)) * power
+                backends.assign(weight.variable, new.astype(old.dtype))
+    except BaseException:
+        for variable, old in done:
+            backends.assign(variable, old)
+        raise
+
+
+def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
+    rows = [
+        _row(result, i, weight)
+        for i, site in enumerate(result.sites)
+        for weight in site.kernels
+    ]
+    findings = [
+        Finding("info", "not-scaled", weight.path, f"Not scaled: {reason}.", "")
+        for weight, reason in left
+    ]
+    columns = ("path", "factor", "std_before", "std", "gradient_std", "target", "shape",
+               "share", "layer")  # fmt: skip
+    forward, backward = _ends(result.after, result.on_path)
+    old_forward, old_backward = _ends(result.before, result.on_path)
+    note = (
+        f"Signal {forward:.3g}, gradient {backward:.3g} from end to end, before "
+        f"{old_forward:.2g} and {old_backward:.2g}. Structure's ratio "
+        f"{forward / backward:.3g}; largest sum {result.after.stream:.3g}; "
+        f"{result.passes} passes."
+    )
+    return Table("calibrate", rows, findings + _findings(result), columns, note)
+
+
+def _row(result: _Result, i: int, weight: Weight) -> Row:
+    site, after = result.sites[i], result.after
+    called = not math.isnan(after.signal[i])
+    reached = called and math.isfinite(after.gradient[i])
+    middle = after.gradient[result.on_path].mean() if result.on_path.any() else 0.0
+    target = "balanced" if result.on_path[i] else "off path"
+    if site.is_unit or i == after.order[-1]:
+        target = "unit"
+    return {
+        "path": weight.path,
+        "factor": float(after.factors[i] ** (1 / len(site.kernels))),
+        "std_before": math.exp(result.before.signal[i]) if called else None,
+        "std": math.exp(after.signal[i]) if called else None,
+        "gradient_std": math.exp(after.gradient[i] - middle) if reached else None,
+        "share": min(1.0, float(after.share[i])),
+        "target": target if called else "",
+        "shape": weight.shape,
+        "layer": type(site.owner).__name__,
+    }
+
+
+def _ends(seen: _Measured, on_path: np.ndarray) -> tuple[float, float]:
+    """Signal of the last kernel over the first; gradient of the first over the last."""
+    path = [i for i in seen.order if on_path[i]]
+    if len(path) < 2:
+        return 1.0, 1.0
+    first, last = path[0], path[-1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        forward = np.exp(seen.signal[last] - seen.signal[first])
+        backward = np.exp(seen.gradient[first] - seen.gradient[last])
+    return float(forward), float(backward)
+
+
+def _findings(result: _Result) -> list[Finding]:
+    found = []
+    sites, after = result.sites, result.after
+    forward, backward = _ends(after, result.on_path)
+    path = [i for i in after.order if result.on_path[i]]
+    if path and not 0.5 <= forward * backward <= 2:
+        message = (
+            f"Forward times backward is {forward * backward:.2g}, not 1: the signal "
+            f"changes {forward:.2g}x from {sites[path[0]].path} to here, the gradient "
+            f"{backward:.2g}x on its way back."
+        )
+        advice = "Add normalization layers or residual connections."
+        found.append(Finding("warning", "unreached", sites[path[-1]].path, message, advice))
+    ratio = forward / backward
+    growths = [_growth(sites[i]) for i in path]
+    total = math.prod(growths)
+    if path and ratio < 0.25 and total > 10:
+        message = (
+            f"Its activation lets a deviation grow {max(growths):.3g}x per layer "
+            f"(chi) even where the signal is level: up to {total:.2g}x over "
+            f"{len(growths)} kernels."
+        )
+        advice = (
+            "No scale of the kernels changes that: use fewer layers, residual connections, "
+            "normalization layers, or another activation, such as 'relu'."
+        )
+        path_of = sites[path[int(np.argmax(growths))]].path
+        found.append(Finding("warning", "unstable-activation", path_of, message, advice))
+    for i, site in enumerate(sites):
+        if math.isnan(after.signal[i]):
+            reason = "Not scaled: its layer was not called."
+            found.append(Finding("info", "not-scaled", site.path, reason, ""))
+        elif after.signal[i] == -math.inf:
+            reason = "Not scaled: its output is zero on this batch."
+            found.append(Finding("info", "not-scaled", site.path, reason, ""))
+        elif after.share[i] <= _SMALLEST_SHARE and not site.is_unit:
+            message = (
+                f"It gets {after.share[i]:.1g} of the gradient that passes by, as if "
+                "switched off on purpose: only its signal was set."
+            )
+            found.append(Finding("info", "off-path", site.path, message, ""))
+    return found
+
+
+def _growth(site: _Site) -> float:
+    activation = site.kernels[0].activation
+    return activation_growth(activation) if activation else 1.0
