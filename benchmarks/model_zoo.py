@@ -47,9 +47,10 @@ CAUSES = {
     "constant-kernel": "declared constant",
     "embedding": "Glorot on an embedding",
     "recurrent": "Glorot on a recurrent kernel",
+    "activation": "the layer has an activation that Keras does not know",
 }
 if keras.backend.backend() == "torch":
-    CAUSES["bounds"] = "PyTorch's truncated normal gives up after four tries"
+    CAUSES["strays"] = "PyTorch's truncated normal gives up after four tries"
 UNEXPLAINED = "UNEXPLAINED"
 
 

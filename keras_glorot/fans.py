@@ -87,6 +87,8 @@ def compute_fans(
 
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple of plain ints, or an error that says what is wrong."""
+    if type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape):
+        return shape  # as Keras gives it; what follows costs as much as a small draw
     try:
         if isinstance(shape, _NO_SEQUENCES):
             raise TypeError

@@ -195,8 +195,13 @@ def stream_key(
 ) -> Key:
     """The key of a tensor, which every element's bits come from."""
     digits = [_digits(word) for word in seed_words]
-    key = static_key(form, shape, np.dtype(dtype).name, tuple(map(len, digits)))
+    key = static_key(form, shape, _name_of(np.dtype(dtype)), tuple(map(len, digits)))
     return _absorb(key, [digit for each in digits for digit in each])
+
+
+@functools.cache
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy makes it anew each time, in Python
 
 
 @functools.lru_cache(1024)
@@ -313,7 +318,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialized array on a 64-byte boundary, where backends can adopt it."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
-    offset = -buffer.ctypes.data % 64
+    offset = -buffer.__array_interface__["data"][0] % 64
     return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
@@ -333,7 +338,7 @@ def _native_filler(
 ) -> tuple[Fill, int]:
     flat = out.reshape(-1).view(np.uint8)
     steps = struct.pack(f"={2 * len(runs.steps)}Q", *sum(runs.steps, ()))
-    code = _CODES[out.dtype.name]
+    code = _CODES[_name_of(out.dtype)]
     factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
 
     def fill(start: int, stop: int) -> None:
