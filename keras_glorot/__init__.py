@@ -5,6 +5,8 @@ from keras_glorot import cli as _cli
 # Run as a program, `--help` need not wait for the seconds in which Keras is imported.
 if _cli.is_starting():
     _cli.start()
+elif _missing := _cli.missing_backend():
+    raise ModuleNotFoundError(_missing)
 
 from importlib.metadata import version as _version
 

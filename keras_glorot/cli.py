@@ -7,6 +7,7 @@ in its defaults the function that runs it.
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ exit codes:
   1  audit --fail-on found something
   2  the arguments are wrong, or the model can't be read or written
 """
+BACKENDS = ("tensorflow", "jax", "torch")
 SEVERITIES = ["error", "warning", "info"]
 PROGRAM = "keras-glorot"
 
@@ -47,6 +49,23 @@ def start() -> None:
     # TensorFlow's remarks about the machine are no answer to anything asked here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     _parser().parse_args()
+    if text := missing_backend():
+        _complain("error", text)
+        sys.exit(2)
+
+
+def missing_backend() -> str | None:
+    """What to install or set, if Keras would end in a traceback: else None."""
+    backend = _backend()
+    if backend in sys.modules or importlib.util.find_spec(backend):
+        return None
+    there = [name for name in BACKENDS if importlib.util.find_spec(name)]
+    ways = [f"set KERAS_BACKEND={name} before Keras is imported" for name in there]
+    if backend in BACKENDS:
+        ways.append(f'pip install "{PROGRAM}[{backend}]"')
+    elif not there:
+        ways.append(f'pip install "{PROGRAM}[tensorflow]" and set KERAS_BACKEND=tensorflow')
+    return f"Keras's backend {backend!r} is not installed: {', or '.join(ways)}."
 
 
 def main(arguments: list[str] | None = None) -> int:

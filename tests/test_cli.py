@@ -462,6 +462,49 @@ def test_the_backend_of_the_version_is_that_of_keras_own_file(
 
 
 @pytest.mark.parametrize(
+    ("backend", "there", "ways"),
+    [
+        ("tensorflow", [], 'pip install "keras-glorot[tensorflow]".'),
+        (
+            "tensorflow",
+            ["torch"],
+            "set KERAS_BACKEND=torch before Keras is imported, or pip install "
+            '"keras-glorot[tensorflow]".',
+        ),
+        (
+            "tensorfow",
+            [],
+            'pip install "keras-glorot[tensorflow]" and set KERAS_BACKEND=tensorflow.',
+        ),
+    ],
+)
+@pytest.mark.parametrize("program", [None, "module"])
+def test_a_missing_backend_is_one_line(backend, there, ways, program, tmp_path):
+    # A finder that knows of no backend but those that are there, in place of a machine.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        f"known = dict.fromkeys(('tensorflow', 'jax', 'torch', {backend!r}))\n"
+        f"known.update(dict.fromkeys({there}, True))\n"
+        "def find_spec(name):\n"
+        "    return known[name] if name in known else find(name)\n"
+        "importlib.util.find_spec = find_spec\n"
+    )
+    command = [sys.executable, "-c", "import keras_glorot"]
+    if program:
+        command = [sys.executable, *PROGRAMS[program], "audit", "MobileNetV2"]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == (2 if program else 1)
+    text = f"Keras's backend {backend!r} is not installed: {ways}"
+    assert done.stderr.splitlines()[-1].endswith(f"rror: {text}")
+    if program:
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [("vgg16", "VGG16"), ("MobileNetv2", "MobileNetV2"), ("ResNet5", "ResNet50")],
 )
