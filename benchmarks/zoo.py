@@ -218,13 +218,13 @@ def calibrated(model, x, training, mode):
     }, on_path
 
 
-def by_anyinit(build, training, on_path):
+def by_anyinit(build, training, on_path, modes):
     try:
         import anyinit
     except ImportError:
         return None
     results = {}
-    for mode in ("analytic", "empirical"):
+    for mode in modes:
         model, x = build()
         # It takes no dictionary of inputs, but may take a list.
         batch = list(x.values()) if isinstance(x, dict) else x
@@ -240,7 +240,7 @@ def by_anyinit(build, training, on_path):
     return results
 
 
-def measure(name, build):
+def measure(name, build, anyinit_modes):
     """One record: all that is known of a model."""
     record = {"model": name, "backend": keras.backend.backend()}
     keras.utils.set_random_seed(0)
@@ -265,7 +265,7 @@ def measure(name, build):
         model.set_weights(stock)
         result["stock"] = ends(model, x, training, on_path)[0]
         if not training or not norms:
-            result["anyinit"] = by_anyinit(build, training, on_path)
+            result["anyinit"] = by_anyinit(build, training, on_path, anyinit_modes)
         record[view] = result
     return record
 
@@ -322,6 +322,13 @@ def main():
     parser.add_argument("group", choices=[*GROUPS, "show"])
     parser.add_argument("models", nargs="*")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "zoo.jsonl")
+    parser.add_argument(
+        "--anyinit",
+        nargs="*",
+        choices=["analytic", "empirical"],
+        default=["analytic", "empirical"],
+        help="its modes; the empirical one takes minutes on deep networks",
+    )
     options = parser.parse_args()
     done = {}
     if options.output.exists():
@@ -335,7 +342,7 @@ def main():
         with Progress(transient=True) as bar:
             for name in bar.track(names, description=options.group):
                 try:
-                    record = measure(name, group[name])
+                    record = measure(name, group[name], options.anyinit)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:200]
                     record = {"model": name, "backend": backend, "error": text}
