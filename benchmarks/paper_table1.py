@@ -85,13 +85,13 @@ def best_rate(results, row):
     return min(errors, key=errors.get)
 
 
-def read(path):
+def read(path, kind=Training):
     """Every finished training, with its errors."""
     results = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         record = json.loads(line)
-        names = [field.name for field in dataclasses.fields(Training)]
-        results[Training(**{name: record.pop(name) for name in names})] = record
+        names = [field.name for field in dataclasses.fields(kind)]
+        results[kind(**{name: record.pop(name) for name in names})] = record
     return results
 
 

@@ -1,5 +1,11 @@
 """Glorot (Xavier) initialization that is right in every Keras layer."""
 
+from keras_glorot import cli as _cli
+
+# Run as a program, `--help` need not wait for the seconds in which Keras is imported.
+if _cli.is_starting():
+    _cli.start()
+
 from importlib.metadata import version as _version
 
 from keras_glorot.auditing import audit
@@ -11,6 +17,7 @@ from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 from keras_glorot.layers import register_fans
 from keras_glorot.plots import plot_histograms
 from keras_glorot.propagation import propagate
+from keras_glorot.report import report
 from keras_glorot.tables import Finding, Table
 from keras_glorot.variables import layer_fans
 
@@ -31,6 +38,7 @@ __all__ = [
     "plot_histograms",
     "propagate",
     "register_fans",
+    "report",
 ]
 
 __version__ = _version("keras-glorot")

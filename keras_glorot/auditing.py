@@ -1,35 +1,37 @@
 """`audit`: what initialization did to a model, and where it went wrong."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
-import ml_dtypes
-import numpy as np
 
-from keras_glorot import backends
+from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import Distribution
 from keras_glorot.fans import compute_fans
-from keras_glorot.gains import activation_gain
+from keras_glorot.fitting import (
+    Statistics,
+    best_fit,
+    collision,
+    has_strays,
+    is_off,
+    measure,
+)
+from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
 from keras_glorot.keras_bridge import CallSite
-from keras_glorot.layers import is_relu_like
+from keras_glorot.layers import is_relu_like, unit_axis, window_rank
+from keras_glorot.symmetry import (
+    Slices,
+    can_be_chance,
+    find_repeats,
+    relation,
+)
 from keras_glorot.tables import Finding, Row, Severity, Table
 from keras_glorot.variables import Weight, describe, distribution_of
 
 __all__ = ["CODES", "audit"]
 
-# Six standard errors: one false alarm in 500 million tensors, so a model of a thousand
-# weights is called wrong by chance once in half a million times.
-_SIGMAS = 6.0
-# What is significant can still be too small to matter.
-_TOLERANCE = 0.05
-# Elements looked at together: their float64 copy stays in the cache.
-_CHUNK = 1 << 16
-# In fewer values than this, two tensors of half precision can be equal by chance.
-_FEWEST_TO_COMPARE = 8
 _GLOROT = (
     keras.initializers.GlorotNormal,
     keras.initializers.GlorotUniform,
@@ -37,6 +39,7 @@ _GLOROT = (
     GlorotUniform,
 )
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
+_UNEXPLAINED = f"The values do not match the declared initializer. {_REINITIALIZE}"
 
 
 def audit(model: keras.Layer) -> Table:
@@ -45,13 +48,19 @@ def audit(model: keras.Layer) -> Table:
     For each variable: the std that its initializer should give, with the fans that its
     layer really has, and the std, mean and range that it has. Read only; no data needed.
     Findings have three severities: "error" (values that no training can start from: not
-    finite, constant kernels), "warning" (not the declared distribution, twins, or Glorot
-    where it does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation).
+    finite, constant kernels, all units alike, negative variances), "warning" (not the
+    declared distribution or constant, twins, zero or repeated slices, or Glorot where it
+    does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
+    activation that has no known gain).
 
     A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
     the activation. Scale and mean are called wrong where they are off by more than 5 % and
-    by six standard errors, so small tensors are given the benefit of the doubt. A trained
-    model is not fresh: expect its kernels to be off.
+    by six standard errors, so small tensors are given the benefit of the doubt. What is
+    made by an initializer that is neither Keras's nor ours can't be compared.
+
+    A trained model is not fresh. Where an optimizer has made steps, or most kernels and
+    most constants have left what was declared, one finding says so; beside it only what
+    is wrong in a trained model too is reported.
 
     Args:
         model: A built layer or model.
@@ -76,56 +85,71 @@ def audit(model: keras.Layer) -> Table:
     measured = [_measure_weight(weight) for weight in describe(model)]
     findings = [finding for subject in measured for finding in _check(subject)]
     findings += _find_twins(measured)
+    findings += _find_strays(measured)
+    trained = _find_trained(model, measured)
+    if trained is not None:
+        kernels = {each.weight.path for each in measured if each.weight.is_kernel}
+        findings = [each for each in findings if _is_wrong_if_trained(each, kernels)]
+        findings.insert(0, trained)
     columns = (
         "path",
-        "shape",
         "expected_std",
         "std",
         "ratio",
+        "shape",
         "fan_in",
         "fan_out",
         "layer",
         "initializer",
     )
-    counts = Counter(finding.severity for finding in findings)
     rows = [_row(subject) for subject in measured]
-    note = (
-        f"{len(rows)} variables; errors: {counts['error']}, warnings: {counts['warning']}."
-    )
-    return Table("audit", rows, findings, columns, note)
+    return Table("audit", rows, findings, columns, _note(measured, findings))
 
 
-class _Statistics(NamedTuple):
-    """What the values of a variable are like."""
-
-    size: int
-    mean: float
-    std: float
-    low: float
-    high: float
+def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
+    """How many kernels have the std that they should have."""
+    kernels = [subject for subject in measured if subject.weight.is_kernel]
+    known = [subject for subject in kernels if subject.expected is not None]
+    off = {
+        finding.path
+        for finding in findings
+        if finding.code in ("std", "constant-kernel", "not-finite")
+    }
+    expected = sum(subject.weight.path not in off for subject in known)
+    parts = []
+    if kernels:
+        parts.append(f"{expected} of {len(kernels)} kernels have the expected std")
+    if len(known) < len(kernels):
+        parts.append(f"of {len(kernels) - len(known)} it is not known")
+    parts.append(f"{len(measured)} variables in all")
+    return f"{'; '.join(parts)}."
 
 
 class _Measured(NamedTuple):
-    """A weight, what its values are like, and what they may be drawn from."""
+    """A weight, what its values are like, and what they may be drawn from.
+
+    Attributes:
+        expected: The plausible distribution nearest to the values: small tensors fit
+            several. None where nothing is known.
+        fault: The code of what speaks against it; None if nothing does.
+        repeats: Slices of it that are zero or repeated; looked for in what is random.
+        gain: That of its activation; None where it can't be computed.
+    """
 
     weight: Weight
-    statistics: _Statistics
-    plausible: list[Distribution]
-
-    @property
-    def expected(self) -> Distribution | None:
-        """The plausible distribution nearest to the values: small tensors fit several."""
-        std = self.statistics.std
-        return min(self.plausible, key=lambda each: abs(each.std - std), default=None)
+    statistics: Statistics
+    expected: Distribution | None
+    fault: str | None
+    repeats: list[Slices]
+    gain: float | None
 
     @property
     def is_finite(self) -> bool:
-        low, high = self.statistics.low, self.statistics.high
-        return self.statistics.size == 0 or math.isfinite(low + high)
+        return self.statistics.is_finite
 
     @property
-    def varies(self) -> bool:
-        return self.is_finite and self.statistics.low < self.statistics.high
+    def is_constant(self) -> bool:
+        return self.is_finite and self.statistics.low == self.statistics.high
 
     @property
     def initializer_name(self) -> str:
@@ -133,73 +157,42 @@ class _Measured(NamedTuple):
 
 
 def _measure_weight(weight: Weight) -> _Measured:
-    statistics = _measure(weight.variable)
-    return _Measured(weight, statistics, _plausible(weight, statistics))
-
-
-def _plausible(weight: Weight, statistics: _Statistics) -> list[Distribution]:
-    """Acceptable distributions: the declared one and, of kernels, those of `initialize`."""
     declared = weight.distribution
-    if declared is None or not keras.backend.is_float_dtype(weight.variable.dtype):
-        return []
-    if not weight.is_kernel:
-        return [declared]
-    candidates = [
-        declared,
-        *(Distribution.from_std("truncated_normal", std) for std in _glorot_stds(weight)),
-    ]
-    fitting = [
-        distribution
-        for distribution in candidates
-        if distribution.std and not _is_off(statistics, distribution)
-    ]
-    return fitting or [declared]
+    center = 0.0 if declared is None else declared.mean
+    statistics = measure(weight.variable, center)
+    gain = known_gain(weight.activation) if weight.is_kernel else 1.0
+    expected, fault = None, None
+    if declared is not None:
+        plausible = [declared]
+        if weight.is_kernel:
+            plausible += _glorot_distributions(weight, gain or 1.0)
+        expected, fault = best_fit(weight, statistics, plausible)
+    repeats = []
+    random = _random(weight, expected)
+    if random is not None and statistics.std and statistics.is_finite:
+        values = backends.to_array(weight.variable)
+        window = window_rank(weight.owner, weight.shape)
+        repeats = list(find_repeats(values, window, collision(weight, random)))
+    return _Measured(weight, statistics, expected, fault, repeats, gain)
 
 
-def _glorot_stds(weight: Weight) -> tuple[float, float]:
+def _random(weight: Weight, expected: Distribution | None) -> Distribution | None:
+    """The expected distribution, if it has more than one value."""
+    is_float = keras.backend.is_float_dtype(weight.variable.dtype)
+    return expected if is_float and expected is not None and expected.std > 0 else None
+
+
+def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
+    """What `initialize` may draw a kernel from."""
+    for std in _glorot_stds(weight, gain):
+        yield Distribution.from_std("uniform", std)
+        yield Distribution.from_std("truncated_normal", std)
+
+
+def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
     """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
     std = math.sqrt(2 / max(2, sum(weight.fans or ())))
-    return std, std * activation_gain(weight.activation)
-
-
-def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
-    """The values in float64, a part at a time: to copy them all could be too much."""
-    values = backends.to_array(variable).reshape(-1)
-    for start in range(0, values.size, _CHUNK):
-        yield values[start : start + _CHUNK].astype(np.float64)
-
-
-@np.errstate(all="ignore")  # what is not finite is found by its range
-def _measure(variable: keras.Variable) -> _Statistics:
-    """One pass, in float64: a float32 sum over a large kernel loses its digits."""
-    total, squares = 0.0, 0.0
-    low, high = math.inf, -math.inf
-    for chunk in _chunks(variable):
-        low = np.minimum(low, chunk.min())  # keeps nan
-        high = np.maximum(high, chunk.max())
-        total += chunk.sum()
-        chunk *= chunk  # not `@`: starting BLAS threads costs more than the sum
-        squares += chunk.sum()
-    size = math.prod(variable.shape)
-    mean = total / max(size, 1)
-    variance = (squares - total * mean) / max(size - 1, 1)
-    std = math.sqrt(variance) if low < high and variance > 0 else 0.0
-    return _Statistics(size, float(mean), std, float(low), float(high))
-
-
-def _is_off(statistics: _Statistics, distribution: Distribution) -> bool:
-    """Whether a std is wrong: by more than the tolerance and more than chance allows."""
-    if statistics.size < 2:
-        return False
-    # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
-    # in small tensors. In large ones, uniform and truncated values scatter less.
-    degrees_of_freedom = statistics.size - 1.0
-    if statistics.size > 100:
-        degrees_of_freedom *= 2 / (distribution.kurtosis - 1)
-    ratio = statistics.std / distribution.std
-    spread = 2 / (9 * degrees_of_freedom)
-    sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
-    return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
+    return std, std * gain
 
 
 class _Verdict(NamedTuple):
@@ -224,36 +217,69 @@ def _check_finite(subject: _Measured) -> _Verdict | None:
     return _Verdict("error", "Some values are not finite.", "Reinitialize it.")
 
 
-def _check_constant(subject: _Measured) -> _Verdict | None:
-    weight, statistics = subject.weight, subject.statistics
-    is_constant = statistics.size > 1 and statistics.low == statistics.high
-    if not (weight.is_kernel and is_constant and subject.is_finite):
+def _check_variance(subject: _Measured) -> _Verdict | None:
+    """Variances are told by their names: `moving_variance`, of Normalization `variance`."""
+    low = subject.statistics.low
+    if not subject.weight.variable.name.endswith("variance") or not low < 0:
         return None
-    declared = weight.distribution
-    is_declared = declared is not None and declared.form == "constant"
+    message = f"A variance is {low:.4g}: its square root is not a number."
+    return _Verdict("error", message, "Reinitialize it.")
+
+
+def _check_constant_kernel(subject: _Measured) -> _Verdict | None:
+    statistics, expected = subject.statistics, subject.expected
+    if not _is_constant_kernel(subject):
+        return None
+    is_declared = expected is not None and not expected.std
+    is_meant = is_declared and subject.fault is None
     message = (
         f"All kernel values are {statistics.low:.4g}, so every unit learns the same thing."
     )
     advice = "Use a random initializer, unless this is intended."
-    return _Verdict("info" if is_declared else "error", message, advice)
+    return _Verdict("info" if is_meant else "error", message, advice)
+
+
+def _is_constant_kernel(subject: _Measured) -> bool:
+    size, expected = subject.statistics.size, subject.expected
+    if not (subject.weight.is_kernel and subject.is_constant and size > 1):
+        return False
+    random = _random(subject.weight, expected)
+    # A few random values of half precision can be equal by chance.
+    return random is None or not can_be_chance(
+        1, size - 1, collision(subject.weight, random)
+    )
+
+
+def _check_constant(subject: _Measured) -> _Verdict | None:
+    statistics, expected = subject.statistics, subject.expected
+    if expected is None or subject.fault != "constant" or _is_constant_kernel(subject):
+        return None
+    values = f"Values range from {statistics.low:.4g} to {statistics.high:.4g}"
+    if statistics.low == statistics.high:
+        values = f"All values are {statistics.low:.4g}"
+    return _Verdict("warning", f"{values}, expected {expected.mean:.4g}.", _REINITIALIZE)
 
 
 def _check_std(subject: _Measured) -> _Verdict | None:
     expected, statistics = subject.expected, subject.statistics
-    if not subject.varies or expected is None or not expected.std:
-        return None
-    if not _is_off(statistics, expected):
+    if expected is None or subject.fault != "std" or _is_constant_kernel(subject):
         return None
     ratio = statistics.std / expected.std
     message = f"The std is {ratio:.3g} times the expected value."
     return _Verdict("warning", message, _explain_std(subject.weight, statistics))
 
 
-def _check_bounds(subject: _Measured) -> _Verdict | None:
-    expected, statistics = subject.expected, subject.statistics
-    if not subject.varies or expected is None or not expected.std:
+def _check_mean(subject: _Measured) -> _Verdict | None:
+    expected, mean = subject.expected, subject.statistics.mean
+    if expected is None or subject.fault != "mean" or _is_constant_kernel(subject):
         return None
-    if _is_off(statistics, expected) or not _is_out_of_bounds(subject, expected):
+    message = f"The mean is {mean:.4g}, expected {expected.mean:.4g}."
+    return _Verdict("warning", message, _REINITIALIZE)
+
+
+def _check_bounds(subject: _Measured) -> _Verdict | None:
+    statistics = subject.statistics
+    if subject.fault != "bounds" or _is_constant_kernel(subject):
         return None
     message = (
         f"Values range from {statistics.low:.4g} to {statistics.high:.4g}, outside the "
@@ -262,27 +288,72 @@ def _check_bounds(subject: _Measured) -> _Verdict | None:
     return _Verdict("warning", message, _REINITIALIZE)
 
 
-def _check_mean(subject: _Measured) -> _Verdict | None:
-    expected, statistics = subject.expected, subject.statistics
-    if not subject.varies or expected is None or not expected.std:
+def _check_form(subject: _Measured) -> _Verdict | None:
+    expected = subject.expected
+    if expected is None or subject.fault != "form" or _is_constant_kernel(subject):
         return None
-    tolerance = max(_TOLERANCE, _SIGMAS / math.sqrt(statistics.size))
-    if abs(statistics.mean - expected.mean) <= tolerance * max(
-        statistics.std, expected.std
-    ):
-        return None
-    message = f"The mean is {statistics.mean:.4g}, expected {expected.mean:.4g}."
+    message = (
+        f"Mean and std are right, but the values are not {_FORM_NAMES[expected.form]}."
+    )
     return _Verdict("warning", message, _REINITIALIZE)
+
+
+_FORM_NAMES = {
+    "uniform": "uniform",
+    "truncated_normal": "truncated normal",
+    "orthogonal": "an orthogonal matrix",
+}
+
+
+def _check_zero_slices(subject: _Measured) -> _Verdict | None:
+    for slices in subject.repeats:
+        if slices.dead:
+            where = f"{len(slices.dead)} of {slices.total} slices are all zeros"
+            message = f"{where}, the first is {_slice_text(slices.dead[0])}."
+            return _Verdict("warning", message, "Reinitialize it, unless this is intended.")
+    return None
+
+
+def _check_repeated_slices(subject: _Measured) -> _Verdict | None:
+    weight = subject.weight
+    for slices in subject.repeats:
+        if slices.copies:
+            one, other = (_slice_text(index) for index in slices.copies[0])
+            count = len(slices.copies)
+            message = (
+                f"{count} of {slices.total} slices repeat another one or its negative: "
+                f"{one} repeats {other}."
+            )
+            units = len(weight.shape) + unit_axis(weight.owner)
+            all_alike = count == slices.total - 1 and units in slices.axes
+            severity = "error" if weight.is_kernel and all_alike else "warning"
+            return _Verdict(severity, message, "Reinitialize it, unless this is intended.")
+    return None
+
+
+def _slice_text(index: tuple[object, ...]) -> str:
+    """An index as it is written: `[:, 3]`."""
+    return f"[{', '.join(':' if isinstance(at, slice) else str(at) for at in index)}]"
+
+
+def _check_activation(subject: _Measured) -> _Verdict | None:
+    activation = subject.weight.activation
+    if subject.gain is not None:
+        return None
+    name = getattr(activation, "__name__", activation)
+    message = f"The activation {name!r} has no known gain: 1 is taken."
+    advice = "Give the initializer `gain` as a number, if 1 is not right."
+    return _Verdict("info", message, advice)
 
 
 def _check_relu_gain(subject: _Measured) -> _Verdict | None:
     weight, statistics, expected = subject.weight, subject.statistics, subject.expected
-    if not (weight.is_kernel and subject.varies and is_relu_like(weight.activation)):
+    if not (weight.is_kernel and statistics.std and is_relu_like(weight.activation)):
         return None
     if not isinstance(weight.initializer, _GLOROT) or expected is None:
         return None
-    plain, with_gain = _glorot_stds(weight)
-    if _is_off(statistics, expected) or 2 * statistics.std >= plain + with_gain:
+    plain, with_gain = _glorot_stds(weight, subject.gain or 1.0)
+    if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
         return None
     message = f"{subject.initializer_name} with gain 1 before a ReLU-like activation."
     return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
@@ -315,64 +386,162 @@ def _check_recurrent(subject: _Measured) -> _Verdict | None:
 # A new finding is one function and one entry here; the README lists the codes.
 _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
     "not-finite": _check_finite,
-    "constant-kernel": _check_constant,
+    "negative-variance": _check_variance,
+    "constant-kernel": _check_constant_kernel,
+    "constant": _check_constant,
     "std": _check_std,
-    "bounds": _check_bounds,
     "mean": _check_mean,
+    "bounds": _check_bounds,
+    "form": _check_form,
+    "zero-slice": _check_zero_slices,
+    "repeated-slice": _check_repeated_slices,
     "relu-gain": _check_relu_gain,
+    "activation": _check_activation,
     "embedding": _check_embedding,
     "recurrent": _check_recurrent,
 }
 
 
 # What `audit` can find, by code.
-CODES = (*_CHECKS, "twin")
+CODES = (*_CHECKS, "twin", "strays", "trained")
 
 
 def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
-    """Random weights with the same values: the same statistics first, then all values."""
-    first_of: dict[tuple[object, ...], Weight] = {}
-    for weight, statistics, _ in filter(_is_random, measured):
-        twin = first_of.setdefault((weight.shape, statistics), weight)
-        if twin is not weight and _are_equal(twin.variable, weight.variable):
-            message = f"Identical to {twin.path}."
-            advice = "Give each layer its own seed, or no seed."
-            yield Finding("warning", "twin", weight.path, message, advice)
+    """Random weights with the same values, perhaps negated or transposed."""
+    candidates = [each for each in measured if _can_be_twin(each, measured)]
+    twin_of: dict[int, tuple[int, str]] = {}
+    for first, later in _same_statistics(candidates):
+        if later not in twin_of:
+            pair = (candidates[later].weight, candidates[first].weight)
+            kind = relation(*(backends.to_array(weight.variable) for weight in pair))
+            if kind is not None:
+                twin_of[later] = (first, kind)
+    for later, (first, kind) in sorted(twin_of.items()):
+        message = f"{kind} {candidates[first].weight.path}."
+        advice = "Give each layer its own seed, or no seed."
+        path = candidates[later].weight.path
+        yield Finding("warning", "twin", path, message, advice)
 
 
-def _is_random(subject: _Measured) -> bool:
-    expected = subject.expected
-    is_drawn = subject.weight.is_kernel or (expected is not None and expected.std > 0)
-    return is_drawn and subject.varies and subject.statistics.size >= _FEWEST_TO_COMPARE
+def _same_statistics(subjects: list[_Measured]) -> Iterator[tuple[int, int]]:
+    """Pairs with the same size and std: only in those all values need be compared.
+
+    A transposed tensor is summed in another order, so the last digits may differ.
+    """
+    keys = [(each.statistics.size, each.statistics.std) for each in subjects]
+    order = sorted(range(len(subjects)), key=keys.__getitem__)
+    for position, later in enumerate(order):
+        size, std = keys[later]
+        for before in reversed(order[:position]):
+            if keys[before] < (size, std * (1 - 1e-9)):
+                break
+            yield min(before, later), max(before, later)
 
 
-def _are_equal(one: keras.Variable, other: keras.Variable) -> bool:
-    return all(map(np.array_equal, _chunks(one), _chunks(other)))
-
-
-def _is_out_of_bounds(subject: _Measured, expected: Distribution) -> bool:
-    weight, statistics = subject.weight, subject.statistics
-    slack = 1 + float(ml_dtypes.finfo(weight.variable.dtype).eps)
-    reach = max(statistics.high - expected.mean, expected.mean - statistics.low)
-    if reach > max(each.bound for each in subject.plausible) * slack:
-        return True
-    if reach <= expected.bound * slack or statistics.size < 100:
+def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
+    """Whether the weight is random, and so large that no other is like it by chance."""
+    weight, statistics, expected = subject[:3]
+    if not statistics.std or not subject.is_finite:
         return False
-    # `initialize` may have drawn from the other form of Glorot's distribution. The normal
-    # one has 8.6 % of its values beyond the uniform one's limit: a few are strays.
-    limit = expected.bound * slack
-    parts = _chunks(weight.variable)
-    outside = sum(int(np.count_nonzero(np.abs(part) > limit)) for part in parts)
-    return outside < 0.01 * statistics.size
+    random = _random(weight, expected)
+    if random is None:
+        if not weight.is_kernel:
+            return False
+        random = Distribution.from_std("normal", statistics.std)
+    # The entries of an orthogonal matrix hang together: at least a third are free.
+    free = statistics.size / (3 if random.form == "orthogonal" else 1)
+    return not can_be_chance(len(measured), free, collision(weight, random))
 
 
-def _explain_std(weight: Weight, statistics: _Statistics) -> str:
+def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
+    """One finding for all weights with values that Keras's PyTorch backend let through."""
+    found = [subject for subject in measured if _has_strays(subject)]
+    if found:
+        others = f" and {len(found) - 1} more weights" if len(found) > 1 else ""
+        message = (
+            f"This weight{others} have a few values beyond two stds: Keras's truncated "
+            "normal lets some through on PyTorch."
+        )
+        advice = "Use 'xavier_normal' where that matters."
+        yield Finding("info", "strays", found[0].weight.path, message, advice)
+
+
+def _has_strays(subject: _Measured) -> bool:
+    weight, expected = subject.weight, subject.expected
+    if expected is None or subject.fault is not None or not subject.is_finite:
+        return False
+    return has_strays(weight, subject.statistics, expected)
+
+
+def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
+    """Whether the model is not fresh: then its weights are not what was declared."""
+    steps = max(map(_count_steps, _optimizers(model)), default=0)
+    kernels = [
+        each
+        for each in measured
+        if each.weight.is_kernel and _random(each.weight, each.expected)
+    ]
+    constants = [
+        each
+        for each in measured
+        if each.expected is not None and each.expected.form == "constant"
+    ]
+    left = [each for each in kernels if _has_left(each)]
+    changed = [each for each in constants if each.fault == "constant"]
+    if steps:
+        message = f"Looks trained: its optimizer has made {steps} steps."
+    # A fresh model can be wrong in every kernel, but not in its biases as well.
+    elif (
+        2 * len(left) > len(kernels)
+        and (2 * len(changed) > len(constants) or not constants)
+        and len(left) + len(changed) > 1
+    ):
+        message = (
+            f"Looks trained: {len(left)} of {len(kernels)} kernels and {len(changed)} of "
+            f"{len(constants)} constants are not what was declared."
+        )
+    else:
+        return None
+    advice = "Audit it before training, or after `initialize`."
+    return Finding("info", "trained", model.name, message, advice)
+
+
+def _optimizers(model: keras.Layer) -> list[keras.optimizers.Optimizer]:
+    values = [
+        value for layer in keras_bridge.sublayers(model) for value in vars(layer).values()
+    ]
+    return [value for value in values if isinstance(value, keras.optimizers.Optimizer)]
+
+
+def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
+    steps: Any = keras.ops.convert_to_numpy(optimizer.iterations)
+    return int(steps)
+
+
+def _has_left(subject: _Measured) -> bool:
+    """Whether a kernel is not as declared, for another reason than Keras's fans."""
+    is_off = subject.fault in ("std", "mean", "bounds", "form")
+    return is_off and _explain_std(subject.weight, subject.statistics) == _UNEXPLAINED
+
+
+# What is wrong in a trained model too.
+_WRONG_IF_TRAINED = {"not-finite", "negative-variance", "constant-kernel"}
+
+
+def _is_wrong_if_trained(finding: Finding, kernels: set[str]) -> bool:
+    """In a kernel also dead and equal units; rows of embeddings may be unused."""
+    if finding.code in ("zero-slice", "repeated-slice"):
+        return finding.path in kernels
+    return finding.code in _WRONG_IF_TRAINED
+
+
+def _explain_std(weight: Weight, statistics: Statistics) -> str:
     """Why a std is off, if the fans of the shape alone explain it, and what to do."""
     fans_by_shape = compute_fans(weight.shape)
     fans = weight.fans or fans_by_shape
     stock = distribution_of(weight.initializer, weight.shape, fans_by_shape, CallSite())
-    if fans == fans_by_shape or stock is None or _is_off(statistics, stock):
-        return f"The values do not match the declared initializer. {_REINITIALIZE}"
+    if fans == fans_by_shape or stock is None or is_off(statistics, stock):
+        return _UNEXPLAINED
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
     elif getattr(weight.owner, "groups", 1) > 1:
@@ -385,8 +554,7 @@ def _explain_std(weight: Weight, statistics: _Statistics) -> str:
 
 
 def _row(subject: _Measured) -> Row:
-    weight, statistics, _ = subject
-    expected = subject.expected
+    weight, statistics, expected = subject[:3]
     fan_in, fan_out = weight.fans or (None, None)
     std = statistics.std if statistics.size > 1 else None
     row: Row = {

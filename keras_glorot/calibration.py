@@ -99,7 +99,8 @@ def calibrate(
     Args:
         model: A built Keras model or layer.
         x: A batch like those it will be trained on: dozens of examples.
-        y, loss: What is differentiated, as in `propagate`. Without them
+        y: Targets for `loss`.
+        loss: What is differentiated, as in `propagate`. Without a loss,
             `sum(c * model(x))`, c random.
         mode: `"balanced"`, `"forward"` or `"backward"`.
         layers: Layers of the model, or their names, to which to limit the work.

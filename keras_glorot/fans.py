@@ -6,10 +6,14 @@ tell are in `layers.py`.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 __all__ = ["Fans", "compute_fans", "standardize_axes", "standardize_shape"]
+
+
+# Python would take these for sequences of integers, but no order or no size is meant.
+_NO_SEQUENCES = (str, bytes, bytearray, memoryview, Set, Mapping)
 
 
 class Fans(NamedTuple):
@@ -84,6 +88,8 @@ def compute_fans(
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple of plain ints, or an error that says what is wrong."""
     try:
+        if isinstance(shape, _NO_SEQUENCES):
+            raise TypeError
         entries = tuple(shape)
     except TypeError:
         raise TypeError(
@@ -120,7 +126,7 @@ def standardize_axes(
         )
     pair = []
     for name, axes in (("input_axes", input_axes), ("output_axes", output_axes)):
-        if isinstance(axes, str) or not isinstance(axes, Sequence):
+        if isinstance(axes, _NO_SEQUENCES) or not isinstance(axes, Sequence):
             raise TypeError(
                 f"Argument `{name}` must be a list of integers, such as [0]. "
                 f"Received: {name}={axes}"

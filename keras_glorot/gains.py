@@ -2,14 +2,17 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
 import numpy as np
 
-__all__ = ["activation_gain", "activation_growth", "calculate_gain"]
+from keras_glorot import backends
+from keras_glorot.arguments import suggestion
+
+__all__ = ["activation_gain", "activation_growth", "calculate_gain", "known_gain"]
 
 # PyTorch's table (torch.nn.init.calculate_gain), under PyTorch's names. Linear maps keep
 # the variance; a sigmoid is taken as linear (Glorot & Bengio, 2010); 5/3 for tanh is
@@ -103,18 +106,32 @@ def calculate_gain(
     return _integrated_gain(nonlinearity)
 
 
-def activation_gain(activation: Callable[[Any], Any] | None) -> float:
+def activation_gain(activation: str | Callable[[Any], Any] | None) -> float:
     """The gain for a layer with this activation: 1 where it has none or mixes units.
 
     For SELU it is 1 too, its exact gain, with which it normalizes itself; PyTorch's 3/4
-    lets the signal of 50 layers fall to a fifth.
+    lets the signal of 50 layers fall to a fifth. Also 1, with a warning, where it has a
+    gain that can't be computed.
     """
-    if activation is None or _name(activation) in {*_COUPLING, "selu"}:
+    gain = known_gain(activation)
+    if gain is None:
+        message = f"Gain 1 is used before the activation {activation!r}: no gain is known."
+        warnings.warn(f"{message} Give `gain` as a number instead.", stacklevel=2)
         return 1.0
-    return calculate_gain(activation)
+    return gain
 
 
-def activation_growth(activation: Callable[[Any], Any] | None) -> float:
+def known_gain(activation: str | Callable[[Any], Any] | None) -> float | None:
+    """The gain for a layer with this activation; None where it can't be computed."""
+    try:
+        if activation is None or _name(activation) in {*_COUPLING, "selu"}:
+            return 1.0
+        return calculate_gain(activation)
+    except Exception:  # from a function of the user: anything
+        return None
+
+
+def activation_growth(activation: str | Callable[[Any], Any] | None) -> float:
     """How much a deviation grows per layer even where the gain keeps the signal level.
 
     The larger of two factors on variances, for standard normal z: of a small difference
@@ -125,10 +142,10 @@ def activation_growth(activation: Callable[[Any], Any] | None) -> float:
 
     - [Schoenholz et al., 2017](https://arxiv.org/abs/1611.01232)
     """
-    if activation is None or _name(activation) in _COUPLING:
-        return 1.0
     try:
-        return _in_own_thread(_growth, activation)
+        if activation is None or _name(activation) in _COUPLING:
+            return 1.0
+        return backends.outside_traces(_growth, activation)
     except Exception:  # from an activation of the user: anything
         return 1.0
 
@@ -142,7 +159,8 @@ def _gain_by_name(name: str) -> float:
 
 
 def _integrated_gain(function: Callable[[Any], Any]) -> float:
-    moment = _in_own_thread(_second_moment, function)
+    # Numbers are needed, not symbols.
+    moment = backends.outside_traces(_second_moment, function)
     if moment <= 0:
         raise ValueError(
             "Argument `nonlinearity` must not be zero wherever a standard normal input "
@@ -163,7 +181,8 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
             raise ValueError(
                 "Argument `nonlinearity` must be the name of an activation of Keras or "
                 "PyTorch, such as 'tanh', or a callable. "
-                f"Received: nonlinearity={nonlinearity!r}"
+                f"Received: nonlinearity={nonlinearity!r}."
+                f"{suggestion(nonlinearity, _known_names())}"
             ) from None
     if not callable(nonlinearity):
         raise TypeError(
@@ -176,6 +195,13 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
     if name is not None and getattr(keras.activations, name, None) is nonlinearity:
         return name
     return None
+
+
+def _known_names() -> set[str]:
+    """The names that have a gain."""
+    activations = {name for name in dir(keras.activations) if name[0] != "_"}
+    helpers = {"get", "serialize", "deserialize", "threshold"}
+    return {*_TABLE, *activations} - helpers - _COUPLING
 
 
 def _slope(name: str | None, param: float | None) -> float:
@@ -193,15 +219,6 @@ def _slope(name: str | None, param: float | None) -> float:
     if not math.isfinite(param):
         raise ValueError(f"Argument `param` must be finite. Received: param={param}")
     return float(param)
-
-
-def _in_own_thread(task: Callable[[Any], float], function: Any) -> float:
-    """A tf.function, a JAX trace or a torch device scope is open in one thread only.
-
-    Numbers are needed here, not symbols.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(task, function).result()
 
 
 def _growth(function: Callable[[Any], Any]) -> float:

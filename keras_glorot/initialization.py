@@ -1,26 +1,25 @@
 """`initialize`: every weight of a model back to a fresh start, in place."""
 
-import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import numbers
 import random
-import re
-import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import Distribution, keras_distribution
+from keras_glorot.distributions import Distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
+from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe, distribution_of
 
@@ -28,11 +27,15 @@ __all__ = ["initialize", "select_layers"]
 
 
 class _Assignment(NamedTuple):
-    """A variable with what makes its new value (None: it is not changed), and its row."""
+    """A variable with what makes its new value (None: it is not changed), and its row.
+
+    `built` is what its layer then assigns to it in `build`, if it does.
+    """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
+    built: keras_bridge.BuildValue | None = None
 
 
 def initialize(
@@ -47,26 +50,34 @@ def initialize(
 
     Kernels, trainable or not, are drawn from `initializer` with the fans of their layer.
     All other variables get what their own initializer gives: biases, normalization and its
-    statistics, recurrent kernels, embeddings, ... Seed generators, metrics and the state of
-    the optimizer are reset too; its learning rate is not. What can't be reset is left as
-    it is, and a finding in the result says why. Dtype, sharding and device stay.
+    statistics, recurrent kernels, embeddings, ... What a layer assigns to a variable in
+    `build` is assigned again, from the new weights. Seed generators, metrics, the states of
+    recurrent layers and the state of every optimizer among the attributes of the model and
+    of its layers are reset too; learning rates are not. What can't be reset is left as it
+    is: a finding in the result says why, and a warning that there is one. Dtype, sharding
+    and device stay.
 
-    Each variable has its own seed, made from `seed` and its path, in which a name that
-    Keras made up (`dense_7`) counts as the first, second, ... of its kind in its parent. So
-    no two variables are alike, and the same model gets the same weights however often it
-    was built, in another process, and on another backend, except where an initializer is
-    neither Keras's nor ours. A layer added or removed changes no weight of a layer that you
-    named, nor of one with an automatic name unless it comes later in the same parent and is
-    of the same class.
+    Each variable has its own seed, made from `seed` and its place: the names of the layers
+    from the model down, and its own. A name that Keras made up, of the form `dense` or
+    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and
+    so does one of this form that you chose; a parent's name at the start of a layer's does
+    not count. So no two variables are alike, and two models get the same weights if their
+    layers have the same classes, the same order in their parents, and the same names where
+    these are not automatic: however and wherever they were built, cloned or loaded, and on
+    every backend. Exceptions are initializers that are neither Keras's nor ours, and values
+    that a layer draws itself in `build`. A layer added or removed changes no weight of a
+    layer that you named, nor of one with an automatic name unless it comes later in the
+    same parent and is of the same class.
 
     For `fit` to repeat itself bit by bit, also shuffle the data yourself:
     Keras's shuffling, and on PyTorch its dropout without a seed, follow global generators,
     which the first `fit` of a model advances further than later ones.
 
     Errors are raised before the first variable is touched: by then all settings are checked
-    and all foreign initializers called; what remains is NumPy drawing into memory. A copy
-    of the old weights would double the memory instead. So only an interrupt, or running out
-    of memory, can leave a model half done.
+    and all foreign initializers called; what remains is NumPy drawing into memory, and
+    `build` once more where it assigns. A copy of the old weights would double the memory
+    instead. So only an interrupt, running out of memory, or a layer's own code that fails
+    the second time can leave a model half done. What fails in an optimizer is a finding.
 
     Args:
         model: A built layer or model.
@@ -81,7 +92,12 @@ def initialize(
     Returns:
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
         `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
-        initializer, or why the variable is not changed.
+        initializer, or why the variable is not changed. The codes of its findings:
+        `not-reset` (a variable) and `optimizer`.
+
+    Warns:
+        UserWarning: If something can't be reset. (Data statistics of a `Normalization`
+            layer are left on purpose: a finding, and no warning.)
 
     Raises:
         ValueError: If the model is not built, or an initializer does not fit a weight.
@@ -104,40 +120,57 @@ def initialize(
     all_layers = keras_bridge.sublayers(model)
     selected = all_layers if layers is None else select_layers(all_layers, layers)
     selected_ids = {id(layer) for layer in selected}
-    derive = _seed_deriver(root, _canonical_paths(model, all_layers))
+    derive = _seed_deriver(root, keras_bridge.canonical_paths(model))
 
     assignments = []
     for weight in weights:
-        derived = derive(weight.variable.path)
+        derived = derive(weight.owner, weight.variable)
         if layers is None or id(weight.owner) in selected_ids:
             assignments.append(_plan_weight(weight, kernel_initializer, derived))
     layer_paths = keras_bridge.sublayer_paths(model)
     for layer in all_layers:
         for generator in keras_bridge.seed_generators(layer):
-            # A layer without weights has no path.
-            derived = derive(layer.path or layer.name)
+            derived = derive(layer, generator.state)
             if id(layer) in selected_ids:
                 path = f"{layer_paths[id(layer)]}/{generator.state.name}"
                 assignments.append(_plan_generator(layer, generator, path, derived))
-    resets, findings = _plan_optimizer(model)
+    for layer, variable in keras_bridge.untracked_variables(model):
+        if id(layer) in selected_ids:
+            path = f"{layer_paths[id(layer)]}/{variable.name}"
+            assignments.append(_plan_untracked(layer, variable, path))
 
-    for assignment in _with_progress([*assignments, *resets], verbose):
-        if assignment.new_value is not None:
-            backends.assign(assignment.variable, assignment.new_value())
-    if isinstance(model, keras.Model):
-        model.reset_metrics()
+    _assign_all(assignments, verbose)
+    findings = _reset_optimizers(model)
+    for metric in keras_bridge.metrics(model):
+        with backends.writable(metric.variables):
+            metric.reset_state()
 
-    skipped = [assignment.row for assignment in assignments if not assignment.new_value]
-    advice = "Reset it manually if needed."
-    findings += [
-        Finding("info", "not-reset", row["path"], f"{row['done']}.", advice)
-        for row in skipped
-    ]
+    skipped = [assignment for assignment in assignments if not assignment.new_value]
+    findings += [_explain_skipped(assignment) for assignment in skipped]
+    _warn(findings)
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
     count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
     note = f"Reinitialized {count} variables (seed {root})."
     rows = [assignment.row for assignment in assignments]
     return Table("initialize", rows, findings, columns, note)
+
+
+def _explain_skipped(assignment: _Assignment) -> Finding:
+    row = assignment.row
+    is_meant = row["layer"] == "Normalization"
+    severity = "info" if is_meant else "warning"
+    advice = "Reset it manually if needed."
+    return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
+
+
+def _warn(findings: list[Finding]) -> None:
+    """A Python warning too: a table need not be looked at."""
+    serious = [finding for finding in findings if finding.severity == "warning"]
+    if serious:
+        first = serious[0]
+        others = f" ({len(serious) - 1} more in the findings)" if serious[1:] else ""
+        message = f"`initialize` did not reset {first.path}: {first.message}{others}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _root_seed(seed: int | None, initializer: Any) -> int:
@@ -175,59 +208,31 @@ def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Laye
     return selected
 
 
-def _seed_deriver(root: int, canonical: Callable[[str], str]) -> Callable[[str], int]:
+def _seed_deriver(
+    root: int, layer_paths: dict[int, str]
+) -> Callable[[keras.Layer | None, keras.Variable], int]:
     """Makes one seed for each path; a path that comes again gets another one."""
     counts = Counter()
 
-    def derive(path: str) -> int:
-        path = canonical(path)
-        counts[path] += 1  # nested models can give one path to several variables
+    def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
+        layer_path = layer_paths.get(id(owner), "")
+        path = f"{layer_path}/{keras_bridge.canonical_name(variable)}"
+        counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
 
     return derive
 
 
-def _canonical_paths(
-    model: keras.Layer, all_layers: list[keras.Layer]
-) -> Callable[[str], str]:
-    """Replaces `dense_7` by `dense#1`, if it is the first Dense that its parent shows."""
-    kinds = {}
-    for layer in all_layers:
-        kind = re.sub(r"_\d+$", "", layer.name)
-        # `Bidirectional` puts its own word in front of the automatic name.
-        plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
-        if plain == type(layer).__name__.lower():
-            kinds[layer.path or layer.name] = kind
-    # The model's own name is in the paths or not, depending on how it was built.
-    known, seen = {"": "", model.path: ""}, Counter()
-
-    def canonical(path: str) -> str:
-        if path not in known:
-            parent, _, name = path.rpartition("/")
-            head = canonical(parent)
-            if path in kinds:
-                seen[head, kinds[path]] += 1
-                name = f"{kinds[path]}#{seen[head, kinds[path]]}"
-            known[path] = f"{head}/{name}"
-        return known[path]
-
-    return canonical
-
-
 def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignment:
     """What is to be done with a weight; raises whatever there is to raise."""
-    row: Row = {
-        "path": weight.path,
-        "layer": None if weight.owner is None else type(weight.owner).__name__,
-        "shape": weight.shape,
-        "dtype": weight.variable.dtype,
-        **dict.fromkeys(("fan_in", "fan_out", "std")),
-    }
+    row = _empty_row(weight.path, weight.owner, weight.variable)
     if weight.reason:
         row["done"] = f"not changed: {weight.reason}"
         return _Assignment(weight.variable, None, row)
     initializer = weight.initializer
+    if isinstance(initializer, keras_bridge.BuildValue):
+        return _plan_built(weight, initializer, row, seed)
     if weight.is_kernel and weight.fans is not None:
         initializer = kernel_initializer
         row["fan_in"], row["fan_out"] = weight.fans
@@ -240,6 +245,27 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     row["done"] = _describe_initializer(initializer)
     new_value = _value_factory(initializer, distribution, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row)
+
+
+def _plan_built(
+    weight: Weight, built: keras_bridge.BuildValue, row: Row, seed: int
+) -> _Assignment:
+    """First as declared: what the layer assigns can depend on it, or on other weights."""
+    declared = built.declared
+    distribution = distribution_of(declared, weight.shape, weight.fans, weight.site)
+    new_value = _value_factory(declared, distribution, weight.variable, seed)
+    row["done"] = "assigned in build"
+    return _Assignment(weight.variable, new_value, row, built)
+
+
+def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -> Row:
+    return {
+        "path": path,
+        "layer": None if owner is None else type(owner).__name__,
+        "shape": tuple(variable.shape),
+        "dtype": variable.dtype,
+        **dict.fromkeys(("fan_in", "fan_out", "std")),
+    }
 
 
 def _describe_initializer(initializer: Any) -> str:
@@ -263,22 +289,42 @@ def _value_factory(
     if distribution is not None and (
         distribution.form == "constant" or dtype in WEIGHT_DTYPES
     ):
-        if distribution.std and WEIGHT_DTYPES[dtype] < distribution.bound < math.inf:
-            raise ValueError(
-                "Argument `initializer` must have a smaller gain for weights of "
-                f"{dtype}. Received: initializer={initializer} for {variable.path}"
-            )
+        _check_range(distribution, initializer, variable)
         return functools.partial(distribution.draw, shape, dtype, (seed,))
     if "seed" in getattr(initializer, "get_config", dict)():
         initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
-    value = initializer(shape, dtype=dtype)
+    value: Any = keras.ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype)
     if tuple(value.shape) != shape:
         raise ValueError(
             f"The initializer of {variable.path} must return a tensor of shape {shape}. "
             f"Received: {initializer} returned one of shape {tuple(value.shape)}"
         )
+    if keras.backend.is_float_dtype(dtype) and keras.ops.any(keras.ops.isnan(value)):
+        raise ValueError(
+            f"The initializer of {variable.path} must return numbers. "
+            f"Received: {initializer} returned nan"
+        )
     return lambda: value
+
+
+def _check_range(
+    distribution: Distribution, initializer: Any, variable: keras.Variable
+) -> None:
+    """Whether the dtype can hold what is drawn: not nan, not infinite, not all zeros."""
+    std, bound, dtype = distribution.std, distribution.bound, variable.dtype
+    fault = None
+    if math.isnan(std) or math.isnan(distribution.mean):
+        fault = "a mean and a std that are numbers, not nan"
+    elif std and WEIGHT_DTYPES[dtype] < bound < math.inf:
+        fault = f"a smaller gain for weights of {dtype}"
+    elif std and std < float(ml_dtypes.finfo(dtype).smallest_subnormal):
+        fault = f"a larger gain for weights of {dtype}, in which all values would be 0"
+    if fault:
+        raise ValueError(
+            f"Argument `initializer` must have {fault}. "
+            f"Received: initializer={initializer} for {variable.path}"
+        )
 
 
 def _plan_generator(
@@ -290,52 +336,48 @@ def _plan_generator(
     if seed is None:
         seed = derived & 0x7FFFFFFF
     start = np.array([seed, 0]).astype(state.dtype)
-    row: Row = {
-        "path": path,
-        "layer": type(layer).__name__,
-        "shape": (2,),
-        "dtype": state.dtype,
-        **dict.fromkeys(("fan_in", "fan_out", "std")),
-        "done": f"seed {seed}",
-    }
+    row = _empty_row(path, layer, state)
+    row["done"] = f"seed {seed}"
     return _Assignment(state, lambda: start, row)
 
 
-def _plan_optimizer(model: keras.Layer) -> tuple[list[_Assignment], list[Finding]]:
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return [], []
-    try:
-        sources = keras_bridge.rebuild_sources(optimizer)
-    except Exception as error:  # from an optimizer of the user: anything
-        message = f"Its state is not changed: {error}."
-        advice = "Compile the model again."
-        return [], [Finding("warning", "optimizer", optimizer.name, message, advice)]
-    assignments = []
-    for variable, source in sources:
-        if variable.name == "learning_rate":
-            continue
-        new_value = functools.partial(lambda value: value, source)
-        if callable(source):
-            distribution = keras_distribution(source, tuple(variable.shape), None)
-            new_value = _value_factory(source, distribution, variable, 0)
-        assignments.append(_Assignment(variable, new_value, {}))
-    return assignments, []
+def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> _Assignment:
+    """The state of a recurrent layer starts again; of others nothing is known."""
+    row = _empty_row(path, layer, variable)
+    if keras_bridge.initial_state(layer, variable) is None:
+        row["done"] = "not changed: Keras does not list it among the layer's variables"
+        return _Assignment(variable, None, row)
+    row["done"] = "initial state"
+    new_value = functools.partial(keras_bridge.initial_state, layer, variable)
+    return _Assignment(variable, new_value, row)
 
 
-def _with_progress(
-    assignments: list[_Assignment], verbose: Literal["auto"] | bool
-) -> Iterator[_Assignment]:
-    """The assignments one by one, with a bar once they have taken a second."""
+def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
     sizes = [math.prod(assignment.variable.shape) for assignment in assignments]
-    bar = Progress(transient=True)
-    task = bar.add_task("initialize", total=sum(sizes))
-    wait = 1.0 if verbose == "auto" else 0.0
-    shown = Console().is_terminal if verbose == "auto" else verbose
-    begin = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        for assignment, size in zip(assignments, sizes, strict=True):
-            if shown and time.monotonic() - begin >= wait and not bar.live.is_started:
-                stack.enter_context(bar)
-            yield assignment
-            bar.advance(task, size)
+    done = itertools.accumulate(sizes)
+    with progress("initialize", verbose) as advance:
+        for assignment, size in zip(assignments, done, strict=True):
+            if assignment.new_value is not None:
+                backends.assign(assignment.variable, assignment.new_value())
+            advance(size / max(1, sum(sizes)))
+    # All of them are computed before one is assigned: they can depend on each other.
+    built = [assignment.built for assignment in assignments if assignment.built]
+    values = keras_bridge.build_values(built)
+    for source, value in zip(built, values, strict=True):
+        backends.assign(source.variable, value)
+
+
+def _reset_optimizers(model: keras.Layer) -> list[Finding]:
+    findings = []
+    for optimizer in keras_bridge.optimizers(model):
+        try:
+            values = keras_bridge.optimizer_values(optimizer)
+            for variable, new_value in values:
+                backends.assign(variable, new_value())
+        except Exception as error:  # from an optimizer of the user: anything
+            message = f"Its state is not changed: {error}."
+            advice = "Compile the model again."
+            findings.append(
+                Finding("warning", "optimizer", optimizer.name, message, advice)
+            )
+    return findings

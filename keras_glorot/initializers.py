@@ -5,9 +5,10 @@ import functools
 import math
 import numbers
 import random
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any, Self
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Self
 
 import keras
 import ml_dtypes
@@ -39,7 +40,10 @@ class _Glorot(keras.initializers.Initializer):
         seed: "int | keras.random.SeedGenerator | None" = None,
         input_axes: Sequence[int] | None = None,
         output_axes: Sequence[int] | None = None,
+        **unknown: Any,
     ):
+        if unknown:
+            raise TypeError(_explain_unknown(type(self).__name__, unknown))
         self.gain = _standardize_gain(gain)
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
@@ -47,6 +51,7 @@ class _Glorot(keras.initializers.Initializer):
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
 
+    @backends.untouched
     def __call__(self, shape: Sequence[int], dtype: Any = None, layout: Any = None) -> Any:
         """Draws a kernel.
 
@@ -63,8 +68,9 @@ class _Glorot(keras.initializers.Initializer):
 
         Raises:
             ValueError: If the shape is not fully defined, axes do not fit it, the dtype
-                can't hold a weight, or the bounds lie beyond the dtype's range.
-            TypeError: If the shape does not hold integers.
+                can't hold a weight, the bounds lie beyond the dtype's range, or there is
+                a layout on another backend than JAX.
+            TypeError: If the shape does not hold integers, or the layout is none.
         """
         shape = standardize_shape(shape)
         dtype = keras.backend.standardize_dtype(dtype)
@@ -84,11 +90,9 @@ class _Glorot(keras.initializers.Initializer):
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         seed = keras_bridge.seed_words(self.seed)
-        if seed is None:  # known to the backend alone, while it traces
-            scale = distribution.scale
-            if distribution.form == "uniform":
-                return keras.random.uniform(shape, -scale, scale, dtype, self.seed)
-            return keras.random.truncated_normal(shape, 0.0, scale, dtype, self.seed)
+        if backends.is_tracing() or backends.is_symbolic(seed):
+            form, scale = distribution.form, distribution.scale
+            return backends.traced_draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)
@@ -129,17 +133,19 @@ class _Glorot(keras.initializers.Initializer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """The initializer that `get_config` described."""
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                "Argument `config` must be a dictionary, as `get_config` returns it. "
+                f"Received: config={config}"
+            )
         unknown = set(config) - _ARGUMENTS
         if unknown:
             raise ValueError(
                 f"Argument `config` must hold arguments of {cls.__name__} only: gain, "
                 "seed, input_axes, output_axes. "
-                f"Received: config={config} with unknown keys {sorted(unknown)}"
+                f"Received: config={config} with unknown keys {sorted(unknown, key=str)}"
             )
-        config = dict(config)
-        if isinstance(config.get("seed"), dict):
-            config["seed"] = keras.saving.deserialize_keras_object(config["seed"])
-        return cls(**config)
+        return cls(**{**config, "seed": _deserialize_seed(config.get("seed"))})
 
     def __repr__(self) -> str:
         arguments = {**self.get_config()}
@@ -172,9 +178,8 @@ class GlorotUniform(_Glorot):
         seed: An int makes every call a pure function of seed, shape and distribution:
             the same bits on every backend. A `keras.random.SeedGenerator` advances with
             every call. `None` draws a seed once, from Python's `random`, so that
-            `keras.utils.set_random_seed` governs it. A `SeedGenerator` whose state is
-            only known while a backend traces is drawn with `keras.random`: the same
-            distribution, but that backend's bits.
+            `keras.utils.set_random_seed` governs it. Inside a traced program the program
+            draws, with the same bits.
         input_axes: Axes of the kernel that one output sums over. With `output_axes`
             they decide the fans, whatever the layer. An axis in both belongs to the
             receptive field, an axis in neither is a batch axis (experts).
@@ -258,8 +263,10 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
 
     These strings are the default of every Keras layer with a kernel, so models whose
     code can't be changed (`keras.applications`, KerasHub) can be built inside. Saved
-    models keep the initializers they were saved with. Scopes nest, and hold for the
-    thread that opened them, as `keras.saving.custom_object_scope` does.
+    models keep the initializers they were saved with. Scopes nest. A scope holds for the
+    thread or the asyncio task that opened it, and for tasks that are created inside it;
+    `keras.utils.clear_session` does not end it. An object that a
+    `keras.saving.custom_object_scope` has under one of these names comes first.
 
     Args:
         gain: The gain of every initializer made in the scope, as in `GlorotUniform`.
@@ -276,23 +283,86 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
     """
     gain = _standardize_gain(gain)
 
-    def made_by(cls: type[_Glorot]) -> SimpleNamespace:
-        return SimpleNamespace(from_config=lambda c: cls.from_config({"gain": gain, **c}))
+    def from_uniform(config: Mapping[str, Any]) -> _Glorot:
+        return GlorotUniform.from_config({"gain": gain, **config})
 
-    def from_scaling(config: dict[str, Any]) -> _Glorot:
+    def from_normal(config: Mapping[str, Any]) -> _Glorot:
+        return GlorotNormal.from_config({"gain": gain, **config})
+
+    def from_scaling(config: Mapping[str, Any]) -> _Glorot:
         cls = GlorotUniform if config.get("distribution") == "uniform" else GlorotNormal
         kept = {name: config[name] for name in _ARGUMENTS - {"gain"} if name in config}
         return cls.from_config({"gain": gain, **kept})
 
-    objects = {
-        "glorot_uniform": made_by(GlorotUniform),
-        "glorot_normal": made_by(GlorotNormal),
-    }
+    defaults: _Defaults = {"glorot_uniform": from_uniform, "glorot_normal": from_normal}
     if variance_scaling:
-        objects["VarianceScaling"] = SimpleNamespace(from_config=from_scaling)
-    outer = keras_bridge.custom_objects_in_scope()
-    with keras.saving.custom_object_scope({**outer, **objects}):
-        yield
+        defaults["VarianceScaling"] = from_scaling
+    token = _defaults.set(defaults)
+    try:
+        with _redirection:
+            yield
+    finally:
+        _defaults.reset(token)
+
+
+_Defaults = dict[str, Callable[[Mapping[str, Any]], Any]]
+# By Keras's name, what the innermost scope of this thread or asyncio task makes of it.
+_defaults: ContextVar[_Defaults | None] = ContextVar(
+    "keras_glorot.as_default", default=None
+)
+
+
+class _Detour(NamedTuple):
+    """Stands under one of Keras's names and asks the innermost scope of the caller."""
+
+    name: str
+    ordinary: Any
+
+    def from_config(self, config: Mapping[str, Any]) -> Any:
+        make = (_defaults.get() or {}).get(self.name)
+        if make is not None:
+            return make(config)
+        # Another thread or task, without a scope. Its user may have registered a function.
+        if not hasattr(self.ordinary, "from_config"):
+            return self.ordinary
+        return self.ordinary.from_config(config)
+
+
+class _Redirection:
+    """Keeps detours in Keras's global table of names while a scope is open anywhere.
+
+    Keras's own `custom_object_scope` would hold for all tasks of a thread alike.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.open_scopes = 0
+        self.replaced: dict[str, Any] = {}
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.open_scopes += 1
+            if self.open_scopes > 1:
+                return
+            table = keras.saving.get_custom_objects()
+            for name in ("glorot_uniform", "glorot_normal", "VarianceScaling"):
+                self.replaced[name] = table.get(name)
+                ordinary = table.get(name, getattr(keras.initializers, name))
+                table[name] = _Detour(name, ordinary)
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.open_scopes -= 1
+            if self.open_scopes:
+                return
+            table = keras.saving.get_custom_objects()
+            for name, previous in self.replaced.items():
+                table.pop(name, None)
+                if previous is not None:
+                    table[name] = previous
+
+
+_redirection = _Redirection()
 
 
 def _standardize_gain(gain: float | str) -> float | str:
@@ -313,11 +383,15 @@ def _standardize_gain(gain: float | str) -> float | str:
             "activation; for a function use gain=calculate_gain(function). "
             f"Received: gain={gain} (of type {type(gain)})"
         )
-    if not (math.isfinite(gain) and gain > 0):
+    try:
+        value = float(gain)
+    except OverflowError:  # an integer or a fraction, too long to print
+        value = math.inf
+    if not 0 < value < math.inf:
         raise ValueError(
-            f"Argument `gain` must be positive and finite. Received: gain={gain}"
+            f"Argument `gain` must be positive and finite. Received: gain={value}"
         )
-    return float(gain)
+    return value
 
 
 def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
@@ -329,3 +403,27 @@ def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
             f"None. Received: seed={seed} (of type {type(seed)})"
         )
     return int(seed)
+
+
+def _deserialize_seed(seed: Any) -> Any:
+    """The seed of a config; of all objects that a config can describe, a generator only."""
+    if not isinstance(seed, Mapping):
+        return seed
+    arguments = seed.get("config")
+    if seed.get("class_name") != "SeedGenerator" or not isinstance(arguments, Mapping):
+        raise ValueError(
+            "Argument `config` must have an integer, a `keras.random.SeedGenerator` or "
+            f"None as its seed. Received: seed={seed}"
+        )
+    return keras.random.SeedGenerator(arguments.get("seed"), name=arguments.get("name"))
+
+
+def _explain_unknown(name: str, unknown: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{argument}={value!r}" for argument, value in unknown.items())
+    text = f"{name} has the arguments gain, seed, input_axes and output_axes only."
+    if "scale" in unknown:
+        text += (
+            " In place of the `scale` of `VarianceScaling` it takes the square root of it "
+            "as `gain`."
+        )
+    return f"{text} Received: {listed}"

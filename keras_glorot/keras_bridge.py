@@ -11,13 +11,14 @@ call was seen in.
 
 import contextlib
 import functools
+import inspect
 import re
 import threading
 import warnings
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -25,27 +26,44 @@ import numpy as np
 
 from keras_glorot import backends
 
+# `_is_keras_as_expected` notices what is missing, and warns.
 try:
     from keras.src.backend.common.global_state import get_global_attribute
-except ImportError:  # `_is_keras_as_expected` notices and warns
+except ImportError:
 
     def get_global_attribute(name, default=None, set_to_default=False) -> Any:
         return None
 
 
+try:
+    from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+except ImportError:
+    get_keras_mask = set_keras_mask = None
+
+
 __all__ = [
+    "BuildValue",
     "CallSite",
+    "build_values",
+    "canonical_name",
+    "canonical_paths",
     "copy_mask",
     "current_call_site",
-    "custom_objects_in_scope",
+    "direct_sublayers",
     "downstream_operations",
+    "initial_state",
     "is_shape_inference",
+    "may_assign",
+    "metrics",
+    "optimizer_values",
+    "optimizers",
     "owned_variables",
     "rebuild_sources",
     "seed_generators",
     "seed_words",
     "sublayer_paths",
     "sublayers",
+    "untracked_variables",
     "without_colors",
     "without_remat",
 ]
@@ -63,8 +81,10 @@ class CallSite(NamedTuple):
 
 def current_call_site(initializer: keras.initializers.Initializer) -> CallSite:
     """Finds out for what Keras is calling this initializer."""
-    if not _is_keras_as_expected():
-        return CallSite()
+    return _find_call_site(initializer) if _is_keras_as_expected() else CallSite()
+
+
+def _find_call_site(initializer: Any) -> CallSite:
     scopes = get_global_attribute("name_scope_stack") or ()
     callers = [scope.caller for scope in scopes if scope.caller is not None]
     outermost = next((c for c in callers if isinstance(c, keras.Layer)), None)
@@ -89,15 +109,32 @@ def owned_variables(
     """
     if not _is_keras_as_expected():
         return [(None, variable) for variable in layer.weights]
-    owners: dict[int, keras.Layer] = {}
-    for holder in layer._flatten_layers():
+    return _find_owners(layer)
+
+
+def _find_owners(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer | None, keras.Variable]]:
+    makers: dict[int, tuple[int, keras.Layer]] = {}
+    for holder in sublayers(layer):
         for variable in _own_variables(holder):
-            # Wrappers and tied layers hold the variables of others. The path tells
-            # who made one; else the innermost holder did, and that one comes last.
-            owner = owners.get(id(variable))
-            if owner is None or variable.path != f"{owner.path}/{variable.name}":
-                owners[id(variable)] = holder
-    return [(owners.get(id(variable)), variable) for variable in layer.weights]
+            # Wrappers and tied layers hold the variables of others. The path tells who
+            # made one; else the innermost holder did, and that one comes last.
+            likelihood = _maker_likelihood(holder, variable)
+            best = makers.get(id(variable))
+            if best is None or likelihood >= best[0]:
+                makers[id(variable)] = (likelihood, holder)
+    return [
+        (makers[id(variable)][1] if id(variable) in makers else None, variable)
+        for variable in layer.weights
+    ]
+
+
+def _maker_likelihood(holder: keras.Layer, variable: keras.Variable) -> int:
+    """A path ends in the maker's name; what comes before depends on when it was made."""
+    if variable.path == f"{holder.path}/{variable.name}":
+        return 2
+    return int(f"/{variable.path}".endswith(f"/{holder.name}/{variable.name}"))
 
 
 class _Deferred(threading.local):
@@ -120,7 +157,7 @@ class _Deferred(threading.local):
             self.owners = {
                 id(owned): (weakref.ref(layer), weakref.ref(model))
                 for model in models
-                for layer, owned in owned_variables(model)
+                for layer, owned in _find_owners(model)
                 if layer is not None
             }
         layer, model = self._look_up(variable) or (None, None)
@@ -141,9 +178,7 @@ _DEAD_REFERENCES = (lambda: None, lambda: None)
 _deferred = _Deferred()
 
 
-def _deferred_variable(
-    initializer: keras.initializers.Initializer,
-) -> keras.Variable | None:
+def _deferred_variable(initializer: Any) -> keras.Variable | None:
     """The variable that Keras fills belatedly by this call, if it does so."""
     pending = get_global_attribute("uninitialized_variables")
     if not pending:
@@ -156,50 +191,90 @@ def _deferred_variable(
 
 
 def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    lists = ("_trainable_variables", "_non_trainable_variables")
+    return [variable for name in lists for variable in getattr(layer, name, ())]
 
 
 @functools.cache
 def _is_keras_as_expected() -> bool:
-    """Tries, once, the names that this module takes from inside Keras."""
-    caller = object()
-    try:
-        with keras.name_scope("keras_glorot_probe", caller=caller):
-            as_expected = get_global_attribute("name_scope_stack")[-1].caller is caller
-        layer = keras.layers.Identity(name="keras_glorot_probe")
-        _own_variables(layer)
-        layer._flatten_layers()
-        as_expected = as_expected and hasattr(keras.Variable, "_deferred_initialize")
-    except (AttributeError, IndexError, TypeError):
-        as_expected = False
+    """Tries, once, if the names that this module takes from inside Keras still work."""
+    as_expected = backends.outside_traces(_probe)
     if not as_expected:
         warnings.warn(
             f"keras_glorot can't tell in Keras {keras.__version__} which layer a "
             "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
             "alone. That is wrong for depthwise, grouped, transposed and einsum "
             "kernels: give those `input_axes` and `output_axes`, or install a Keras "
-            "version that this version of keras_glorot was tested with.",
+            "version that this version of keras_glorot was tested with. What it says "
+            "about whole models is not complete either.",
             stacklevel=2,
         )
     return as_expected
 
 
-def custom_objects_in_scope() -> dict[str, Any]:
-    """The objects of the innermost `custom_object_scope`, which a new one would hide."""
-    return get_global_attribute("custom_objects_scope_dict") or {}
+def _probe() -> bool:
+    """Builds a small model without a `build` method and looks at what is found in it."""
+    if get_global_attribute("stateless_scope") is not None:
+        return True  # no thread could be had for it, and in this one it can't be tried
+    sites: list[CallSite | None] = []
+
+    def initializer(shape: Any, dtype: Any = None) -> Any:
+        try:
+            sites.append(_find_call_site(initializer))
+        except Exception:  # Keras would add a warning of its own to it
+            sites.append(None)
+        return keras.ops.zeros(shape, dtype)
+
+    try:
+        model = _LateModel(initializer)
+        entry = keras.layers.InputLayer(batch_shape=(1, 1), name="probe_input")
+        model(entry.output)
+        dropout, kernel = model.dropout, model.inner.weights[0]
+        found = (
+            # The symbolic call asks first, if at all.
+            all(site is not None and site.layer is model.inner for site in sites),
+            sites[-1] == CallSite(model.inner, kernel),
+            _find_owners(model) == [(model.inner, kernel)],
+            _own_variables(model.inner) == [kernel],
+            set(map(id, sublayers(model))) == set(map(id, (model, model.inner, dropout))),
+            dropout._seed_generators == [dropout.seed_generator],
+            downstream_operations(entry) == [model],
+            get_keras_mask is not None and set_keras_mask is not None,
+        )
+    except Exception:  # whatever a change inside Keras brings about
+        return False
+    return all(found)
 
 
-def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | None:
-    """The numbers that a seed stands for; a `SeedGenerator` advances.
+class _LateModel(keras.Layer):
+    """Has no `build`, so that Keras makes the weights of its sublayers late."""
 
-    None where a generator's state is only a symbol, because the backend is tracing.
+    def __init__(self, initializer: Any):
+        super().__init__(dtype="float32", name="probe")
+        self.inner = keras.layers.Dense(
+            1, use_bias=False, kernel_initializer=initializer, name="probe_inner"
+        )
+        # With a seed: to make one up would advance the user's `random`.
+        self.dropout = keras.layers.Dropout(0.5, seed=0, name="probe_dropout")
+
+    def call(self, x: Any) -> Any:
+        return self.dropout(self.inner(x))
+
+
+def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | Any:
+    """The integers that a seed stands for; a `SeedGenerator` advances.
+
+    Its state, as a tensor, where that is only a symbol, because the backend is tracing.
     """
     if isinstance(seed, int):
         return (seed,)
     state = seed.next()
     if backends.is_symbolic(state):
-        return None
-    return tuple(np.asarray(keras.ops.convert_to_numpy(state)).tolist())
+        return state
+    words = np.asarray(keras.ops.convert_to_numpy(state))
+    if words.dtype == np.int32:
+        words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
+    return tuple(words.tolist())
 
 
 def is_shape_inference() -> bool:
@@ -212,8 +287,26 @@ def is_shape_inference() -> bool:
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layer itself and all layers in it, at any depth, each once."""
-    return list(layer._flatten_layers())
+    """The layer itself and all layers in it, at any depth, each once; parents first."""
+    found = {id(layer): layer}
+    waiting = deque(_children(layer))
+    while waiting:
+        child = waiting.popleft()
+        if id(child) not in found:
+            found[id(child)] = child
+            waiting.extendleft(_children(child))  # backwards, as Keras does it
+    return list(found.values())
+
+
+def _children(layer: keras.Layer) -> list[keras.Layer]:
+    if hasattr(layer, "_layers"):
+        return layer._layers
+    return getattr(layer, "layers", [])  # models show them, other layers don't
+
+
+def direct_sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers that the layer holds itself."""
+    return list(_children(layer))
 
 
 def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
@@ -222,23 +315,65 @@ def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
     `layer` itself goes by its name. A layer with several parents has the path of the first.
     Unlike Keras's own `path`, this does not depend on how and when a layer was built.
     """
-    paths = {id(layer): layer.name}
+
+    def names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
+        return [child.name for child in children]
+
+    return {**_tree_paths(layer, names), id(layer): layer.name}
+
+
+def canonical_paths(layer: keras.Layer) -> dict[int, str]:
+    """As `sublayer_paths`, but the same for each model that is built alike.
+
+    Automatic names are replaced by the order of occurrence in the parent: `dense#2` is
+    the second Dense. The name of `layer` itself is left out, and that of a parent at the
+    start of its sublayers' names: it can be automatic.
+    """
+    return _tree_paths(layer, _canonical_names)
+
+
+def _tree_paths(
+    layer: keras.Layer, names: Callable[[keras.Layer, list[keras.Layer]], list[str]]
+) -> dict[int, str]:
+    paths = {id(layer): ""}
 
     def walk(parent: keras.Layer, prefix: str) -> None:
-        for child in parent._layers:
+        children = list(_children(parent))
+        for child, name in zip(children, names(parent, children), strict=True):
             if id(child) not in paths:
-                paths[id(child)] = prefix + child.name
-                walk(child, f"{prefix}{child.name}/")
+                paths[id(child)] = prefix + name
+                walk(child, f"{prefix}{name}/")
 
     walk(layer, "")
     return paths
 
 
+def _canonical_names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
+    counts = Counter()
+    names = []
+    for child in children:
+        kind = re.sub(r"_\d+$", "", child.name)
+        # `Bidirectional` puts its own word in front of the automatic name.
+        plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
+        if plain == type(child).__name__.replace("_", "").lower():
+            counts[kind] += 1
+            names.append(f"{kind}#{counts[kind]}")
+        else:
+            names.append(child.name.removeprefix(f"{parent.name}_"))
+    return names
+
+
+def canonical_name(variable: keras.Variable) -> str:
+    """The variable's name, without what Keras counts in an automatic one."""
+    plain = re.sub(r"_\d+$", "", variable.name)
+    if plain.replace("_", "") == type(variable).__name__.lower():
+        return "variable"  # JAX's class has another name
+    return variable.name
+
+
 def copy_mask(source: Any, target: Any) -> None:
     """Copies the Keras mask, which says which timesteps count, from source to target."""
-    with contextlib.suppress(ImportError):
-        from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-
+    if get_keras_mask is not None and set_keras_mask is not None:
         set_keras_mask(target, get_keras_mask(source))
 
 
@@ -264,58 +399,398 @@ def without_colors(message: str) -> str:
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators that the layer holds itself."""
-    return list(layer._seed_generators)
+    held = _attributes(layer, keras.random.SeedGenerator)
+    listed = getattr(layer, "_seed_generators", ())
+    return _unique([*listed, *held.values()])
+
+
+def optimizers(layer: keras.Layer) -> list[keras.optimizers.Optimizer]:
+    """The optimizers among the attributes of a layer, of its sublayers, of each other."""
+    found: list[keras.optimizers.Optimizer] = []
+    holders: list[Any] = sublayers(layer)
+    for holder in holders:
+        for optimizer in _attributes(holder, keras.optimizers.Optimizer).values():
+            if all(optimizer is not other for other in found):
+                found.append(optimizer)
+                holders.append(optimizer)
+    return found
+
+
+def metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
+    """The metrics of a model, compiled ones too, and of all layers in it."""
+    own = [
+        metric for member in sublayers(layer) for metric in getattr(member, "_metrics", ())
+    ]
+    return _unique([*layer.metrics, *own])
+
+
+def untracked_variables(layer: keras.Layer) -> list[tuple[keras.Layer, keras.Variable]]:
+    """Variables that are neither weights, nor of seed generators, metrics or optimizers.
+
+    Each with the layer that holds it: the states of an RNN, say, which Keras leaves out
+    of `variables`.
+    """
+    members = sublayers(layer)
+    known = {id(variable) for variable in layer.weights}
+    known |= {id(each.state) for member in members for each in seed_generators(member)}
+    known |= {id(variable) for each in metrics(layer) for variable in each.variables}
+    untracked = []
+    for member in members:
+        held = _attributes(member, keras.Variable).values()
+        rest = layer.variables if member is layer else []
+        for variable in [*held, *rest]:
+            if id(variable) not in known:
+                known.add(id(variable))
+                untracked.append((member, variable))
+    return untracked
+
+
+def initial_state(layer: keras.Layer, variable: keras.Variable) -> Any:
+    """The value that a state of a recurrent layer starts with; None of anything else."""
+    if not isinstance(layer, keras.layers.RNN) or not layer.states:
+        return None
+    states = keras.tree.flatten(layer.states)
+    starts = keras.tree.flatten(layer.get_initial_state(states[0].shape[0]))
+    for state, start in zip(states, starts, strict=False):
+        if state is variable and tuple(start.shape) == tuple(state.shape):
+            return start
+    return None
+
+
+def _attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
+    """The objects of a kind among the attributes, also in lists and dictionaries there.
+
+    By where they are: the name of the attribute, then keys and indices.
+    """
+    found, seen = {}, set()
+
+    def walk(value: Any, place: tuple[Any, ...]) -> None:
+        if isinstance(value, kind):
+            found[place] = value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                walk(item, (*place, key))
+
+    for name, value in vars(holder).items():
+        # TensorFlow keeps lists of the same things under names that begin so.
+        if name not in _TRACKING and not name.startswith("_self_"):
+            walk(value, (name,))
+    return found
+
+
+# Keras's own lists of what stands in other attributes too.
+_TRACKING = {"_layers", "_trainable_variables", "_non_trainable_variables", "_variables"}
+
+
+def _unique(objects: list[Any]) -> list[Any]:
+    return list({id(each): each for each in objects}.values())
 
 
 def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
     """What takes the layer's outputs where Keras knows the graph, else nothing."""
-    return [node.operation for node in layer._outbound_nodes]
+    return [node.operation for node in getattr(layer, "_outbound_nodes", ())]
 
 
-def rebuild_sources(
-    original: keras.Layer | keras.optimizers.Optimizer,
-) -> list[tuple[keras.Variable, Any]]:
-    """Each variable of a layer or an optimizer, and what a rebuilt one is made from.
+class BuildValue:
+    """What a layer assigns to a variable in `build`, computed from the layer's weights.
 
-    That is an initializer, or a tensor where there was none. The copy is built in a scope
-    in which variables get no values, and in a thread of its own: the names that Keras
-    counts and the variables that it has yet to fill are one set per thread.
+    Called as an initializer, it gives what `build` would assign if each weight of the
+    layer had been made with its present value.
+
+    Attributes:
+        declared: The initializer that the variable was made with before.
+        variable: The variable.
+        rebuild: What builds a copy of the layer.
     """
-    is_layer = isinstance(original, keras.Layer)
-    with ThreadPoolExecutor(1) as pool:
-        copy_source = _rebuild_layer if is_layer else _rebuild_optimizer
-        rebuilt = pool.submit(copy_source, original).result()
-    if is_layer:
-        pairs = zip(_own_variables(original), _own_variables(rebuilt), strict=True)
-    else:
-        pairs = zip(original.variables, rebuilt.variables, strict=True)
-    sources = []
-    for variable, copy in pairs:
-        if not _is_same_variable(variable, copy):
-            raise ValueError(f"A copy of {original.name} has other variables.")
-        source = copy._initializer if copy._value is None else copy._value
-        sources.append((variable, source))
+
+    def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
+        self.declared, self.variable, self.rebuild = declared, variable, rebuild
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        (value,) = build_values([self])
+        return value
+
+
+def build_values(sources: list[BuildValue]) -> list[Any]:
+    """The value of each, all from the same weights: build copies each layer once."""
+    assigned: dict[int, dict[int, Any]] = {}
+    for source in sources:
+        if id(source.rebuild) not in assigned:
+            assigned[id(source.rebuild)] = source.rebuild.assigned_values()
+    return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
+
+
+def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
+    """By `id`, what the variables of a layer and of its sublayers are made from.
+
+    That is an initializer, or a `BuildValue` where `build` assigns. A copy is built from
+    the layer's attributes: a config can lack something. Only what `__init__` makes needs
+    the config. The copy gets no values, and a thread of its own: the names that Keras
+    counts and the variables that it has yet to fill are one set per thread. Variables that
+    no copy has are left out.
+
+    Raises:
+        Exception: Whatever the layer raises, if neither way works.
+    """
+    sources: dict[int, Any] = {}
+    errors = []
+    for copy, children in (
+        (_copy_from_attributes, _attribute_children),
+        (_copy_from_config, _tracked_children),
+    ):
+        try:
+            sources = _Rebuild(original, copy, children).sources() | sources
+        except Exception as error:  # from a layer of the user: anything
+            errors.append(error)
+        if all(id(variable) in sources for variable in original.weights):
+            return sources
+    if errors and not sources:
+        raise errors[-1]
     return sources
 
 
-def _rebuild_layer(original: keras.Layer) -> keras.Layer:
-    with keras.StatelessScope(initialize_variables=False):
-        copy = type(original).from_config(original.get_config())
-        if original.get_build_config():
-            copy.build_from_config(original.get_build_config())
+class _Rebuild:
+    """Builds copies of a layer in which variables have no values of their own."""
+
+    def __init__(
+        self,
+        original: keras.Layer,
+        copy: Callable[[keras.Layer], keras.Layer],
+        children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+    ):
+        self.original, self.copy, self.children = original, copy, children
+        self.created: list[keras.Variable | None] = []
+
+    def sources(self) -> dict[int, Any]:
+        """As `rebuild_sources`; notes which variable is made in which turn."""
+        scope = _ReplayScope([])
+        pairs, created = backends.outside_traces(self._build, scope)
+        counterparts = {id(copy): variable for variable, copy in pairs}
+        self.created = [counterparts.get(id(copy)) for copy in created]
+        sources = {}
+        for variable, copy in pairs:
+            source = copy._initializer
+            if scope.get_assigned(copy) is not None:
+                source = BuildValue(source, variable, self)
+            sources[id(variable)] = source
+        return sources
+
+    def assigned_values(self) -> dict[int, Any]:
+        """By `id` of the variable, what `build` assigns if the weights are as now."""
+        scope = _ReplayScope(self.created)
+        pairs, _ = backends.outside_traces(self._build, scope)
+        values = {id(variable): scope.get_assigned(copy) for variable, copy in pairs}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def _build(self, scope: "_ReplayScope"):
+        # What the layer warns of, it has said of the original.
+        with scope, warnings.catch_warnings(action="ignore"):
+            copy = self.copy(self.original)
+        created = list(get_global_attribute("uninitialized_variables") or ())
+        pairs = []
+        for one, other in _layer_pairs(self.original, copy, self.children):
+            made = [
+                variable for variable in _own_variables(other) if variable._value is None
+            ]
+            pairs += _variable_pairs(_own_variables(one), made)
+        return pairs, created
+
+
+class _ReplayScope(keras.StatelessScope):
+    """Notes assignments; lets the n-th variable made read as the n-th one given."""
+
+    def __init__(self, created: list[keras.Variable | None]):
+        super().__init__(initialize_variables=False)
+        self.created = created
+
+    def get_assigned(self, variable: keras.Variable) -> Any:
+        return super().get_current_value(variable)
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        assigned = self.get_assigned(variable)
+        if assigned is not None or variable._value is not None:
+            return assigned
+        pending = get_global_attribute("uninitialized_variables") or ()
+        for made, original in zip(pending, self.created, strict=False):
+            if made is variable:
+                return None if original is None else original._value
+        return None
+
+
+def _copy_from_config(original: keras.Layer) -> keras.Layer:
+    config = original.get_config()
+    if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
+        # `build` has put it where an argument was.
+        raise ValueError(f"The config of {original.name} holds a variable.")
+    parameters = inspect.signature(type(original).__init__).parameters.values()
+    if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        # Keras puts these into every config, whether the layer takes them or not.
+        accepted = {each.name for each in parameters}
+        for name in {"name", "trainable", "dtype"} - accepted:
+            config.pop(name, None)
+    copy = type(original).from_config(config)
+    if _has_build(original) and original.get_build_config():
+        copy.build_from_config(original.get_build_config())
     return copy
 
 
-def _rebuild_optimizer(original: Any) -> Any:
+def _has_build(layer: keras.Layer) -> bool:
+    return type(layer).build not in (keras.Layer.build, keras.Model.build)
+
+
+def may_assign(layer: keras.Layer) -> bool:
+    """Whether making it runs code that is not Keras's, other than of its sublayers.
+
+    Keras's own layers assign nothing in `build`.
+    """
+    is_foreign = not type(layer).__module__.startswith("keras.")
+    has_build = not type(layer).build.__module__.startswith("keras.")
+    return is_foreign and (has_build or bool(_own_variables(layer)))
+
+
+def _copy_from_attributes(original: keras.Layer) -> keras.Layer:
+    if not _has_build(original) or not original.get_build_config():
+        raise NotImplementedError(f"{original.name} has no config and no `build`.")
+    copy = _Replica().of(original)
+    copy.build_from_config(original.get_build_config())
+    return copy
+
+
+class _Replica:
+    """Copies a layer as it was before `build`, with the layers in it.
+
+    That is, without its variables: what `build` reads must not be what it made.
+    """
+
+    def __init__(self):
+        self.copies: dict[int, Any] = {}
+        self.left_out: set[int] = set()
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, keras.Layer):
+            if id(value) not in self.copies:
+                self._copy_layer(value)
+            return self.copies[id(value)]
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in self._kept(value.items())}
+        if isinstance(value, list | set) or type(value) is tuple:
+            kind = next(each for each in (list, set, tuple) if isinstance(value, each))
+            return kind(self.of(item) for _, item in self._kept(enumerate(value)))
+        return value
+
+    def _kept(self, items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        return [(key, item) for key, item in items if id(item) not in self.left_out]
+
+    def _copy_layer(self, layer: keras.Layer) -> None:
+        copy: Any = type(layer).__new__(type(layer))
+        self.copies[id(layer)] = copy
+        self.left_out |= {id(variable) for variable in _own_variables(layer)}
+        # What is made before `__init__`: `build`, and the lists of what Keras tracks.
+        fresh = set(vars(copy)) - {"_lock"}
+        for name, value in self._kept(vars(layer).items()):
+            if name not in fresh:
+                vars(copy)[name] = self.of(value)
+        vars(copy)["built"] = False
+        # PyTorch's list of parameters would take in those of the copy.
+        vars(copy).get("_modules", {}).pop("_torch_params", None)
+
+
+def _tracked_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
+    return dict(enumerate(_children(layer)))
+
+
+def _attribute_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
+    return _attributes(layer, keras.Layer)
+
+
+def _layer_pairs(
+    original: keras.Layer,
+    copy: keras.Layer,
+    children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+) -> list[tuple[keras.Layer, keras.Layer]]:
+    """The layer and its sublayers, each with its counterpart in a copy."""
+    pairs, seen = [(original, copy)], {id(original)}
+    for one, other in pairs:
+        others = children(other)
+        for place, child in children(one).items():
+            counterpart = others.get(place)
+            if type(counterpart) is type(child) and id(child) not in seen:
+                seen.add(id(child))
+                pairs.append((child, counterpart))
+    return pairs
+
+
+def _variable_pairs(
+    originals: list[keras.Variable], copies: list[keras.Variable]
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Each variable with its counterpart: same name and shape, made in the same turn."""
+    counterparts: dict[Any, list[keras.Variable]] = {}
+    for copy in copies:
+        counterparts.setdefault(_signature(copy), []).append(copy)
+    pairs = []
+    for variable in originals:
+        if waiting := counterparts.get(_signature(variable)):
+            pairs.append((variable, waiting.pop(0)))
+    return pairs
+
+
+def _signature(variable: keras.Variable) -> tuple[Any, ...]:
+    # An automatic name ends in a number, counted anew.
+    return re.sub(r"_\d+$", "", variable.name), tuple(variable.shape), variable.dtype
+
+
+def optimizer_values(
+    original: keras.optimizers.Optimizer,
+) -> list[tuple[keras.Variable, Callable[[], Any]]]:
+    """The state of an optimizer, without its learning rate and without inner optimizers.
+
+    Each variable comes with what makes its first value, from the weights as they are now.
+    """
+    state = _optimizer_state(original)
+    if all(variable is original._iterations for variable in state):
+        return [(variable, lambda: 0) for variable in state]
+    try:
+        scope = keras.StatelessScope(initialize_variables=False)
+        rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
+    except Exception:  # some make variables of values, which needs a real copy
+        scope = None
+        rebuilt = backends.outside_traces(
+            _rebuild_optimizer, original, contextlib.nullcontext()
+        )
+    copies = _optimizer_state(rebuilt)
+    if list(map(_signature, state)) != list(map(_signature, copies)):
+        raise ValueError(f"a copy of {original.name} has other variables")
+    return [
+        (variable, functools.partial(_first_value, copy, scope))
+        for variable, copy in zip(state, copies, strict=True)
+    ]
+
+
+def _first_value(copy: keras.Variable, scope: keras.StatelessScope | None) -> Any:
+    assigned = None if scope is None else scope.get_current_value(copy)
+    return copy.value if assigned is None else assigned
+
+
+def _rebuild_optimizer(original: Any, scope: Any) -> Any:
     copy = type(original).from_config(original.get_config())
-    with keras.StatelessScope(initialize_variables=False):
-        # A LossScaleOptimizer does not always keep its own list.
-        source = getattr(original, "inner_optimizer", original)
+    # A LossScaleOptimizer does not always keep its own list.
+    source = getattr(original, "inner_optimizer", original)
+    with scope:
         copy.build(source._trainable_variables)
     return copy
 
 
-def _is_same_variable(original: keras.Variable, rebuilt: keras.Variable) -> bool:
-    # An automatic name ends in a number, counted anew.
-    names = [re.sub(r"_\d+$", "", variable.name) for variable in (original, rebuilt)]
-    return names[0] == names[1] and original.shape == rebuilt.shape
+def _optimizer_state(optimizer: Any) -> list[keras.Variable]:
+    """Its own variables, also those that Keras does not list, as of Nadam."""
+    inner = _attributes(optimizer, keras.optimizers.Optimizer).values()
+    foreign = {id(variable) for each in inner for variable in each.variables}
+    foreign |= {id(variable) for variable in optimizer._trainable_variables}
+    foreign.add(id(optimizer._learning_rate))
+    held = _attributes(optimizer, keras.Variable).values()
+    return [
+        variable
+        for variable in _unique([*held, *optimizer._variables])
+        if id(variable) not in foreign
+    ]

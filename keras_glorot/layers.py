@@ -13,15 +13,24 @@ __all__ = [
     "Activation",
     "fans_by_rule",
     "following_activation",
+    "has_registered_rule",
     "is_relu_like",
     "kernel_activation",
     "kernel_fans",
     "register_fans",
+    "unit_axis",
+    "window_rank",
 ]
 
-Activation = Callable[[Any], Any]
+# A string stands for an activation that can't be called: Keras does not know it.
+Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
 _RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
@@ -107,13 +116,33 @@ def fans_by_rule(
     return None
 
 
+def has_registered_rule(layer: keras.Layer, variable: keras.Variable) -> bool:
+    """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
+    ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
+    if ruled is None or ruled in _KERAS_RULES:
+        return False
+    return fans_by_rule(tuple(variable.shape), layer, variable) is not None
+
+
 def kernel_activation(
     layer: keras.Layer | None, variable: keras.Variable | None = None
 ) -> Activation | None:
     """The activation of the layer itself behind this weight, or None."""
     if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
         return None  # what follows it is the pointwise kernel
-    return getattr(layer, "activation", None)
+    return _standardize_activation(getattr(layer, "activation", None))
+
+
+def _standardize_activation(activation: Any) -> Activation | None:
+    """A layer of the user may keep anything in its attribute `activation`."""
+    if isinstance(activation, keras.Layer):
+        return _layer_activation(activation) or type(activation).__name__
+    if activation is None or callable(activation):
+        return activation
+    try:
+        return keras.activations.get(activation)
+    except (ValueError, TypeError):
+        return str(activation)
 
 
 def following_activation(
@@ -137,6 +166,18 @@ def following_activation(
     ]
     agree = all(activation == activations[0] for activation in activations)
     return activations[0] if activations and agree else None
+
+
+def window_rank(layer: keras.Layer | None, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a kernel are the window of a convolution."""
+    window = getattr(layer, "kernel_size", None)
+    is_window = isinstance(window, tuple) and shape[:-2] == window
+    return len(shape) - 2 if is_window else 0
+
+
+def unit_axis(layer: keras.Layer | None) -> int:
+    """The axis of a kernel, counted from the end, along which units differ."""
+    return -2 if isinstance(layer, _TRANSPOSED) else -1
 
 
 def is_relu_like(activation: Activation | None) -> bool:
@@ -163,6 +204,8 @@ def _layer_activation(layer: Any) -> Activation | None:
             return keras.activations.relu  # its slopes start at zero
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
+        case keras.layers.Softmax():
+            return keras.activations.softmax
     return None
 
 
@@ -229,3 +272,7 @@ def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> b
     # The shapes can be equal, so they don't tell. The depthwise kernel is made first:
     # while it is drawn there is none yet, and no variable either.
     return getattr(layer, "depthwise_kernel", None) is variable
+
+
+# A rule that the user registers says more than these: that the weight is a kernel.
+_KERAS_RULES = frozenset(_RULES)

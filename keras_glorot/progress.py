@@ -8,9 +8,11 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from keras_glorot.arguments import check_choice
+
 __all__ = ["progress"]
 
-Advance = Callable[[float, str], None]
+Advance = Callable[..., None]
 
 
 @contextlib.contextmanager
@@ -20,6 +22,7 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     `verbose="auto"`: on a terminal, after a second. What goes wrong while drawing, such as
     another live display that is open, ends the display and nothing else.
     """
+    check_choice("verbose", verbose, ["auto", True, False])
     wait = 1.0 if verbose == "auto" else 0.0
     shown = Console().is_terminal if verbose == "auto" else bool(verbose)
     columns = (
@@ -27,8 +30,8 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
         BarColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    bar = Progress(*columns, TimeElapsedColumn(), transient=True)
-    task = bar.add_task(title, total=1.0, text="")
+    # Without a thread that redraws it, nothing can fail elsewhere.
+    bar = Progress(*columns, TimeElapsedColumn(), transient=True, auto_refresh=False)
     begin = time.monotonic()
 
     def advance(fraction: float, text: str = "") -> None:
@@ -36,16 +39,16 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
         if not shown or time.monotonic() - begin < wait:
             return
         try:
-            if not bar.live.is_started:
+            if not bar.tasks:
                 bar.start()
-            bar.update(task, completed=fraction, text=text)
+                bar.add_task(title, total=1.0, text="")
+            bar.update(bar.task_ids[0], completed=fraction, text=text, refresh=True)
         except Exception:  # drawing is never worth an error
             shown = False
 
     try:
         yield advance
     finally:
-        # A bar that was not started would still print an empty line.
-        with contextlib.suppress(Exception):
-            if bar.live.is_started:
+        if bar.live.is_started:
+            with contextlib.suppress(Exception):
                 bar.stop()

@@ -1,302 +1,319 @@
 """From a seed and a shape to an array: NumPy only, the same bits on every machine.
 
-A tensor is drawn in chunks of 2**19 elements. Each is the raw output of a SFC64 bit
-generator of its own, keyed by version, distribution, seed, shape and the chunk's number.
-NumPy's "compatibility guarantee" says that a fixed seed "will always produce the same
-random integer stream". Element i of a chunk is made from the i-th 32 bits (float64: the
-i-th 64 bits) alone, by IEEE additions, multiplications and divisions, so that it does
-not matter who draws it: any thread, for any shard, gets the same bits.
+This is the contract of the stream, version 3. All arithmetic on words is modulo 2**32; a
+list of words that does not fill its last block of four is filled up with zeros.
 
-SFC64 is the fastest of NumPy's generators: 1.7 ns a word, where PCG64 takes 2.3. It
-can't jump ahead, and so a shard makes the bits of every chunk that it touches.
+**Blocks.** Philox4x32-10 (Salmon et al. 2011) turns a counter of four words and a key of
+two into four words.
+
+**Key.** Start with the key (0, 0). For each block of four words in the list below, the
+first two words of Philox4x32-10 at that counter become the new key. The list is
+
+    3, form (uniform 0, truncated normal 1), bits of the work dtype (32 or 64), rank,
+    each extent of the shape as two words, low and high,
+    the number of seed words, and how many 32-bit digits each of them has,
+    zeros up to a full block,
+    the digits of all seed words, lowest first, in two's complement.
+
+A seed word is an integer: it has two digits if they hold it, else as many as it needs. An
+int seed is one seed word; the state of a `SeedGenerator`, seed and counter, is two, which
+fill one block: a traced program makes its key with one call of Philox. The work dtype is
+float64 for float64 and float32 for all else.
+
+**Words.** With the key (k0, k1), block b of the tensor is Philox4x32-10 of the counter
+(b modulo 2**32, b // 2**32, k0, k1). (That the key is in the counter too says nothing new:
+XLA's generator is made so.) Element i, counted in row-major order, has word i % 4 of block
+i // 4; in float64 it has words 2 (i % 2), the low one, and 2 (i % 2) + 1 of block i // 2.
+No element depends on another, so that any region costs what it holds.
+
+**Uniform.** The word with its lowest bit set is, as a signed integer, odd: symmetric about
+zero and never zero. float32: its value is rounded to float32, divided by 2**31, multiplied
+by `scale`. float64: the same with the signed 64-bit word shifted right by 10 and 2**53.
+
+**Truncated normal**, float32. For a word w below 2**31 let j = w // 2**19, t = w % 2**19,
+K the table of knots and y = K[j] + (K[j + 1] - K[j]) t // 2**19. The value is that of the
+odd integer 2 y + 1, rounded to float32, divided by 2**31, multiplied by 2 `scale`. For any
+other word it is minus the value of 2**32 - 1 - w. Only integers, one conversion and one
+product, so that no compiler can change a bit; within 5.1e-8 of the distribution function
+(a Kolmogorov-Smirnov test on 1e9 values sees 4e-5).
+
+Knots: K[4096] = 2**30, else K[j] = 2**29 (q[j] - (q[j - 1] - 2 q[j] + q[j + 1]) / 16),
+rounded, where q[j] is the quantile of j / 4096: a chord runs above the curve, and knots
+below it halve the distance.
+
+Truncated normal, float64: the uniform value x at scale 1 goes through the quantile
+x N(s) / D(s), s = 1 - x², in Horner's order, and is multiplied by `scale`; additions and
+multiplications must not be fused.
+
+**Half precision** is the float32 value, rounded to nearest, ties to even.
+
+**Collisions.** A key has 64 bits. Two tensors that differ in form, dtype, shape or seed
+share one, and so their words, with a chance of 2**-64; any two of a million do with a
+chance of 3e-8, of a thousand million 3 %.
 """
 
 import contextlib
+import functools
+import importlib
 import math
 import os
-from bisect import bisect_left
+import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["TRUNCATED_STD", "draw"]
+__all__ = ["TRUNCATED_STD", "draw", "native_name", "philox"]
 
 Bounds = tuple[tuple[int, int], ...]
-Distribution = Literal["uniform", "truncated_normal"]
+Form = Literal["uniform", "truncated_normal"]
+Key = tuple[int, int]
 
 # Part of every key. Whatever changes the bits of any draw must raise it.
-VERSION = 2
+VERSION = 3
 
 # The std that is left of a standard normal truncated at two: sqrt(1 - 4 φ(2) / erf(√2)).
 TRUNCATED_STD = 0.8796256610342398
 
-# Elements that share a bit generator: part of the stream, to be changed with VERSION.
-# To set one up takes 8 µs, to draw from it 1000.
-CHUNK = 1 << 19
-# Elements worked on at a time, which only time depends on. Large enough that a NumPy call
-# outlasts the hand-over of Python's lock between threads, small enough for the cache.
-PIECE = 1 << 18
-# More threads than this spend their time on that lock.
-MOST_THREADS = 16
+FORMS = {"uniform": 0, "truncated_normal": 1}
+SEGMENTS = 1 << 12
+
+# What one thread takes at a time, in elements: long enough for the hand-over of Python's
+# lock to be nothing, and for NumPy short enough for the cache.
+NATIVE_PIECE = 1 << 20
+NUMPY_PIECE = 1 << 18
+# Fewer elements than this are not worth a thread.
+WORTH_THREADS = 1 << 18
+# More threads than this wait for Python's lock, or for the memory.
+MOST_THREADS = 32
+
+_MASK = 0xFFFFFFFF
+# Philox4x32: the multipliers, and what is added to the key in each round.
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 # q(x) / x = N(s) / D(s), s = 1 - x², highest power first, D without its leading 1: the
-# quantile function of a normal truncated at ±2, derived by benchmarks/fit_quantile.py.
-# Relative error 5e-6 for float32, 9e-16 for float64, so that the distribution function
-# is within 1.3e-6; a Kolmogorov-Smirnov test on 1e9 values sees 4e-5. All positive: no
-# digits are lost.
-_QUANTILE = {
-    np.float32: (
-        (0.4888474189943596, 3.5901615071821937, 2.437800558322217, 0.2912034077266288),
-        (3.077595462703375, 1.4677508462923619, 0.1456017038633144),
-    ),
-    np.float64: (
-        (
-            0.2236046036044907, 13.710309516450966, 121.44752932855654,
-            351.75594752834684, 438.53870101827914, 268.6122732133559, 86.15634884592819,
-            14.623917517225069, 1.2356740223010445, 0.0407313645281624,
-        ),
-        (
-            24.727568607031035, 145.74482529072725, 327.09178338758977,
-            340.7823867965929, 182.5675769555217, 52.79729001351008, 8.255120987512248,
-            0.6526594727617692, 0.0203656822640812,
-        ),
-    ),
-}  # fmt: skip
+# quantile function of a normal truncated at ±2, with a relative error of 9e-16. Derived
+# by benchmarks/fit_quantile.py. All positive: no digits are lost.
+_NUMERATOR = (
+    0.2236046036044907, 13.710309516450966, 121.44752932855654,
+    351.75594752834684, 438.53870101827914, 268.6122732133559, 86.15634884592819,
+    14.623917517225069, 1.2356740223010445, 0.0407313645281624,
+)  # fmt: skip
+_DENOMINATOR = (
+    24.727568607031035, 145.74482529072725, 327.09178338758977,
+    340.7823867965929, 182.5675769555217, 52.79729001351008, 8.255120987512248,
+    0.6526594727617692, 0.0203656822640812,
+)  # fmt: skip
+_RATIONAL = np.array([*_NUMERATOR, *_DENOMINATOR])
 
 
-# Little-endian everywhere: the low half of a word comes first.
-_WORDS = np.dtype("<u8")
-_SIGNED = {np.float32: np.dtype("<i4"), np.float64: np.dtype("<i8")}
+def _load_native() -> Any:
+    """The compiled kernel, or None where there is none or it is switched off."""
+    if os.environ.get("KERAS_GLOROT_NATIVE") == "0":
+        return None
+    try:
+        return importlib.import_module("keras_glorot._native")
+    except ImportError:  # built without a compiler, or for another Python
+        return None
+
+
+_native = _load_native()
+
+
+def native_name() -> str:
+    """What draws in this process: the native kernel's instruction set, or NumPy."""
+    return "NumPy" if _native is None else f"native kernel, {_native.CLONES[-1]}"
 
 
 def draw(
-    distribution: Distribution,
+    form: Form,
     shape: Sequence[int],
     scale: float,
     dtype: np.dtype | str,
-    seed: Sequence[int],
+    seed_words: Sequence[int],
     region: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
     """Draws a tensor, or a region of it.
 
     Args:
-        distribution: `"uniform"` on [-scale, scale], or `"truncated_normal"`: a normal
-            with standard deviation `scale`, cut off at ±2 `scale`.
-        shape: The tensor's shape.
+        form: `"uniform"` on [-scale, scale], or `"truncated_normal"`: a normal with
+            standard deviation `scale`, cut off at ±2 `scale`.
+        shape: The tensor's shape, of fewer than 2**63 elements.
         scale: Positive float.
         dtype: `float16`, `bfloat16`, `float32` or `float64`. Half precision is the
             float32 draw, rounded.
-        seed: One or more Python integers, of any size and sign.
-        region: A start and a stop for each axis. Chunks that hold nothing of it are not
-            drawn, and nothing of its size is made but the result.
+        seed_words: One or more Python integers, of any size and sign.
+        region: A start and a stop for each axis. It costs what it holds.
 
     Returns:
         A new C-contiguous array, aligned to 64 bytes.
     """
     shape = tuple(shape)
     dtype = np.dtype(dtype)
-    work = np.float64 if dtype == np.float64 else np.float32
-    key = _key(distribution, work, seed, shape)
-    first, last = 0, math.prod(shape)
-    box = None if region is None else _Box(shape, region)
-    out = _empty(shape if box is None else box.shape, dtype)
+    runs = _Runs(shape, region)
+    out = _empty(runs.shape, dtype)
     if not out.size:
         return out
-    if box is not None:
-        first, last = box.start(0), box.start(box.runs - 1) + box.length
-    flat = out.reshape(-1)
-    todo = deque(range(first // CHUNK, -(-last // CHUNK)))
-
-    def fill_chunks() -> None:
-        # Made once: memory that is given back costs a page fault per 4 KiB to get again.
-        # For the same reason `bits` lives on until there are new ones.
-        scratch = np.empty((2, min(PIECE, flat.size)), work)
-        while True:
-            try:
-                chunk = todo.popleft()  # all threads take from it: a deque allows that
-            except IndexError:
-                return
-            begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, last)
-            if box is not None and box.before(begin) == box.before(end):
-                continue
-            words = np.array([*key, chunk], np.uint32)
-            stream = np.random.SFC64(np.random.SeedSequence(words))
-            for start in range(begin, end, PIECE):
-                stop = min(start + PIECE, end)
-                bits, bound = _odd_integers(stream, stop - start, work)
-                if box is None:
-                    part, place = bits, slice(start, stop)
-                else:
-                    part, place = box.cut(bits, start, stop)
-                _fill(flat[place], part, bound, distribution, scale, scratch)
-
-    if len(todo) == 1:
-        fill_chunks()
-        return out
-    workers = min(len(todo), available_cores(), MOST_THREADS)
-    # Threads of this call alone: nothing to start at import or to lose in a fork.
-    with ThreadPoolExecutor(workers) as pool:
-        others = []
-        with contextlib.suppress(RuntimeError):  # where no thread can be had, do without
-            for _ in range(workers - 1):
-                others.append(pool.submit(fill_chunks))
-        try:
-            fill_chunks()
-        finally:
-            todo.clear()  # after an error or an interrupt, the others stop too
-        for other in others:
-            other.result()
+    key = stream_key(form, shape, dtype, seed_words)
+    if _native is None:
+        fill, piece = _numpy_filler(out, form, key, scale, runs)
+    else:
+        fill, piece = _native_filler(out, form, key, scale, runs)
+    if out.size < WORTH_THREADS or (workers := _worker_count(out.size, piece)) == 1:
+        fill(0, out.size)
+    else:
+        _share(fill, out.size, piece, workers)
     return out
 
 
-class _Box:
+# Keys ------------------------------------------------------------------------------------
+
+
+def philox(counter: Sequence[int], key: Key) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10: four 32-bit words."""
+    if _native is not None:
+        return _native.philox(tuple(counter), key)
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (
+            p1 >> 32 ^ c1 ^ k0,
+            p1 & _MASK,
+            p0 >> 32 ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
+    return c0, c1, c2, c3
+
+
+def stream_key(
+    form: Form, shape: tuple[int, ...], dtype: np.dtype | str, seed_words: Sequence[int]
+) -> Key:
+    """The key of a tensor, which every element's bits come from."""
+    digits = [_digits(word) for word in seed_words]
+    key = static_key(form, shape, np.dtype(dtype).name, tuple(map(len, digits)))
+    return _absorb(key, [digit for each in digits for digit in each])
+
+
+@functools.lru_cache(1024)
+def static_key(
+    form: Form, shape: tuple[int, ...], dtype: str, digit_counts: tuple[int, ...] = (2, 2)
+) -> Key:
+    """The key before the seed: all that a traced program knows when it is traced."""
+    bits = 64 if dtype == "float64" else 32
+    extents = [half for size in shape for half in (size & _MASK, size >> 32)]
+    counts = [len(digit_counts), *digit_counts]
+    return _absorb((0, 0), [VERSION, FORMS[form], bits, len(shape), *extents, *counts])
+
+
+def _digits(word: int) -> list[int]:
+    count = max(2, (word if word >= 0 else ~word).bit_length() // 32 + 1)
+    return [word >> 32 * i & _MASK for i in range(count)]
+
+
+def _absorb(key: Key, words: list[int]) -> Key:
+    words = [*words, *[0] * (-len(words) % 4)]
+    for i in range(0, len(words), 4):
+        key = philox(words[i : i + 4], key)[:2]
+    return key
+
+
+# Regions and threads ---------------------------------------------------------------------
+
+
+class _Runs:
     """A region of a tensor: runs of neighbouring elements, of one length.
 
     Args:
         shape: The tensor's shape.
-        bounds: A start and a stop for each axis.
+        region: A start and a stop for each axis, or None for all of it.
     """
 
-    def __init__(self, shape: tuple[int, ...], bounds: Sequence[tuple[int, int]]):
-        self.shape = tuple(stop - start for start, stop in bounds)
+    def __init__(self, shape: tuple[int, ...], region: Sequence[tuple[int, int]] | None):
+        self.base = 0
+        self.steps: list[tuple[int, int]] = []  # extents and strides, innermost first
+        if region is None:
+            self.shape = shape
+            self.length = math.prod(shape)
+            return
+        self.shape = tuple(stop - start for start, stop in region)
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self._base = sum(
-            start * stride for (start, _), stride in zip(bounds, strides, strict=True)
+        self.base = sum(
+            start * stride for (start, _), stride in zip(region, strides, strict=True)
         )
         axis = len(shape)
         while axis and self.shape[axis - 1] == shape[axis - 1]:
             axis -= 1  # the axes from here on are in the region whole
         axis = max(axis - 1, 0)  # and of this one a stretch
-        self._steps = list(zip(self.shape[:axis], strides[:axis], strict=True))[::-1]
-        self.runs = math.prod(self.shape[:axis])
+        self.steps = list(zip(self.shape[:axis], strides[:axis], strict=True))[::-1]
         self.length = math.prod(self.shape[axis:])
 
-    def start(self, run: Any) -> Any:
-        """Where a run starts in the tensor: for one number, or an array of them."""
-        start = self._base + 0 * run
-        for extent, stride in self._steps:
-            run, coordinate = divmod(run, extent)
+    def starts(self, first: int, last: int) -> np.ndarray:
+        """Where in the tensor each of the runs from first to last starts."""
+        run = np.arange(first, last)
+        start = np.full(run.shape, self.base)
+        for extent, stride in self.steps:
+            run, coordinate = np.divmod(run, extent)
             start += coordinate * stride
         return start
 
-    def before(self, index: int) -> int:
-        """How many elements of the region lie before the tensor's index-th."""
-        run = bisect_left(range(self.runs), index, key=self.start) - 1
-        if run < 0:
-            return 0
-        return run * self.length + min(index - self.start(run), self.length)
-
-    def cut(self, values: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, slice]:
-        """What the region has of a tensor's elements from start to stop.
-
-        Returns:
-            Those of the values, and their place in the region.
-        """
-        begin, end = self.before(start), self.before(stop)
-        first, skipped = divmod(begin, self.length)
-        runs = np.arange(first, -(-end // self.length), dtype=np.int64)
-        starts = self.start(runs) - start
-        if self.length < 256:  # an index for each element, or a slice for each run
-            indices = np.add.outer(starts, np.arange(self.length)).ravel()
-            return values[indices[skipped:][: end - begin]], slice(begin, end)
-        parts = [values[max(i, 0) : i + self.length] for i in starts.tolist()]
-        return np.concatenate([values[:0], *parts]), slice(begin, end)
+    def stretches(self, first: int, last: int) -> Iterator[tuple[np.ndarray, int]]:
+        """The region's elements from first to last, in pieces: starts, and one length."""
+        while first < last:
+            run, inside = divmod(first, self.length)
+            if inside or last - first < self.length or self.length > NUMPY_PIECE // 2:
+                length = min(self.length - inside, last - first, NUMPY_PIECE)
+                starts = self.starts(run, run + 1) + inside
+            else:
+                length = self.length
+                count = min(last - first, NUMPY_PIECE) // length
+                starts = self.starts(run, run + count)
+            yield starts, length
+            first += starts.size * length
 
 
-def _key(distribution: Distribution, work: type, seed: Sequence[int], shape) -> list[int]:
-    """The 32-bit words that, with a chunk's number behind them, seed its generator.
-
-    Every entry carries its length, so that no two keys can run into the same words.
-    The shape is in it: two shapes with one seed share nothing.
-    """
-    kind = {"uniform": 0, "truncated_normal": 1}[distribution]
-    words = [VERSION, kind, np.dtype(work).itemsize]
-    for entries in (seed, shape):
-        words.append(len(entries))
-        for entry in entries:
-            magnitude = abs(entry)
-            digits = [
-                magnitude >> shift & 0xFFFFFFFF
-                for shift in range(0, max(1, magnitude.bit_length()), 32)
-            ]
-            words += [len(digits) * 2 + (entry < 0), *digits]
-    return words
+Fill = Callable[[int, int], None]
 
 
-def _odd_integers(
-    stream: np.random.BitGenerator, count: int, work: type
-) -> tuple[np.ndarray, float]:
-    """Random odd integers and their bound: symmetric about zero and never zero.
-
-    float32: ±1, ±3, ... ±(2**31 - 1), to be rounded to 24 bits.
-    float64: ±1, ±3, ... ±(2**53 - 1), which are exact.
-    """
-    signed = _SIGNED[work]
-    words = stream.random_raw(-(-count * signed.itemsize // 8)).astype(_WORDS, copy=False)
-    bits = words.view(signed)[:count]
-    if work is np.float64:
-        np.right_shift(bits, 10, out=bits)
-    return np.bitwise_or(bits, 1, out=bits), 2.0**53 if work is np.float64 else 2.0**31
+def _worker_count(size: int, piece: int) -> int:
+    return min(-(-size // piece), available_cores(), MOST_THREADS)
 
 
-def _fill(
-    out: np.ndarray,
-    bits: np.ndarray,
-    bound: float,
-    distribution: Distribution,
-    scale: float,
-    scratch: np.ndarray,
-) -> None:
-    """Writes one value for each random integer; the integers are lost."""
-    work = scratch.dtype.type
-    x = out if out.dtype == work else scratch[0, : out.size]
-    # Division by a power of two is exact, but for results as small as subnormal numbers:
-    # the scale can be in the one product that casts, and gives the same bits.
-    at_once = distribution == "uniform" and scale > 1e-20
-    factor = work((scale if at_once else 1) / bound)
-    np.multiply(bits, factor, out=x, casting="unsafe", dtype=work)
-    if distribution == "truncated_normal":
-        # The bits have been read: their memory is free.
-        _truncated_normal_quantile(x, bits.view(work), scratch[1, : out.size])
-    if not at_once:
-        np.multiply(x, work(scale), out=x)
-    if x is not out:
-        with np.errstate(under="ignore"):
-            np.copyto(out, x, casting="unsafe")  # rounds to nearest even
+def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
+    """Calls `fill(start, stop)` for each piece, on threads."""
+    todo = deque(range(0, size, piece))
 
+    def work() -> None:
+        while True:
+            try:
+                start = todo.popleft()  # all threads take from it: a deque allows that
+            except IndexError:
+                return
+            fill(start, min(start + piece, size))
 
-def _truncated_normal_quantile(
-    x: np.ndarray, s: np.ndarray, polynomial: np.ndarray
-) -> None:
-    """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in place.
-
-    `s` and `polynomial` are scratch of the same size and dtype.
-    """
-    (leading, *numerator), (second, *denominator) = _QUANTILE[x.dtype.type]
-    np.multiply(x, x, out=s)
-    np.subtract(1, s, out=s)
-    # Horner's rule, for one polynomial after the other.
-    np.multiply(s, leading, out=polynomial)
-    for coefficient in numerator[:-1]:
-        np.add(polynomial, coefficient, out=polynomial)
-        np.multiply(polynomial, s, out=polynomial)
-    np.add(polynomial, numerator[-1], out=polynomial)
-    np.multiply(x, polynomial, out=x)
-    np.add(s, second, out=polynomial)
-    for coefficient in denominator:
-        np.multiply(polynomial, s, out=polynomial)
-        np.add(polynomial, coefficient, out=polynomial)
-    np.divide(x, polynomial, out=x)
+    # Threads of this call alone: nothing to start at import or to lose in a fork.
+    with ThreadPoolExecutor(workers) as pool:
+        others = []
+        with contextlib.suppress(RuntimeError):  # where no thread can be had, do without
+            for _ in range(workers - 1):
+                others.append(pool.submit(work))
+        try:
+            work()
+        finally:
+            todo.clear()  # after an error or an interrupt, the others stop too
+        for other in others:
+            other.result()
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialized array on a 64-byte boundary, where backends can adopt it."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
-    offset = -buffer.__array_interface__["data"][0] % 64
+    offset = -buffer.ctypes.data % 64
     return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
@@ -304,3 +321,168 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# Elements by the native kernel -----------------------------------------------------------
+
+_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+
+
+def _native_filler(
+    out: np.ndarray, form: Form, key: Key, scale: float, runs: _Runs
+) -> tuple[Fill, int]:
+    flat = out.reshape(-1).view(np.uint8)
+    steps = struct.pack(f"={2 * len(runs.steps)}Q", *sum(runs.steps, ()))
+    code = _CODES[out.dtype.name]
+    factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
+
+    def fill(start: int, stop: int) -> None:
+        _native.fill(
+            -1, flat, code, FORMS[form], key, factor, knots(), _RATIONAL,
+            start, stop, runs.base, runs.length, steps,
+        )  # fmt: skip
+
+    return fill, NATIVE_PIECE
+
+
+# Elements by NumPy -----------------------------------------------------------------------
+
+
+def _numpy_filler(
+    out: np.ndarray, form: Form, key: Key, scale: float, runs: _Runs
+) -> tuple[Fill, int]:
+    flat = out.reshape(-1)
+    work = np.float64 if out.dtype == np.float64 else np.float32
+    per_block = 2 if work is np.float64 else 4
+
+    def fill(start: int, stop: int) -> None:
+        for starts, length in runs.stretches(start, stop):
+            words = _words_of_runs(starts, length, per_block, key)
+            end = start + starts.size * length
+            _fill_values(flat[start:end], words.reshape(-1), form, scale)
+            start = end
+
+    return fill, NUMPY_PIECE
+
+
+def _words_of_runs(starts: np.ndarray, length: int, per_block: int, key: Key) -> np.ndarray:
+    """The words of runs of one length, as uint32 or, two in one, as uint64."""
+    firsts, skipped = np.divmod(starts, per_block)
+    ends = skipped + length
+    blocks = np.add.outer(firsts, np.arange(-(-int(ends.max()) // per_block)))
+    words = words_of_blocks(blocks.reshape(-1).view(np.uint64), key)
+    words = words.view("<u8" if per_block == 2 else "<u4").reshape(len(starts), -1)
+    skip = int(skipped[0])
+    if (skipped == skip).all():
+        return np.ascontiguousarray(words[:, skip : skip + length])
+    places = np.add.outer(skipped, np.arange(length))
+    return np.take_along_axis(words, places, axis=1)
+
+
+def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
+    """Philox4x32-10 of ascending block numbers in uint64: four words each, in order."""
+    x0: Any
+    x2: Any
+    k0, k1 = key
+    high = blocks >> 32
+    # What is one number for all blocks stays one, for two rounds.
+    x0, x1 = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high
+    x2, x3 = key
+    for _ in range(10):
+        p0, p1 = x0 * _M0, x2 * _M1
+        x0 = p1 >> 32
+        x0 ^= x1
+        x0 ^= k0
+        x0 &= _MASK
+        x2 = p0 >> 32
+        x2 ^= x3
+        x2 ^= k1
+        x2 &= _MASK
+        x1, x3 = p1, p0  # only their low halves count
+        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
+    words = np.empty((len(blocks), 4), "<u4")
+    for i, x in enumerate((x0, x1, x2, x3)):
+        np.copyto(words[:, i], x, casting="unsafe")
+    return words
+
+
+def _fill_values(out: np.ndarray, words: np.ndarray, form: Form, scale: float) -> None:
+    """Writes one value for each word; the words are lost."""
+    if out.dtype == np.float64:
+        integers = words.astype(np.uint64, copy=False).view(np.int64)
+        integers >>= 10
+        integers |= 1
+        x = integers * 2.0**-53
+        if form == "truncated_normal":
+            x = truncated_normal_quantile(x)
+        np.multiply(x, scale, out=out)
+        return
+    words = words.astype(np.uint32, copy=False)
+    if form == "truncated_normal":
+        words = integer_quantile(words)
+        scale *= 2
+    integers = words.view(np.int32)
+    integers |= 1
+    x = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+    # To divide by a power of two is exact, but for results as small as subnormal numbers:
+    # it can be in the one product that casts, and gives the same bits.
+    at_once = scale > 1e-20
+    factor = np.float32(scale) if at_once else np.float32(1)
+    np.multiply(
+        integers, factor / np.float32(2**31), out=x, dtype=x.dtype, casting="unsafe"
+    )
+    if not at_once:
+        x *= np.float32(scale)
+    if x is not out:
+        with np.errstate(under="ignore"):
+            np.copyto(out, x, casting="unsafe")  # rounds to nearest even
+
+
+def integer_quantile(words: np.ndarray) -> np.ndarray:
+    """Uniform words to twice the quantile's integer; the sign is kept by complement."""
+    sign = (words.view(np.int32) >> 31).view(np.uint32)
+    position = words ^ sign
+    segment = position >> 19
+    position &= (1 << 19) - 1
+    low = knots()[segment].view(np.uint32)
+    rise = _rises()[segment]
+    # rise * position // 2**19 without a product of more than 32 bits.
+    value = rise * (position & 511)
+    value >>= 9
+    position >>= 9
+    position *= rise
+    value += position
+    value >>= 10
+    value += low
+    value <<= 1
+    value ^= sign
+    return value
+
+
+def truncated_normal_quantile(x: Any) -> Any:
+    """Turns uniform values on (-1, 1) into normal ones truncated at ±2, in float64."""
+    s = 1 - x * x
+    numerator = s * _NUMERATOR[0]
+    for coefficient in _NUMERATOR[1:-1]:
+        numerator += coefficient
+        numerator *= s
+    numerator += _NUMERATOR[-1]
+    denominator = s + _DENOMINATOR[0]
+    for coefficient in _DENOMINATOR[1:]:
+        denominator *= s
+        denominator += coefficient
+    return x * numerator / denominator
+
+
+@functools.cache
+def knots() -> np.ndarray:
+    """The table of the integer quantile: 4097 int32, from 0 to 2**30."""
+    q = truncated_normal_quantile(np.arange(SEGMENTS + 1) / SEGMENTS)
+    table = q.copy()
+    table[1:-1] -= (q[:-2] - 2 * q[1:-1] + q[2:]) / 16
+    return np.rint(table * 2**29).astype(np.int32)
+
+
+@functools.cache
+def _rises() -> np.ndarray:
+    return np.append(np.diff(knots()), 0).astype(np.uint32)

@@ -1,21 +1,41 @@
-"""The table that `initialize`, `audit` and `propagate` return: rows, and what was found."""
+"""The table that `initialize`, `audit` and `propagate` return: rows, and what was found.
 
+Text, HTML and the report show a `View`: what of the table is shown, and in which words.
+"""
+
+import html
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import rich
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-__all__ = ["Finding", "Row", "Severity", "Table"]
+__all__ = [
+    "Finding",
+    "Row",
+    "Severity",
+    "Table",
+    "View",
+    "cell",
+    "findings_html",
+    "is_number",
+    "printable",
+    "shorten",
+]
 
+_SEVERITIES: list["Severity"] = ["error", "warning", "info"]  # the worst first
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-_ROWS_PRINTED = 50
+# Of a table in text, what fits on a screen with the findings above it; HTML scrolls.
+_TEXT_LINES, _HTML_LINES = 24, 200
 # A path that is narrower than this can't be read; other columns are left out before.
-_PATH_WIDTH = 32
+_PATH_WIDTH = 28
 
 
 Kind = Literal["initialize", "audit", "propagate", "calibrate"]
@@ -41,16 +61,67 @@ class Finding(NamedTuple):
     advice: str
 
 
+class Group(NamedTuple):
+    """Findings that ask for the same thing: the first one speaks for all."""
+
+    severity: Severity
+    code: str
+    path: str
+    more: int
+    text: str
+
+    @property
+    def others(self) -> str:
+        return f" and {self.more} more" if self.more else ""
+
+
+class View(NamedTuple):
+    """What is shown of a table.
+
+    Attributes:
+        verdict: The first line: how many findings, and the table's note.
+        groups: The findings, the worst first.
+        columns: Keys of the rows, the path first; without those that hold nothing.
+        rows: The rows; a number stands for that many rows that are left out there.
+        others: How many rows without a kernel are left out.
+        severities: By path, the worst severity that was found.
+        is_sound: Whether the rows of the table tell nothing that the verdict does not.
+    """
+
+    verdict: str
+    groups: list[Group]
+    columns: list[str]
+    rows: list[Row | int]
+    others: int
+    severities: dict[str, Severity]
+    is_sound: bool
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from _to_text(self, options.max_width, options.encoding)
+
+    def _repr_html_(self) -> str:
+        return _to_html(self)
+
+    @property
+    def shown(self) -> list[Row]:
+        return [row for row in self.rows if not isinstance(row, int)]
+
+
 class Table:
     """Rows of figures with findings; prints itself to the width of the terminal.
+
+    Printed are the verdict, the findings and the rows of kernels; of many rows, those with
+    findings, the first and the last. A sound `audit` prints one line. `show(all=True)`
+    prints all rows.
 
     Attributes:
         kind: The name of the function that made it: what the rows hold.
         rows: A list of dictionaries, all with the same keys; `"path"` is one of them.
         findings: A list of `Finding`s.
-        columns: The keys that are printed, all by default. The first is folded and the
-            last ones are left out where the terminal is narrow.
-        note: A line to print below the rows.
+        columns: The keys that are printed, all by default. Where the terminal is narrow,
+            paths are shortened in the middle, and columns that do not fit are left out
+            and named; the first ones have precedence.
+        note: What the verdict says beside the number of findings.
     """
 
     def __init__(
@@ -81,8 +152,10 @@ class Table:
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`; pandas must be installed."""
-        import pandas
-
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError("`to_pandas` needs pandas: `pip install pandas`.") from None
         return pandas.DataFrame(self.rows)
 
     def plot(self, **options: Any) -> Any:
@@ -90,6 +163,71 @@ class Table:
         from keras_glorot import plots
 
         return plots.plot_table(self, **options)
+
+    def show(self, all: bool = False) -> None:
+        """Prints the table; in a notebook, displays it.
+
+        Args:
+            all: Whether to show all rows, and not only those of kernels.
+        """
+        if rich.get_console().is_jupyter:
+            from IPython.display import display
+
+            display(self.view(all, _HTML_LINES))
+        else:
+            rich.print(self.view(all))
+
+    def view(self, all: bool = False, lines: int = _TEXT_LINES) -> View:
+        """What is shown of the table.
+
+        Args:
+            all: Whether to show all rows, and not only those of kernels.
+            lines: How many lines the rows may take. Ignored if all are to be shown.
+        """
+        ranks = _ranks(self.findings)
+        candidates = [
+            row
+            for row in self.rows
+            if all or _has_kernel(row) or row["path"] in ranks or self._is_total(row)
+        ] or self.rows
+        limit = len(candidates) if all else lines
+        order = [
+            (-1 if self._is_total(row) else ranks.get(row["path"], len(_STYLES)))
+            for row in candidates
+        ]
+        kept = _select(order, limit)
+        columns = [key for key in self.columns if _holds_something(key, candidates)]
+        return View(
+            self._verdict,
+            _grouped(self.findings),
+            columns,
+            _with_gaps(candidates, kept),
+            len(self.rows) - len(candidates),
+            {path: _SEVERITIES[rank] for path, rank in ranks.items()},
+            self._is_sound and self.kind == "audit" and not all,
+        )
+
+    def _is_total(self, row: Row) -> bool:
+        """Whether a row is about the whole model."""
+        return self.kind == "propagate" and row is self.rows[-1]
+
+    @property
+    def summary(self) -> str:
+        """How many findings there are: `"audit: 1 error, 2 warnings"`."""
+        counts = Counter(finding.severity for finding in self.findings)
+        names = {"error": "error", "warning": "warning", "info": "remark"}
+        can_be_sound = self.kind in ("audit", "propagate")
+        words = ["sound"] if can_be_sound and self._is_sound else []
+        words += [_count(counts[key], name) for key, name in names.items() if counts[key]]
+        return f"{self.kind}: {', '.join(words)}" if words and self.rows else ""
+
+    @property
+    def _is_sound(self) -> bool:
+        return all(finding.severity == "info" for finding in self.findings)
+
+    @property
+    def _verdict(self) -> str:
+        return f"{self.summary}. {self.note}".strip() if self.summary else self.note
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), color_system=None, force_jupyter=False)
@@ -100,44 +238,298 @@ class Table:
     __repr__ = __str__  # so that a Python prompt shows the table
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), record=True, force_jupyter=False, width=120)
-        console.print(self)
-        code = '<pre style="white-space: pre; overflow-x: auto">{code}</pre>'
-        return console.export_html(inline_styles=True, code_format=code)
+        return _to_html(self.view(lines=_HTML_LINES))
 
-    def __rich_console__(self, console, options) -> Iterator[Any]:
-        found = {finding.path for finding in self.findings}  # these rows must be seen
-        first = sorted(range(len(self)), key=lambda i: self.rows[i]["path"] not in found)
-        rows = [self.rows[i] for i in sorted(first[:_ROWS_PRINTED])]
-        grid, cells = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)), []
-        space = options.max_width
-        for i, key in enumerate(self.columns if rows else ()):
-            column = [_cell(row[key]) for row in rows]
-            space -= min(max(map(len, [key, *column])), 1000 if i else _PATH_WIDTH) + 2
-            if i > 1 and space < 0:
-                break
-            text = any(isinstance(row[key], str | tuple) for row in rows)
-            grid.add_column(key.replace("_", " "), no_wrap=i > 0, overflow="fold",
-                            justify="left" if text else "right")  # fmt: skip
-            cells.append(map(Text, column))
-        for line in zip(*cells, strict=True):
-            grid.add_row(*line)
-        yield from [grid, ""] if rows else []
-        if len(self) > len(rows):
-            yield f"Showing {len(rows)} of {len(self)} rows; see `.rows` for all."
-        yield from [Text(self.note)] if self.note else []
-        # One line for all findings that ask for the same thing.
-        groups: dict[tuple[str, ...], list[Finding]] = {}
-        for finding in sorted(self.findings, key=lambda f: list(_STYLES).index(f.severity)):
-            key = (finding.severity, finding.code, finding.advice)
-            groups.setdefault(key, []).append(finding)
-        for finding, *others in groups.values():
-            where = finding.path + (f" and {len(others)} more" if others else "")
-            text = f" [{finding.code}] {where}: {finding.message} {finding.advice}"
-            yield Text(finding.severity, _STYLES[finding.severity]).append(text, "default")
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.view()
 
 
-def _cell(value: Any) -> str:
+# ---- What is shown ----------------------------------------------------------------------
+
+
+def _ranks(findings: Iterable[Finding]) -> dict[str, int]:
+    """By path, the rank of its worst finding."""
+    ranks: dict[str, int] = {}
+    for finding in findings:
+        rank = _SEVERITIES.index(finding.severity)
+        ranks[finding.path] = min(rank, ranks.get(finding.path, rank))
+    return ranks
+
+
+def _has_kernel(row: Row) -> bool:
+    keys = ("fan_in", "kernel_gradient_std")
+    return any(row.get(key) is not None for key in keys)
+
+
+def _holds_something(key: str, rows: list[Row]) -> bool:
+    return any(row[key] is not None for row in rows)
+
+
+def _select(order: list[int], lines: int) -> list[int]:
+    """Positions to show: by rank, then from both ends, until the lines are full."""
+    count = len(order)
+    if count <= lines:
+        return list(range(count))
+    by_precedence = sorted(range(count), key=lambda i: (order[i], min(i, count - 1 - i)))
+    kept: list[int] = []
+    for position in by_precedence:
+        candidate = sorted([*kept, position])
+        if len(candidate) + sum(1 for _ in _gaps(candidate, count)) > lines:
+            break
+        kept = candidate
+    return kept
+
+
+def _gaps(kept: list[int], count: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of positions that are left out."""
+    for before, after in zip([-1, *kept], [*kept, count], strict=True):
+        if after - before > 1:
+            yield before + 1, after - before - 1
+
+
+def _with_gaps(rows: list[Row], kept: list[int]) -> list[Row | int]:
+    shown: dict[int, Row | int] = {position: rows[position] for position in kept}
+    for start, length in _gaps(kept, len(rows)):
+        # A mark for one row would take the place of the row.
+        shown[start] = length if length > 1 else rows[start]
+    return [shown[position] for position in sorted(shown)]
+
+
+def _grouped(findings: Iterable[Finding]) -> list[Group]:
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in sorted(findings, key=lambda each: _SEVERITIES.index(each.severity)):
+        key = (finding.severity, finding.code, finding.advice)
+        groups.setdefault(key, []).append(finding)
+    return [
+        Group(first.severity, first.code, first.path, len(others), text)
+        for first, *others in groups.values()
+        # Messages of Keras have line breaks.
+        for text in [" ".join(f"{first.message} {first.advice}".split())]
+    ]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def cell(value: Any, encoding: str = "utf-8") -> str:
+    """A value as a table shows it."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), encoding)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """Escapes what a terminal can't show, or would obey instead of showing it."""
+    shown = (
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shorten(paths: Sequence[str], width: int, encoding: str = "utf-8") -> list[str]:
+    """Shortens paths in the middle: `encoder/…/depthwise/kernel`.
+
+    What tells a path from the others stays, as far as the width allows.
+    """
+    paths = [printable(path, encoding) for path in paths]
+    mark = _mark(encoding)
+    options = {path: list(dict.fromkeys(_shortened(path, width, mark))) for path in paths}
+    counts = Counter(option for each in options.values() for option in each)
+    chosen = {
+        path: next((option for option in each if counts[option] == 1), each[0])
+        for path, each in options.items()
+    }
+    return [chosen[path] for path in paths]
+
+
+def _mark(encoding: str) -> str:
+    """What stands for what is left out."""
+    return "…" if "…".encode(encoding, "ignore") else "~"
+
+
+def _shortened(path: str, width: int, mark: str) -> Iterator[str]:
+    """Ways to shorten a path, the best ones first."""
+    if cell_len(path) <= width:
+        yield path
+        return
+    parts = path.split("/")
+    cuts = [
+        (start, stop)
+        for start in range(len(parts))
+        for stop in range(start + 1, len(parts))
+        if cell_len("/".join([*parts[:start], mark, *parts[stop:]])) <= width
+    ]
+    # The layer and its variable say most, then the outermost layer, then as much as fits.
+    cuts.sort(key=lambda cut: (cut[1] > len(parts) - 2, cut[0] == 0, cut[1] - cut[0]))
+    for start, stop in cuts:
+        yield "/".join([*parts[:start], mark, *parts[stop:]])
+    # Cut inside a name; first where a third is left of the mark.
+    space = max(0, width - 1)
+    for head in sorted(range(space + 1), key=lambda head: abs(3 * head - space)):
+        yield _crop(path, head) + mark + _crop(path[::-1], space - head)[::-1]
+
+
+def _crop(text: str, width: int) -> str:
+    while cell_len(text) > width:
+        text = text[:width] if len(text) > width else text[:-1]
+    return text
+
+
+# ---- Text -------------------------------------------------------------------------------
+
+
+def _to_text(view: View, width: int, encoding: str) -> Iterator[Any]:
+    if view.verdict:
+        yield Text(printable(view.verdict, encoding), "bold" if view.groups else "")
+    longest = max(_PATH_WIDTH, width // 2)
+    paths = shorten([group.path for group in view.groups], longest, encoding)
+    for group, path in zip(view.groups, paths, strict=True):
+        text = printable(group.text, encoding)
+        line = f" [{group.code}] {path}{group.others}: {text}"
+        yield Text(group.severity, _STYLES[group.severity]).append(line, "default")
+    if view.shown and not view.is_sound:
+        if view.verdict or view.groups:
+            yield ""
+        yield from _grid(view, width, encoding)
+
+
+def _grid(view: View, width: int, encoding: str) -> Iterator[Any]:
+    path, *others = view.columns
+    whole = [printable(row[path], encoding) for row in view.shown]
+    cells = {key: [cell(row[key], encoding) for row in view.shown] for key in others}
+    headers = {key: key.replace("_", "\n") for key in view.columns}
+    longest = max(map(cell_len, whole))
+    path_width = min(longest, _PATH_WIDTH, max(8, width // 2))
+    space = width - path_width - 1
+    fitting = []
+    for key in others:
+        needed = max(map(cell_len, [*headers[key].split("\n"), *cells[key]])) + 2
+        if needed <= space:
+            fitting.append(key)
+            space -= needed
+    paths = iter(shorten(whole, path_width + space, encoding))
+    lines = zip(*(cells[key] for key in fitting), strict=True)
+
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column(headers[path], no_wrap=True, vertical="bottom")
+    for key in fitting:
+        side = "right" if is_number(key, view.shown) else "left"
+        grid.add_column(headers[key], justify=side, no_wrap=True, vertical="bottom")
+    for row in view.rows:
+        if isinstance(row, int):
+            grid.add_row(Text(f"{_mark(encoding)} {row} rows", "dim"))
+            continue
+        severity = view.severities.get(row[path])
+        name = Text(next(paths), _STYLES[severity] if severity else "")
+        grid.add_row(name, *map(Text, next(lines, ())))
+    yield grid
+    yield from _left_out(view, [key for key in others if key not in fitting])
+
+
+def _left_out(view: View, columns: list[str]) -> Iterator[Text]:
+    """What the grid does not show, in one line."""
+    names = [key.replace("_", " ") for key in columns]
+    rows = sum(row for row in view.rows if isinstance(row, int))
+    parts = [_count(rows, "row")] if rows else []
+    parts += [f"{_count(view.others, 'row')} without a kernel"] if view.others else []
+    parts += [f"columns {', '.join(names)}"] if names else []
+    if parts:
+        way = " `.show(all=True)` or `--all` shows all rows." if rows or view.others else ""
+        yield Text(f"Not shown: {'; '.join(parts)}.{way}", "dim")
+
+
+def is_number(key: str, rows: list[Row]) -> bool:
+    """Whether all of a column are numbers, or nothing."""
+    values = [row.get(key, "") for row in rows]
+    return all(isinstance(value, int | float | None) for value in values)
+
+
+# ---- HTML -------------------------------------------------------------------------------
+
+# Only colors of the page, so that light and dark themes both are right.
+STYLE = """\
+.keras-glorot { max-width: 100%; }
+.keras-glorot ul { list-style: none; margin: 0.5em 0; padding: 0; }
+.keras-glorot .scroll { max-height: 32em; overflow: auto; }
+.keras-glorot table { border-collapse: collapse; color: inherit; font-size: 90%; }
+.keras-glorot th, .keras-glorot td { padding: 0.2em 0.6em; vertical-align: top;
+  text-align: left; border-bottom: 1px solid rgba(128, 128, 128, 0.4); }
+.keras-glorot td:first-child { min-width: 12em; }
+.keras-glorot .number { text-align: right; font-variant-numeric: tabular-nums; }
+.keras-glorot th button { all: unset; cursor: pointer; font-weight: bold; }
+.keras-glorot th button:focus-visible { outline: 2px solid; }
+.keras-glorot th[aria-sort=ascending] button::after { content: " ▲"; }
+.keras-glorot th[aria-sort=descending] button::after { content: " ▼"; }
+.keras-glorot li, .keras-glorot td:first-child { border-left: 0.25em solid transparent;
+  padding-left: 0.5em; overflow-wrap: anywhere; }
+.keras-glorot .error { border-left-color: #d13438; }
+.keras-glorot .warning { border-left-color: #e8a33d; }
+.keras-glorot .info { border-left-color: #2a6fbb; }
+"""
+
+# Marks of rows that are left out, which have no number, come last in either order.
+_SORT = """\
+const head = event.target.closest("th"), body = head.closest("table").tBodies[0];
+const falling = head.ariaSort === "ascending", at = head.cellIndex;
+for (const other of head.parentNode.cells) other.ariaSort = null;
+head.ariaSort = falling ? "descending" : "ascending";
+const key = (row) => row.cells[at]?.dataset.value ?? row.cells[at]?.textContent ?? "";
+const compare = (a, b) => (a - b) || a.localeCompare(b, undefined, {numeric: true});
+const last = (row) => Number(key(row) === "" || row.cells.length === 1);
+const rows = [...body.rows].sort((a, b) => last(a) - last(b)
+  || (falling ? -1 : 1) * compare(key(a), key(b)));
+body.append(...rows);
+"""
+
+
+def _to_html(view: View) -> str:
+    parts = [f"<p><strong>{html.escape(printable(view.verdict))}</strong></p>"]
+    parts.append(findings_html(view.groups))
+    if view.shown:
+        rows = "".join(_row_html(row, view) for row in view.rows)
+        heads = "".join(_head_html(key, view) for key in view.columns)
+        notes = "".join(f"<p>{html.escape(str(line))}</p>" for line in _left_out(view, []))
+        parts.append(
+            f"<details{'' if view.is_sound else ' open'}>"
+            f"<summary>{_count(len(view.shown), 'row')}</summary>"
+            f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>{notes}</details>"
+        )
+    return f'<style>{STYLE}</style><div class="keras-glorot">{"".join(parts)}</div>'
+
+
+def findings_html(groups: list[Group]) -> str:
+    """The findings as a list."""
+    items = [
+        f'<li class="{group.severity}"><strong>{group.severity}</strong> [{group.code}] '
+        f"{_path_html(group.path)}{group.others}: {html.escape(printable(group.text))}</li>"
+        for group in groups
+    ]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _path_html(path: str) -> str:
+    return f"<code>{html.escape(printable(path)).replace('/', '/<wbr>')}</code>"
+
+
+def _head_html(key: str, view: View) -> str:
+    style = ' class="number"' if is_number(key, view.shown) else ""
+    name = key.replace("_", " ")
+    script = html.escape(_SORT)
+    return f'<th{style}><button onclick="{script}">{name}</button></th>'
+
+
+def _row_html(row: Row | int, view: View) -> str:
+    if isinstance(row, int):
+        return f'<tr><td colspan="{len(view.columns)}">… {row} rows</td></tr>'
+    path, *others = view.columns
+    severity = view.severities.get(row[path], "")
+    cells = [f'<td class="{severity}">{_path_html(row[path])}</td>']
+    for key in others:
+        value = html.escape(cell(row[key]))
+        is_number = isinstance(row[key], int | float)
+        style = f' class="number" data-value="{row[key]}"' if is_number else ""
+        cells.append(f"<td{style}>{value}</td>")
+    return f"<tr>{''.join(cells)}</tr>"

@@ -11,8 +11,13 @@ from keras_glorot import keras_bridge
 from keras_glorot.distributions import Distribution, keras_distribution
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.keras_bridge import CallSite
-from keras_glorot.layers import Activation, fans_by_rule, following_activation
+from keras_glorot.keras_bridge import BuildValue, CallSite
+from keras_glorot.layers import (
+    Activation,
+    fans_by_rule,
+    following_activation,
+    has_registered_rule,
+)
 
 __all__ = ["Weight", "describe", "distribution_of", "layer_fans", "unique_paths"]
 
@@ -34,9 +39,10 @@ class Weight(NamedTuple):
         reason: Why the initializer is not known, else "".
         distribution: What the initializer draws from, with the layer's fans; None if
             that is not known.
-        is_kernel: Whether Glorot's derivation holds for it: it has fans, and the layer
-            says so by the name of an argument (`kernel_initializer`) or by an initializer
-            that looks at the fans. Embeddings and recurrent kernels are not kernels here.
+        is_kernel: Whether Glorot's derivation holds for it: it has fans, and something says
+            so: the name of an argument (`kernel_initializer`), an initializer that looks at
+            the fans, a rule of `register_fans`, or its own name (`kernel`), if its values
+            are random. Embeddings and recurrent kernels are not kernels here.
         activation: The activation that its output goes through, or None.
     """
 
@@ -155,9 +161,13 @@ class _Survey:
     """What is looked up once for a model, and asked for each of its weights."""
 
     def __init__(self, model: keras.Layer):
+        self.model = model
         self.layer_paths = keras_bridge.sublayer_paths(model)
         self.layer_ids = set(self.layer_paths)
-        self.rebuilt: dict[int, dict[int, Any] | Exception] = {}
+        self.rebuilt: set[int] = set()
+        self.sources: dict[int, Any] = {}
+        self.errors: dict[int, Exception] = {}
+        self._learn_build_values(model)
 
     def path(self, owner: keras.Layer | None, variable: keras.Variable) -> str:
         if id(owner) not in self.layer_paths:
@@ -202,23 +212,50 @@ class _Survey:
             return _Origin(reason="its layer is quantized")
         if isinstance(owner, keras.layers.Normalization):
             return _Origin(reason="it holds statistics of a data set, from `adapt`")
-        return _origin_by_name(owner, variable) or self._origin_by_rebuilding(
-            owner, variable
-        )
+        source = self.sources.get(id(variable))
+        if isinstance(source, BuildValue):
+            return _Origin(source)
+        origin = _origin_by_name(owner, variable)
+        if origin is None:
+            origin = self._origin_by_rebuilding(owner, variable)
+        if not origin.is_for_kernels and _is_named_kernel(owner, variable, origin):
+            return _Origin(origin.initializer, is_for_kernels=True)
+        return origin
 
     def _origin_by_rebuilding(
         self, owner: keras.Layer, variable: keras.Variable
     ) -> _Origin:
-        if id(owner) not in self.rebuilt:
-            self.rebuilt[id(owner)] = _rebuild(owner)
-        sources = self.rebuilt[id(owner)]
-        if isinstance(sources, Exception):
-            name = type(sources).__name__
+        # The model as a whole is the last resort: its config can say what to make a layer
+        # from that has none.
+        for layer in (owner, self.model):
+            if id(variable) not in self.sources:
+                self._rebuild(layer)
+        source = self.sources.get(id(variable))
+        if source is None:
+            error = self.errors.get(id(owner))
+            if error is None:
+                return _Origin(reason="a rebuilt layer does not make it")
+            name = type(error).__name__
             return _Origin(reason=f"its layer can't be rebuilt from its config ({name})")
-        source = sources.get(id(variable))
-        if not callable(source):
-            return _Origin(reason="it was not made with an initializer")
         return _Origin(source, isinstance(source, _SCALED_BY_FANS))
+
+    def _learn_build_values(self, layer: keras.Layer) -> None:
+        """Rebuilds the outermost layers whose `build` could assign to its variables."""
+        if keras_bridge.may_assign(layer):
+            self._rebuild(layer)
+        for child in keras_bridge.direct_sublayers(layer):
+            if any(id(variable) not in self.sources for variable in child.weights):
+                self._learn_build_values(child)
+
+    def _rebuild(self, layer: keras.Layer) -> None:
+        if id(layer) in self.rebuilt:
+            return
+        self.rebuilt.add(id(layer))
+        try:
+            # What an outer layer assigns comes last.
+            self.sources = keras_bridge.rebuild_sources(layer) | self.sources
+        except Exception as error:  # from a layer of the user: anything
+            self.errors[id(layer)] = error
 
 
 def _fans(owner: keras.Layer | None, variable: keras.Variable) -> Fans | None:
@@ -244,16 +281,20 @@ def _origin_by_name(owner: keras.Layer, variable: keras.Variable) -> _Origin | N
     return None
 
 
+def _is_named_kernel(owner: keras.Layer, variable: keras.Variable, origin: _Origin) -> bool:
+    """Whether a registered rule, or the variable's name, says that it is a kernel."""
+    if has_registered_rule(owner, variable):
+        return True
+    if not re.fullmatch(r"(.*_)?kernel", variable.name):
+        return False
+    if origin.reason:
+        return True
+    # A constant could be a filter that is meant to stay, such as one that blurs.
+    distribution = keras_distribution(origin.initializer, variable.shape, None)
+    return distribution is not None and distribution.form != "constant"
+
+
 def _is_depthwise(owner: keras.Layer, variable: keras.Variable) -> bool:
     # Keras calls this kernel just `kernel`, but its initializer `depthwise_initializer`.
     kinds = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
     return isinstance(owner, kinds) and variable is owner.kernel
-
-
-def _rebuild(layer: keras.Layer) -> dict[int, Any] | Exception:
-    """By `id` of each variable, what a rebuilt layer makes it from."""
-    try:
-        sources = keras_bridge.rebuild_sources(layer)
-    except Exception as error:  # from a layer of the user: anything
-        return error
-    return {id(variable): source for variable, source in sources}

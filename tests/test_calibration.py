@@ -243,9 +243,11 @@ def test_queries_and_keys_give_logits_of_unit_variance():
 
 
 class LayerScale(layers.Layer):
-    def build(self, shape):
+    def build(self, input_shape):
         start = keras.initializers.Constant(1e-6)
-        self.gamma = self.add_weight(shape=shape[-1:], initializer=start, name="gamma")
+        self.gamma = self.add_weight(
+            shape=input_shape[-1:], initializer=start, name="gamma"
+        )
 
     def call(self, x):
         return x * self.gamma

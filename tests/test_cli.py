@@ -1,9 +1,15 @@
 """The command line: one line and exit code 2 for whatever is wrong, and no half file."""
 
+import errno
+import io
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
+import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_glorot
 from keras_glorot.cli import main
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -41,7 +48,7 @@ def test_audit_prints_the_table(model_file, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["audit", model_file]) == 0
     text = capsys.readouterr().out
-    assert "4 variables; errors: 0, warnings: 1." in text
+    assert "audit: 1 warning. 1 of 2 kernels have the expected std; 4 variables" in text
     assert "warning [std] depthwise/kernel: The std is 0.1" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 80
 
@@ -207,3 +214,267 @@ def test_as_a_process(model_file):
     )
     assert done.returncode == 1
     assert len(json.loads(done.stdout)["findings"]) == 1
+
+
+# Names from files of others, and terminals that can't show them -------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def save_with_name(path, name):
+    dense = layers.Dense(3, name=name)
+    keras.Sequential([keras.Input((2,)), dense]).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["audit", "init"])
+def test_a_terminal_that_lacks_the_characters(command, tmp_path, monkeypatch):
+    file = save_with_name(tmp_path / "model.keras", "密")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    out = tmp_path / "out.keras"
+    extra = ["-o", str(out)] if command == "init" else ["--all"]
+    assert main([command, file, *extra]) == 0
+    assert out.exists() == (command == "init")
+    assert b"\\u5bc6/kernel" in stdout.buffer.getvalue()
+
+
+def test_the_model_is_saved_before_anything_is_printed(model_file, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise ValueError("nowhere to write")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    out = tmp_path / "out.keras"
+    assert main(["init", model_file, "-o", str(out), "--seed", "1"]) == 2
+    assert len(weights(out)) == 4
+
+
+def test_escape_sequences_do_not_reach_the_terminal(tmp_path, capsys):
+    file = save_with_name(tmp_path / "model.keras", "\x1b[2Jgone\x9b31m\u202e")
+    model = keras.saving.load_model(file)
+    model.layers[0].kernel.assign(np.full((2, 3), np.nan))
+    model.save(file)
+    assert main(["audit", file]) == 0
+    text = capsys.readouterr().out
+    assert text.count(r"\x1b[2Jgone\x9b31m\u202e/kernel") == 2  # the row and the finding
+    assert main(["audit", "\x1b]0;title\x07"]) == 2
+    assert r"\x1b]0;title\x07" in capsys.readouterr().err
+    shown = [*text, *capsys.readouterr().err]
+    assert all(sign.isprintable() or sign == "\n" for sign in shown)
+
+
+def test_a_warning_is_one_line(model_file, monkeypatch, capsys):
+    def load(name, safe_mode):
+        warnings.warn("careful:\n\x1b[2J", stacklevel=2)
+        return small()
+
+    monkeypatch.setattr(keras.saving, "load_model", load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        assert main(["audit", model_file]) == 0
+    assert capsys.readouterr().err == "keras-glorot: warning: careful: \\x1b[2J\n"
+
+
+# The output ------------------------------------------------------------------------------
+
+
+def test_a_symbolic_link_stays_one(model_file, tmp_path):
+    target, link = tmp_path / "there" / "model.bin", tmp_path / "link.keras"
+    target.parent.mkdir()
+    target.write_text("old")
+    link.symlink_to(target)
+    assert main(["init", model_file, "-o", str(link)]) == 0
+    assert link.is_symlink()
+    assert zipfile.is_zipfile(target)
+    assert os.listdir(target.parent) == ["model.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mode", [0o640, 0o600, 0o664])
+def test_a_file_that_is_replaced_keeps_its_mode(mode, model_file, tmp_path):
+    out = tmp_path / "out.keras"
+    out.write_text("old")
+    out.chmod(mode)
+    assert main(["init", model_file, "-o", str(out)]) == 0
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+    assert zipfile.is_zipfile(out)
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails the test if a model is loaded."""
+    monkeypatch.setattr(keras.saving, "load_model", lambda *_, **__: pytest.fail("loaded"))
+
+
+def test_a_directory_as_output_fails_before_the_work(model_file, tmp_path, no_work, capsys):
+    (tmp_path / "out.keras").mkdir()
+    with pytest.raises(SystemExit):
+        main(["init", model_file, "-o", str(tmp_path / "out.keras")])
+    message = capsys.readouterr().err
+    assert f"must be a file, not a directory. Received: {tmp_path}" in message
+
+
+def test_an_unwritable_folder_fails_before_the_work(
+    model_file, tmp_path, no_work, monkeypatch, capsys
+):
+    # Not by its mode, which root passes over.
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    out = tmp_path / "out.keras"
+    assert main(["init", model_file, "-o", str(out)]) == 2
+    message = "-o must be a file that can be written. Received: {} (Permission denied)"
+    assert capsys.readouterr().err == f"keras-glorot: error: {message.format(out)}\n"
+
+
+def test_a_failed_save_names_the_path_that_was_given(
+    model_file, tmp_path, monkeypatch, capsys
+):
+    def fail(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(keras.Model, "save", fail)
+    out = tmp_path / "out.keras"
+    assert main(["init", model_file, "-o", str(out)]) == 2
+    assert f"Received: {out} (No space left on device)\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_leaves_nothing_behind(name, model_file, tmp_path, monkeypatch, request):
+    out, number = tmp_path / "out.keras", getattr(signal, name)
+    out.write_text("kept")
+    # Under `nohup`, or in the background, they are ignored.
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    outer = signal.signal(number, default)
+    request.addfinalizer(lambda: signal.signal(number, outer))
+    before = signal.getsignal(number)
+
+    def save(self, path):
+        Path(path).write_text("half")
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(keras.Model, "save", save)
+    if number == signal.SIGINT:
+        assert main(["init", model_file, "-o", str(out)]) == 130
+    else:
+        with pytest.raises(SystemExit) as end:
+            main(["init", model_file, "-o", str(out)])
+        assert end.value.code == 128 + number
+    assert os.listdir(tmp_path) == ["out.keras"]
+    assert out.read_text() == "kept"
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.slow
+def test_a_process_that_is_terminated_leaves_nothing_behind(model_file, tmp_path):
+    command = [sys.executable, "-m", "keras_glorot", "init", model_file]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "out.keras")], cwd=ROOT)
+    while not os.listdir(tmp_path):  # its folder
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
+
+
+# A closed pipe ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+@pytest.mark.parametrize(("severity", "code"), [("error", 0), ("warning", 1)])
+def test_a_reader_that_has_gone(extra, severity, code, model_file, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["audit", model_file, "--fail-on", severity, *extra]) == code
+        monkeypatch.undo()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_head(model_file):
+    command = f"{sys.executable} -m keras_glorot audit {model_file} --json | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+# Before Keras is imported ----------------------------------------------------------------
+
+AS_SCRIPT = (
+    "import sys; sys.argv[0] = '/bin/keras-glorot'; from keras_glorot.cli import main"
+)
+PROGRAMS = {"module": ["-m", "keras_glorot"], "script": ["-c", f"{AS_SCRIPT}; main()"]}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--help"], 0, "exit codes"),
+        (["audit", "--help"], 0, "--fail-on"),
+        (["init", "--help"], 0, "--gain"),
+        (["--version"], 0, f"keras-glorot {keras_glorot.__version__}, drawing with "),
+        (["--version"], 0, f"Keras {keras.__version__}, backend {keras.backend.backend()}"),
+        (["paint"], 2, "invalid choice: 'paint'"),
+        (["init", "x", "-o", "y"], 2, "ends in .keras"),
+    ],
+)
+def test_no_import_of_keras_and_no_log_line(program, arguments, code, text):
+    command = [sys.executable, "-X", "importtime", *PROGRAMS[program], *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    times = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    rest = [line for line in done.stderr.splitlines() if line not in times]
+    assert done.returncode == code
+    assert text in done.stdout + done.stderr
+    assert rest == [] or code == 2
+    slow = {"keras", "rich", "tensorflow", "jax", "torch"}
+    if arguments != ["--version"]:  # which asks what draws
+        slow.add("numpy")
+    assert {line.split("|")[-1].strip() for line in times}.isdisjoint(slow)
+
+
+def test_the_backend_of_the_version_is_that_of_keras_own_file(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    for content, backend in [
+        (None, "tensorflow"),
+        ('{"backend": "jax"}', "jax"),
+        ("[]", "tensorflow"),
+        ("{", "tensorflow"),
+    ]:
+        if content is not None:
+            (tmp_path / "keras.json").write_text(content)
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out.endswith(f", backend {backend}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("vgg16", "VGG16"), ("MobileNetv2", "MobileNetV2"), ("ResNet5", "ResNet50")],
+)
+def test_did_you_mean(name, meant, capsys):
+    assert main(["audit", name]) == 2
+    assert f"Received: {name}. Did you mean '{meant}'?\n" in capsys.readouterr().err
+
+
+def test_a_directory_is_called_a_directory(tmp_path, capsys):
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "a .keras file, not a directory. Received: " in capsys.readouterr().err
+
+
+def test_an_unknown_code_to_ignore(model_file, no_work, capsys):
+    assert main(["audit", model_file, "--ignore", "stds"]) == 2
+    assert "`--ignore` must be one of" in capsys.readouterr().err

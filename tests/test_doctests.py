@@ -9,6 +9,7 @@ import pytest
 import keras_glorot
 
 matplotlib = pytest.importorskip("matplotlib")  # one example draws
+pytest.importorskip("itables")  # and one writes a page
 matplotlib.use("agg")
 
 # What an example may use without making it.

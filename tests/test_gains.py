@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import keras
 import numpy as np
@@ -223,3 +224,18 @@ def test_named_gain_in_an_initializer():
     assert GlorotUniform("gelu").limit(shape) == pytest.approx(
         1.53353 * GlorotUniform().limit(shape)
     )
+
+
+def test_without_a_thread_to_be_had(monkeypatch):
+    def exhausted(self):
+        raise RuntimeError("can't start new thread")
+
+    expected = calculate_gain(lambda z: keras.ops.sin(z))
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    assert calculate_gain(lambda z: keras.ops.sin(z)) == expected
+
+    def broken(z):
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        calculate_gain(broken)

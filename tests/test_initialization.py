@@ -387,7 +387,8 @@ def test_what_can_not_be_reset_is_left_and_listed():
         [keras.Input((4,)), normalization, Stubborn(4), layers.Dense(2)]
     )
     model.layers[1].w.assign(np.full((4, 4), 3.0))
-    table = initialize(model, seed=0)
+    with pytest.warns(UserWarning, match="did not reset stubborn/w"):
+        table = initialize(model, seed=0)
     left = {finding.path.split("/")[-1]: finding for finding in table.findings}
     assert left.keys() == {"mean", "variance", "count", "w"}
     assert "adapt" in left["mean"].message
@@ -403,7 +404,8 @@ def test_quantized_layers_are_left():
     layer = layers.Dense(8)
     layer.build((None, 8))
     layer.quantize("int8")
-    table = initialize(layer, seed=0)
+    with pytest.warns(UserWarning, match="its layer is quantized"):
+        table = initialize(layer, seed=0)
     assert all("quantized" in finding.message for finding in table.findings)
     assert len(table.findings) == len(layer.weights)
 
@@ -536,8 +538,8 @@ def test_every_layer_of_keras_applications_blocks_is_walked():
     assert keras_glorot.initialize is initialize
 
 
-GOLDEN_KERNELS = ["b83f1368", "987d808c", "2a2b0918", "f8ca251f"]
-GOLDEN_OTHERS = [-0.04497707, -0.0713799, 0.97843027]
+GOLDEN_KERNELS = ["f27d3ec6", "d81b3032", "783ae311", "9f6a0641"]
+GOLDEN_OTHERS = [0.031400751, 0.098182186, 0.97843027]
 
 
 def test_auto_gain_with_a_seed_generator():

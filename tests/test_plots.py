@@ -1,6 +1,11 @@
-"""The plots draw what the tables say, on any Axes, and change nothing but those."""
+"""The plots draw what the tables say, on any Axes, and change nothing but those.
 
+`pytest tests/test_plots.py --overwrite` draws the golden pictures anew: look at them.
+"""
+
+import shutil
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,11 +13,14 @@ import pytest
 
 from keras_glorot import audit, initialize, plots, propagate
 from keras_glorot.sampling import draw
-from keras_glorot.tables import Table
+from keras_glorot.tables import Finding, Table
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.testing.compare import compare_images  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
@@ -49,27 +57,55 @@ def test_propagate_draws_both_stds_by_depth():
     assert list(forward) == [row["std"] for row in table.rows[:-1]]
     assert list(backward) == [row["gradient_std"] for row in table.rows[:-1]]
     assert ax.get_yscale() == "log"
-    assert [label.get_text() for label in ax.get_xticklabels()] == [
-        "h0",
-        "h1",
-        "h2",
-        "h3",
-        "out",
-    ]
-    assert ax.get_xlabel()
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert names == ["h0", "h1", "h2", "h3", "out"]
     assert ax.get_ylabel()
-    # Readable in grey: told apart by more than their color.
-    first, second = ax.lines
+    # Rows side by side may belong to two branches: no line joins them.
+    assert {line.get_linestyle() for line in ax.lines} == {"None"}
+
+
+def test_colors_can_be_told_apart_in_grey():
+    first, second = (line for line in TABLE.plot().lines)
     assert first.get_marker() != second.get_marker()
-    assert first.get_linestyle() != second.get_linestyle()
+    weights = (0.2126, 0.7152, 0.0722)
+    dark, light = (
+        np.dot(matplotlib.colors.to_rgb(line.get_color()), weights)
+        for line in (first, second)
+    )
+    assert light - dark > 0.2
 
 
-def test_audit_draws_the_expected_std_against_the_one_drawn():
+def dots(ax):
+    """Of an audit: the kernels without and with a finding, as (ratio, depth)."""
+    sound, _, off = ax.collections
+    return np.array(sound.get_offsets()), np.array(off.get_offsets())
+
+
+def names(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_audit_draws_a_dot_per_kernel_and_names_what_is_off():
     model = net()
     model.layers[1].kernel.assign(3 * model.layers[1].kernel.numpy())
-    drawn, expected = (np.array(line.get_ydata()) for line in audit(model).plot().lines)
-    assert len(drawn) == 5
-    np.testing.assert_allclose(drawn / expected, [1, 3, 1, 1, 1], rtol=0.2)
+    ax = audit(model).plot()
+    sound, off = dots(ax)
+    assert sound[:, 1].tolist() == [1, 3, 4, 5]
+    np.testing.assert_allclose(sound[:, 0], 1, rtol=0.2)
+    np.testing.assert_allclose(off, [(3 * 3 / 5, 2)], rtol=0.2)  # 5/3: the gain of tanh
+    assert names(ax) == ["h1/kernel"]
+
+
+def test_audit_shows_kernels_without_a_ratio_at_the_edges():
+    model = net()
+    values = model.layers[0].kernel.numpy()
+    model.layers[0].kernel.assign(0 * values)
+    model.layers[2].kernel.assign(np.nan * values[:1, :1] * model.layers[2].kernel.numpy())
+    ax = audit(model).plot()
+    _, off = dots(ax)
+    assert off[0].tolist() == [ax.get_xlim()[0], 1]
+    assert len(off) == 2
+    assert names(ax) == ["h0/kernel (constant-kernel)", "h2/kernel (not-finite)"]
 
 
 def test_draws_on_the_axes_that_it_is_given():
@@ -77,12 +113,49 @@ def test_draws_on_the_axes_that_it_is_given():
     assert TABLE.plot(ax=ax) is ax
     assert plots.plot_histograms(net(1), X, layers=["out"], axes=axes) is axes
     assert len(pyplot.get_fignums()) == 1
-    assert [line.get_label() for line in axes[1].lines] == ["out"]
+    assert names(axes[0]) == ["out"]
 
 
-def test_names_are_thinned_out_where_there_are_many():
-    rows = [{"path": f"layer{i}", "std": 1.0, "gradient_std": 2.0} for i in range(100)]
-    assert len(Table("propagate", rows).plot().get_xticklabels()) <= 28
+def ratios(count):
+    """An audit of made-up kernels."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"path": f"encoder/layer_{i}/dense/kernel", "fan_in": 9, "ratio": float(ratio)}
+        for i, ratio in enumerate(np.exp(0.03 * rng.normal(size=count)))
+    ]
+    found = []
+    for row in rows[3::7]:
+        row["ratio"] *= 0.2
+        found.append(Finding("warning", "std", row["path"], "It is off.", "Fix it."))
+    return Table("audit", rows, found)
+
+
+def stds(count):
+    """A signal that vanishes along two branches, and a gradient that explodes."""
+    rows = [
+        {
+            "path": f"block_{i}/dense",
+            "std": 0.98**i * (1 if i % 2 else 3),
+            "gradient_std": 1e-3 * 1.02**i,
+        }
+        for i in range(count + 1)
+    ]
+    return Table("propagate", rows)
+
+
+def test_names_do_not_overlap():
+    assert len(ratios(5000).plot().get_yticks()) <= 48
+    assert stds(300).plot().get_xlabel() == "call of a layer, input to output"
+
+
+def test_names_are_no_formulas():
+    found = [Finding("warning", "std", "a_$x^$_{", "", "")]
+    rows = [{"path": "a_$x^$_{", "fan_in": 1, "ratio": 0.1}]
+    ax = Table("audit", rows, found).plot()
+    ax.figure.canvas.draw()
+    assert names(ax) == ["a_$x^$_{"]
+    row = {"path": "a_$x^$_{", "std": 0.5, "gradient_std": 0.1}
+    Table("propagate", [row, row]).plot().figure.canvas.draw()
 
 
 def test_a_table_without_stds_is_refused():
@@ -95,21 +168,54 @@ def test_histograms_are_those_of_the_activations_and_gradients():
     outputs = [layer.output for layer in model.layers[:-1]]
     activations = keras.Model(model.inputs, outputs).predict(X, verbose=0)
     table = propagate(model, X)
-    for ax, key in zip(
-        plots.plot_histograms(model, X), ("std", "gradient_std"), strict=True
-    ):
-        assert [line.get_label() for line in ax.lines] == HIDDEN
-        for line, row in zip(ax.lines, table, strict=False):
-            x, density = np.array(line.get_data())
-            width = x[1] - x[0]
-            assert density.sum() * width == pytest.approx(1, abs=0.01)
-            std = np.sqrt((density * width * (x - (density * width * x).sum()) ** 2).sum())
+    axes = plots.plot_histograms(model, X)
+    assert names(axes[0]) == HIDDEN
+    for ax, key in zip(axes, ("std", "gradient_std"), strict=True):
+        mesh = ax.collections[0]
+        edges = mesh.get_coordinates()[0, :, 0]
+        parts = mesh.get_array().filled(0)
+        np.testing.assert_allclose(parts.sum(1), 1, atol=1e-9)
+        centers = (edges[1:] + edges[:-1]) / 2
+        for part, row in zip(parts, table, strict=False):
+            mean = (part * centers).sum()
+            std = np.sqrt((part * (centers - mean) ** 2).sum())
             assert std == pytest.approx(row[key], rel=0.03)
-            if key == "std":
-                values = activations[line.axes.lines.index(line)]
-                edges = np.append(x - width / 2, x[-1] + width / 2)
+        if key == "std":
+            for part, values in zip(parts, activations, strict=True):
                 counts, _ = np.histogram(values, edges)
-                np.testing.assert_allclose(density * width, counts / values.size, atol=2e-3)
+                np.testing.assert_allclose(part, counts / values.size, atol=2e-3)
+
+
+def test_histograms_of_signals_that_are_zero_or_not_finite():
+    model = net()
+    model.layers[1].kernel.assign(0 * model.layers[1].kernel.numpy())
+    plots.plot_histograms(model, X)[0].figure.canvas.draw()
+    model.layers[1].kernel.assign(model.layers[1].kernel.numpy() + np.inf)
+    plots.plot_histograms(model, X)[0].figure.canvas.draw()
+
+
+PICTURES = {
+    "audit_6": lambda: ratios(6).plot(),
+    "audit_53": lambda: ratios(53).plot(),
+    "audit_300": lambda: ratios(300).plot(),
+    "propagate_6": lambda: stds(6).plot(),
+    "propagate_300": lambda: stds(300).plot(),
+    "histograms_5": lambda: plots.plot_histograms(net(5), X)[0],
+    "histograms_53": lambda: plots.plot_histograms(net(53, 12), X)[0],
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name, request, tmp_path):
+    """Root mean square of the difference, of 255: 2 if one dot of six moves by 30 %."""
+    with matplotlib.style.context("default"):
+        figure = PICTURES[name]().figure
+        path = GOLDEN / f"{name}.png"
+        drawn = tmp_path / path.name
+        figure.savefig(drawn, dpi=50)
+        if request.config.getoption("--overwrite"):
+            shutil.copy(drawn, path)
+    assert compare_images(str(path), str(drawn), tol=1) is None
 
 
 def test_histograms_of_layers_that_are_not_there():

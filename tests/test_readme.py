@@ -30,7 +30,7 @@ def words(text):
 
 @pytest.mark.parametrize(("block", "table"), TABLES)
 def test_tables_are_what_is_printed(block, table, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "92")
+    monkeypatch.setenv("COLUMNS", "80")
     keras.utils.clear_session()
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert words(capsys.readouterr().out) == words(table)

@@ -2,11 +2,14 @@
 
 import hashlib
 import math
+import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import ml_dtypes
 import mpmath
@@ -16,6 +19,39 @@ from scipy import stats
 
 from keras_glorot import sampling
 from keras_glorot.sampling import TRUNCATED_STD, draw
+
+NATIVE = sampling._native
+KERNELS = ["NumPy"] if NATIVE is None else ["NumPy", *NATIVE.CLONES]
+
+
+def use_kernel(name, monkeypatch):
+    """Lets NumPy or one clone of the native kernel draw."""
+    if name == "NumPy":
+        monkeypatch.setattr(sampling, "_native", None)
+    else:
+        number = NATIVE.CLONES.index(name)
+        clone = types.SimpleNamespace(
+            CLONES=(name,),
+            philox=NATIVE.philox,
+            fill=lambda _, *arguments: NATIVE.fill(number, *arguments),
+        )
+        monkeypatch.setattr(sampling, "_native", clone)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    use_kernel(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["NumPy", "native"])
+def either(request, monkeypatch):
+    if request.param == "native" and NATIVE is None:
+        pytest.skip("built without the native kernel")
+    if request.param == "NumPy":
+        monkeypatch.setattr(sampling, "_native", None)
+    return request.param
+
 
 DISTRIBUTIONS = ("uniform", "truncated_normal")
 EXACT = {
@@ -27,16 +63,16 @@ SIZE = 1_000_000
 # SHA-256 (first 16 digits) of the little-endian bytes. These may never change: raising
 # `sampling.VERSION` is the one way, and every user's weights change with it.
 GOLDEN = {
-    ("uniform", "float16", (3, 3, 5, 7)): "06137a7475b7d429",
-    ("uniform", "bfloat16", (3, 3, 5, 7)): "98ca38838baa4e6e",
-    ("uniform", "float32", (3, 3, 5, 7)): "c3eb7f123a87f4f5",
-    ("uniform", "float64", (3, 3, 5, 7)): "f1bd5b1973183e5d",
-    ("uniform", "float32", (1500, 1501)): "e0b555fc0b8ea78e",
-    ("truncated_normal", "float16", (3, 3, 5, 7)): "fade805683c0dcfc",
-    ("truncated_normal", "bfloat16", (3, 3, 5, 7)): "1281712a6bb7d2c4",
-    ("truncated_normal", "float32", (3, 3, 5, 7)): "cbcfc44b7be3f223",
-    ("truncated_normal", "float64", (3, 3, 5, 7)): "1b6257624cdd17a6",
-    ("truncated_normal", "float64", (64, 33)): "eb9a93480806cf53",
+    ("uniform", "float16", (3, 3, 5, 7)): "9fb5312ebf4b4fb0",
+    ("uniform", "bfloat16", (3, 3, 5, 7)): "fd226271500d1c44",
+    ("uniform", "float32", (3, 3, 5, 7)): "cb6681a2e8236086",
+    ("uniform", "float64", (3, 3, 5, 7)): "603cf0290efe1227",
+    ("uniform", "float32", (1500, 1501)): "f01b2234b9622daa",
+    ("truncated_normal", "float16", (3, 3, 5, 7)): "4bf1e60bf27ee441",
+    ("truncated_normal", "bfloat16", (3, 3, 5, 7)): "348b67e03e55a5d2",
+    ("truncated_normal", "float32", (3, 3, 5, 7)): "cf5356003e40b1d6",
+    ("truncated_normal", "float64", (3, 3, 5, 7)): "32ef7c19aa3ce03c",
+    ("truncated_normal", "float64", (64, 33)): "78ac7f53fdee00e1",
 }
 
 
@@ -46,34 +82,128 @@ def sha(array):
 
 
 @pytest.mark.parametrize(("distribution", "dtype", "shape"), GOLDEN)
-def test_golden_bits(distribution, dtype, shape):
+def test_golden_bits(distribution, dtype, shape, kernel):
     array = draw(distribution, shape, 0.5, dtype, (2010, 9))
     frozen = "these bits are frozen: users' weights change unless they come back"
     assert sha(array) == GOLDEN[distribution, dtype, shape], frozen
 
 
-def test_raw_words_are_numpys():
-    # The contract in plain NumPy: key, generator, halves of words in order.
-    key = sampling._key("uniform", np.float32, (7,), (2, 5))
-    assert key == [2, 0, 4, 1, 2, 7, 2, 2, 2, 2, 5]
-    words = np.random.SFC64(np.random.SeedSequence([*key, 0])).random_raw(5)
-    halves = [half for word in words.tolist() for half in (word & 0xFFFFFFFF, word >> 32)]
-    signed = [half - 2**32 if half >= 2**31 else half for half in halves]
-    expected = np.float32([odd | 1 for odd in signed]) * np.float32(0.5 / 2**31)
-    assert draw("uniform", (2, 5), 0.5, "float32", (7,)).ravel().tolist() == list(expected)
+def test_golden_knots():
+    knots = sampling.knots()
+    assert knots.dtype == np.int32
+    assert sha(knots) == "d171cfe9fe1a8bd4"
 
 
-def test_chunks_far_out_and_long_seeds_have_streams_of_their_own():
-    # Chunk 2**17 - 1 of a tensor too large to draw, and a seed of three words.
-    shape, seed = (1 << 36,), (7 + (5 << 70),)
-    start = (1 << 36) - 6
-    key = sampling._key("uniform", np.float32, seed, shape)
-    assert key[3:8] == [1, 6, 7, 0, 5 << 6]
-    stream = np.random.SFC64(np.random.SeedSequence([*key, (1 << 17) - 1]))
-    words = stream.random_raw(sampling.CHUNK // 2)[-3:]
-    wanted = np.float32(words.view(np.int32) | 1) / np.float32(2**31)
-    drawn = draw("uniform", shape, 1.0, "float32", seed, ((start, 1 << 36),))
-    np.testing.assert_array_equal(drawn, wanted)
+# Random123's own known answers, examples/kat_vectors: counter, key, result.
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, answer, either):
+    words = sampling.philox(counter, tuple(key))
+    assert " ".join(f"{word:08x}" for word in words) == answer
+
+
+def reference(form, shape, scale, bits, seed, index):
+    """The contract of `sampling`'s docstring for one element, in plain Python."""
+
+    def split(number, count):
+        return [number >> 32 * i & 0xFFFFFFFF for i in range(count)]
+
+    digits = []
+    for word in seed:
+        count = 2
+        while not -(2 ** (32 * count - 1)) <= word < 2 ** (32 * count - 1):
+            count += 1
+        digits.append(split(word, count))
+    head = [3, {"uniform": 0, "truncated_normal": 1}[form], bits, len(shape)]
+    head += [half for extent in shape for half in split(extent, 2)]
+    head += [len(seed), *(len(each) for each in digits)]
+    tail = [digit for each in digits for digit in each]
+    key = (0, 0)
+    for words in (head, tail):
+        words += [0] * (-len(words) % 4)
+        for i in range(0, len(words), 4):
+            key = sampling.philox(words[i : i + 4], key)[:2]
+    if bits == 64:
+        block, place = divmod(index, 2)
+        words = sampling.philox([*split(block, 2), *key], key)
+        word = words[2 * place] + (words[2 * place + 1] << 32)
+        signed = word - 2**64 if word >= 2**63 else word
+        x = ((signed >> 10) | 1) / 2**53
+        if form == "truncated_normal":
+            s = 1 - x * x
+            numerator = denominator = 0.0
+            for coefficient in sampling._NUMERATOR:
+                numerator = numerator * s + coefficient
+            for coefficient in (1.0, *sampling._DENOMINATOR):
+                denominator = denominator * s + coefficient
+            x = x * numerator / denominator
+        return x * scale
+    block, place = divmod(index, 4)
+    word = sampling.philox([*split(block, 2), *key], key)[place]
+    if form == "uniform":
+        odd = (word - 2**32 if word >= 2**31 else word) | 1
+    else:
+        scale *= 2
+        j, t = divmod(min(word, 2**32 - 1 - word), 2**19)
+        low, high = (int(knot) for knot in sampling.knots()[j : j + 2])
+        odd = 2 * (low + (high - low) * t // 2**19) + 1
+        odd = odd if word < 2**31 else -odd
+    return np.float32(odd) / np.float32(2**31) * np.float32(scale)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("shape", "seed"),
+    [
+        ((2, 5), (7,)),
+        ((3, 3, 3), (2**63, -(2**63), -1)),
+        ((11,), (7 + (5 << 70), 0, -(2**64))),
+        ((1, 1, 1, 2), (2**63 - 1, 2**200)),
+        ((), (0, 0)),
+    ],
+)
+def test_every_element_follows_the_contract(distribution, dtype, shape, seed, either):
+    drawn = draw(distribution, shape, 0.3, dtype, seed).reshape(-1)
+    expected = [
+        reference(distribution, shape, 0.3, np.dtype(dtype).itemsize * 8, seed, i)
+        for i in range(drawn.size)
+    ]
+    assert drawn.tolist() == [float(value) for value in expected]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_elements_far_out(dtype, kernel):
+    # Where the block number outgrows 32 bits, in tensors too large to draw; also across.
+    for start in (2**34 - 6, 2**35 - 9, 2**60 + 1):
+        shape = (2**61,)
+        drawn = draw("uniform", shape, 1.0, dtype, (7,), ((start, start + 13),))
+        expected = [
+            reference("uniform", shape, 1.0, np.dtype(dtype).itemsize * 8, (7,), i)
+            for i in range(start, start + 13)
+        ]
+        assert drawn.tolist() == [float(value) for value in expected]
+
+
+def test_more_than_2_to_the_31_elements_in_a_row(either):
+    # A region whose rows lie far apart, each of them one element too long for a block.
+    shape, region = (3, 1 << 32), ((0, 3), (4, 9))
+    drawn = draw("truncated_normal", shape, 1.0, "float32", (7,), region)
+    for row in range(3):
+        for column in range(4, 9):
+            index = (row << 32) + column
+            wanted = reference("truncated_normal", shape, 1.0, 32, (7,), index)
+            assert drawn[row, column - 4] == wanted
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -120,27 +250,42 @@ def test_truncated_std_is_the_integral():
     assert math.sqrt(variance) == pytest.approx(TRUNCATED_STD, rel=1e-14)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5.6e-6), ("float64", 5e-15)])
-def test_quantile_function(dtype, tolerance):
+def test_quantile_function():
     # Against erfinv in 30 digits, in relative error, with both ends and next to zero.
     x = np.concatenate([np.linspace(-1, 1, 200), 1 - np.logspace(-7, -1, 60), [1e-9]])
-    x = x.astype(dtype)
     with mpmath.workdps(30):
         root = mpmath.sqrt(2)
         wanted = [root * mpmath.erfinv(float(v) * mpmath.erf(root)) for v in x]
-    result = x.copy()
-    sampling._truncated_normal_quantile(result, np.empty_like(x), np.empty_like(x))
+    result = sampling.truncated_normal_quantile(x)
     relative = [abs(float(r) / w - 1) for r, w in zip(result, wanted, strict=True)]
-    assert max(relative) < tolerance
+    assert max(relative) < 5e-15
 
 
-def test_bounds_hold_for_every_float32():
-    # Every float32 from 1/2 to 1 goes through the quantile: none comes out above 2.
-    for start in range(0x3F000000, 0x3F800001, 1 << 20):
-        stop = min(start + (1 << 20), 0x3F800001)
-        x = np.arange(start, stop, dtype=np.uint32).view(np.float32)
-        sampling._truncated_normal_quantile(x, np.empty_like(x), np.empty_like(x))
-        assert x.max() <= 2
+def integer_quantile(words):
+    """The odd integers of float32's truncated normal, for words."""
+    words = np.asarray(words, np.uint32)
+    return sampling.integer_quantile(words.copy()).view(np.int32) | 1
+
+
+def test_integer_quantile_is_within_its_stated_distance():
+    # In terms of the distribution function, at some of each segment, and all of the last.
+    words = np.concatenate([np.arange(0, 2**31, 4099), np.arange(2**31 - 2**19, 2**31)])
+    values = integer_quantile(words) / 2**30
+    distance = abs(EXACT["truncated_normal"].cdf(values) - 0.5 - (words + 0.5) / 2**32)
+    assert distance.max() < 5.1e-8
+
+
+def test_integer_quantile_is_monotone_and_symmetric():
+    knots = sampling.knots().astype(np.int64)
+    assert (np.diff(knots) > 0).all()
+    # In a segment, every step of it goes up; from one to the next as well.
+    for j in [0, 1, 2, 2047, 4094]:
+        values = integer_quantile(np.arange(j << 19, (j + 2) << 19))
+        assert (np.diff(values) >= 0).all()
+    ends = integer_quantile([0, 2**31 - 1, 2**31, 2**32 - 1])
+    assert ends.tolist() == [1, 2**31 - 5, -(2**31) + 5, -1]
+    words = np.arange(0, 2**31, 65537, dtype=np.uint32)
+    assert (integer_quantile(~words) == -integer_quantile(words)).all()
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -152,7 +297,7 @@ def test_symmetric_and_never_zero(distribution):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_tiny_scales(distribution):
+def test_tiny_scales(distribution, kernel):
     # Down to where float32 itself grows coarse, nothing is lost: 0.3 has all digits.
     values = draw(distribution, (1000,), 0.3, "float32", (3,))
     for power in (-10, -64, -66, -80, -95, -110):
@@ -162,40 +307,50 @@ def test_tiny_scales(distribution):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_half_precision_is_float32_rounded(distribution, dtype):
-    shape = (301, 1001)
-    full = draw(distribution, shape, 0.01, "float32", (4,))
-    half = draw(distribution, shape, 0.01, dtype, (4,))
-    assert half.tobytes() == full.astype(dtype).tobytes()
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3e4, 65504.0, 1e5, 6e-5, 1e-6, 6e-8, 1e-40])
+def test_half_precision_is_float32_rounded(distribution, dtype, scale, kernel):
+    # From subnormal numbers to beyond float16's range, as NumPy and ml_dtypes round.
+    shape = (101, 1001)
+    with np.errstate(over="ignore", under="ignore"):
+        full = draw(distribution, shape, scale, "float32", (4,))
+        half = draw(distribution, shape, scale, dtype, (4,))
+        assert half.tobytes() == full.astype(dtype).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_same_bytes_on_any_number_of_threads(distribution, dtype, monkeypatch):
-    # Small chunks and pieces, so that many boundaries and many hand-overs are met.
-    monkeypatch.setattr(sampling, "CHUNK", 512)
+def test_same_bytes_on_any_number_of_threads(distribution, dtype, kernel, monkeypatch):
+    # Small pieces at odd places, so that many boundaries and many hand-overs are met.
+    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
     draws = set()
-    for cores in (1, 2, 7, 8):
+    for cores in (1, 2, 7, 32):
         monkeypatch.setattr(sampling, "available_cores", lambda cores=cores: cores)
-        for piece in (256, 300, 1 << 19):
-            monkeypatch.setattr(sampling, "PIECE", piece)
+        for piece in (251, 300, 1 << 19):
+            monkeypatch.setattr(sampling, "NUMPY_PIECE", piece)
+            monkeypatch.setattr(sampling, "NATIVE_PIECE", piece)
             draws.add(draw(distribution, (37, 1013), 1.0, dtype, (5,)).tobytes())
     assert len(draws) == 1, "the bits depend on the number of threads or on the pieces"
 
 
-@pytest.mark.parametrize(("cores", "most", "expected"), [(1, 16, 1), (3, 16, 3), (8, 2, 2)])
-def test_as_many_threads_as_cores_but_not_too_many(cores, most, expected, monkeypatch):
-    fill, everyone, threads = sampling._fill, threading.Barrier(expected), set()
+def filler(fill):
+    """In place of `_native_filler` and `_numpy_filler`: pieces of 512 elements."""
+    return lambda *_: (fill, 512)
 
-    def meeting(*arguments):
+
+@pytest.mark.parametrize(("cores", "most", "expected"), [(1, 16, 1), (3, 16, 3), (8, 2, 2)])
+def test_as_many_threads_as_cores_but_not_too_many(
+    cores, most, expected, either, monkeypatch
+):
+    everyone, threads = threading.Barrier(expected), set()
+
+    def meeting(start, stop):
         if threading.current_thread() not in threads:
             threads.add(threading.current_thread())
             everyone.wait(timeout=10)
-        time.sleep(0.02)  # one thread too many would find a chunk left
-        fill(*arguments)
+        time.sleep(0.02)  # one thread too many would find a piece left
 
-    monkeypatch.setattr(sampling, "_fill", meeting)
-    monkeypatch.setattr(sampling, "CHUNK", 512)
+    monkeypatch.setattr(sampling, f"_{either.lower()}_filler", filler(meeting))
+    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
     monkeypatch.setattr(sampling, "MOST_THREADS", most)
     monkeypatch.setattr(sampling, "available_cores", lambda: cores)
     draw("uniform", (512 * 6,), 1.0, "float32", (5,))
@@ -203,10 +358,10 @@ def test_as_many_threads_as_cores_but_not_too_many(cores, most, expected, monkey
 
 
 @pytest.mark.parametrize("in_caller", [False, True])
-def test_an_error_in_a_thread_is_raised(in_caller, monkeypatch):
-    fill, both, threads, filled = sampling._fill, threading.Barrier(2), set(), []
+def test_an_error_in_a_thread_is_raised(in_caller, either, monkeypatch):
+    both, threads, filled = threading.Barrier(2), set(), []
 
-    def failing(*arguments):
+    def failing(start, stop):
         thread = threading.current_thread()
         if thread not in threads:
             threads.add(thread)
@@ -214,11 +369,10 @@ def test_an_error_in_a_thread_is_raised(in_caller, monkeypatch):
         if (thread is threading.main_thread()) == in_caller:
             raise MemoryError
         time.sleep(0.01)
-        fill(*arguments)
-        filled.append(arguments)
+        filled.append(start)
 
-    monkeypatch.setattr(sampling, "_fill", failing)
-    monkeypatch.setattr(sampling, "CHUNK", 512)
+    monkeypatch.setattr(sampling, f"_{either.lower()}_filler", filler(failing))
+    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
     monkeypatch.setattr(sampling, "available_cores", lambda: 2)
     with pytest.raises(MemoryError):
         draw("uniform", (512 * 100,), 1.0, "float32", (5,))
@@ -226,8 +380,8 @@ def test_an_error_in_a_thread_is_raised(in_caller, monkeypatch):
     assert len(filled) < 50 if in_caller else len(filled) == 99
 
 
-def test_where_no_thread_can_be_had(monkeypatch):
-    arguments = ("uniform", (2 * sampling.CHUNK,), 1.0, "float32", (5,))
+def test_where_no_thread_can_be_had(either, monkeypatch):
+    arguments = ("uniform", (3 << 20,), 1.0, "float32", (5,))
     wanted = draw(*arguments)
 
     def no_thread(*_):
@@ -238,34 +392,17 @@ def test_where_no_thread_can_be_had(monkeypatch):
     np.testing.assert_array_equal(draw(*arguments), wanted)
 
 
-@pytest.mark.parametrize("size", [-1, 0, 1])
-def test_every_chunk_has_a_stream_of_its_own(size):
-    # Around the true boundary, in plain NumPy.
-    size += 2 * sampling.CHUNK
-    key = sampling._key("uniform", np.float64, (7,), (size,))
-    words = [
-        np.random.SFC64(np.random.SeedSequence([*key, chunk])).random_raw(count)
-        for chunk, count in [
-            (0, sampling.CHUNK),
-            (1, min(sampling.CHUNK, size - sampling.CHUNK)),
-            (2, max(0, size - 2 * sampling.CHUNK)),
-        ]
-    ]
-    wanted = np.ldexp((np.concatenate(words).view(np.int64) >> 10) | 1, -53)
-    drawn = draw("uniform", (size,), 1.0, "float64", (7,))
-    np.testing.assert_array_equal(drawn, wanted)
-
-
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_a_longer_tensor_of_one_key_continues_a_shorter_one(distribution, monkeypatch):
-    # Sizes around the piece and chunk boundaries: the same elements, whoever draws them.
-    monkeypatch.setattr(sampling, "CHUNK", 128)
-    monkeypatch.setattr(sampling, "PIECE", 64)
-    key = sampling._key(distribution, np.float32, (1,), (1000,))
-    monkeypatch.setattr(sampling, "_key", lambda *_: key)
-    whole = draw(distribution, (1000,), 1.0, "float32", (1,))
-    for size in [0, 1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 999]:
-        part = draw(distribution, (size,), 1.0, "float32", (1,))
+def test_a_longer_tensor_of_one_key_continues_a_shorter_one(
+    distribution, dtype, kernel, monkeypatch
+):
+    # Sizes around the boundaries of blocks, vectors and batches: the same elements.
+    monkeypatch.setattr(sampling, "stream_key", lambda *_: (1, 2))
+    whole = draw(distribution, (3000,), 1.0, dtype, (1,))
+    for size in [*range(18), 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 511, 512, 513,
+                 1023, 1024, 1025, 2047, 2049]:  # fmt: skip
+        part = draw(distribution, (size,), 1.0, dtype, (1,))
         assert part.tobytes() == whole[:size].tobytes()
 
 
@@ -284,14 +421,15 @@ def test_a_longer_tensor_of_one_key_continues_a_shorter_one(distribution, monkey
     ],
 )
 @pytest.mark.parametrize(
-    ("chunk", "piece", "width"),
-    [(8, 6, 1), (128, 64, 1), (1 << 19, 1 << 18, 1), (1024, 256, 300), (4096, 3000, 300)],
+    ("piece", "width"), [(7, 1), (64, 1), (1 << 18, 1), (251, 300), (3000, 300)]
 )
-def test_a_region_is_cut_from_the_whole(region, dtype, chunk, piece, width, monkeypatch):
+def test_a_region_is_cut_from_the_whole(region, dtype, piece, width, kernel, monkeypatch):
     # Rows, columns, blocks and single elements, with runs that start at odd places,
-    # longer and shorter than chunks, and chunks that hold nothing of the region.
-    monkeypatch.setattr(sampling, "CHUNK", chunk)
-    monkeypatch.setattr(sampling, "PIECE", piece)
+    # longer and shorter than pieces and than the kernel's batches.
+    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
+    monkeypatch.setattr(sampling, "NATIVE_PIECE", piece)
+    monkeypatch.setattr(sampling, "NUMPY_PIECE", piece)
+    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
     *rows, (start, stop) = region
     shape, region = (37, 5, 7 * width), (*rows, (start * width, stop * width))
     whole = draw("truncated_normal", shape, 1.0, dtype, (8,))
@@ -314,9 +452,11 @@ def test_no_value_out_of_bounds_in_1e8(distribution):
         assert max(values.max(), -values.min()) <= bound
 
 
-def test_many_threads_at_once(monkeypatch):
+def test_many_threads_at_once(either, monkeypatch):
     # 32 callers, each of which starts threads of its own.
-    monkeypatch.setattr(sampling, "CHUNK", 1 << 12)
+    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
+    monkeypatch.setattr(sampling, "NATIVE_PIECE", 1 << 12)
+    monkeypatch.setattr(sampling, "NUMPY_PIECE", 1 << 12)
     monkeypatch.setattr(sampling, "available_cores", lambda: 3)
     wanted = draw("truncated_normal", (300, 100), 1.0, "float32", (6,)).tobytes()
     results = []
@@ -338,37 +478,30 @@ def test_many_threads_at_once(monkeypatch):
 def test_keys_do_not_run_into_each_other():
     # Words of seed and shape that would be the same sequence without their lengths.
     keys = {
-        tuple(sampling._key(distribution, dtype, seed, shape))
+        sampling.stream_key(distribution, shape, dtype, seed)
         for distribution in DISTRIBUTIONS
-        for dtype in (np.float32, np.float64)
+        for dtype in ("float32", "float64")
         for shape, seed in [
             ((5, 3), (1,)),
             ((3, 5), (1,)),
             ((15,), (1,)),
             ((3,), (1, 5)),
+            ((3,), (1, 0)),
+            ((3,), (1,)),
             ((3,), (1 + (5 << 32),)),
+            ((3,), (1 + (5 << 64),)),
             ((3,), (1 + (5 << 96),)),
+            ((3 + (1 << 32),), (1,)),
             ((3, 5), (-1,)),
+            ((3, 5), (2**32 - 1,)),
+            ((3, 5), (2**64 - 1,)),
             ((3, 5), (0,)),
             ((3, 5), (1, 0)),
         ]
     }
-    assert len(keys) == 36
-    # No key is the start of another: a chunk's number can't make up for what differs.
-    assert not any(a != b and a == b[: len(a)] for a in keys for b in keys)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "expected"),
-    [((0, 4), 4), ((3, 4), 1), ((1, 3), 2)],
-)
-def test_only_chunks_that_are_touched_are_drawn(bounds, expected, monkeypatch):
-    # Eight chunks in four rows; the region has the first half of each row.
-    monkeypatch.setattr(sampling, "CHUNK", 64)
-    generator, made = np.random.SFC64, []
-    monkeypatch.setattr(np.random, "SFC64", lambda s: made.append(s) or generator(s))
-    draw("uniform", (4, 128), 1.0, "float32", (1,), (bounds, (0, 64)))
-    assert len(made) == expected
+    assert len(keys) == 60
+    half = sampling.stream_key("uniform", (5, 3), "bfloat16", (1,))
+    assert half == sampling.stream_key("uniform", (5, 3), "float32", (1,))
 
 
 def uniform_ranks(distribution, seed, shape=(SIZE,)):
@@ -398,7 +531,7 @@ def test_serial_correlation(distribution):
             assert abs(r) < 4.5 / math.sqrt(SIZE)
 
 
-def test_neighbouring_seeds_shapes_and_chunks_are_independent():
+def test_neighbouring_seeds_and_shapes_are_independent():
     # Correlations of values and of squares within 5 standard errors, 5e-3.
     base = uniform_ranks("uniform", (1,)) - 0.5
     others = {
@@ -406,16 +539,12 @@ def test_neighbouring_seeds_shapes_and_chunks_are_independent():
         "a longer shape": uniform_ranks("uniform", (1,), (SIZE + 1,))[:SIZE],
         "another rank": uniform_ranks("uniform", (1,), (1000, 1000)),
         "the other distribution": uniform_ranks("truncated_normal", (1,)),
+        "a generator's first state": uniform_ranks("uniform", (1, 0)),
         "a generator's next state": uniform_ranks("uniform", (1, 1)),
-        "the next chunk": uniform_ranks("uniform", (1,), (1, SIZE + sampling.CHUNK))[
-            sampling.CHUNK :
-        ],
     }
-    first = uniform_ranks("uniform", (1,), (1, SIZE + sampling.CHUNK))[:SIZE] - 0.5
     for name, other in others.items():
-        reference = first if name == "the next chunk" else base
         for power in (1, 2):
-            r = np.corrcoef(reference**power, (other - 0.5) ** power)[0, 1]
+            r = np.corrcoef(base**power, (other - 0.5) ** power)[0, 1]
             assert abs(r) < 5 / math.sqrt(SIZE), name
 
 
@@ -427,12 +556,45 @@ def test_small_shapes(shape):
     assert array.size == 0 or array.ctypes.data % 64 == 0
 
 
-def test_knows_nothing_of_keras():
-    source = (
-        f"import runpy, sys; runpy.run_path({sampling.__file__!r}); "
-        "print('keras' in sys.modules)"
+def run_python(source, **environment):
+    """What a new process prints that imports `sampling` without the package around it."""
+    folder = str(pathlib.Path(sampling.__file__).parent)
+    bare = (
+        "import sys, types; package = types.ModuleType('keras_glorot'); "
+        f"package.__path__ = [{folder!r}]; sys.modules['keras_glorot'] = package; "
+        "from keras_glorot import sampling; "
     )
     result = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+        [sys.executable, "-c", bare + source],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
     )
-    assert result.stdout.strip() == "False"
+    return result.stdout.strip()
+
+
+def test_knows_nothing_of_keras():
+    assert run_python("print('keras' in sys.modules)") == "False"
+
+
+def test_the_native_kernel_can_be_switched_off():
+    source = "print(sampling.native_name())"
+    assert run_python(source, KERAS_GLOROT_NATIVE="0") == "NumPy"
+    if NATIVE is not None:
+        best = f"native kernel, {NATIVE.CLONES[-1]}"
+        assert run_python(source, KERAS_GLOROT_NATIVE="1") == best
+
+
+@pytest.mark.skipif(NATIVE is None, reason="about the native kernel")
+def test_the_native_kernel_refuses_what_would_write_elsewhere():
+    out, steps = np.zeros(100, np.uint8), b""
+    right = [-1, out, 2, 0, (1, 2), 1.0, sampling.knots(), sampling._RATIONAL,
+             0, 25, 0, 25, steps]  # fmt: skip
+    NATIVE.fill(*right)
+    wrong = {0: 9, 2: 4, 3: 2, 6: b"short", 7: b"short", 9: 26, 11: 0, 12: b"short"}
+    for place, value in wrong.items():
+        arguments = [*right]
+        arguments[place] = value
+        with pytest.raises(ValueError, match="would not give"):
+            NATIVE.fill(*arguments)

@@ -3,12 +3,16 @@
 `pytest tests/test_tables.py --overwrite` writes the golden outputs anew: read the diff.
 """
 
+import io
 import json
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from keras_glorot.tables import Finding, Table
+from keras_glorot.tables import Finding, Table, shorten
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [
@@ -66,24 +70,144 @@ def test_golden_output(columns, width, request):
     assert max(map(len, text.splitlines())) <= columns
 
 
+def dense_rows(count):
+    return [{"path": f"dense_{i}/kernel", "std": 1.0, "fan_in": 3} for i in range(count)]
+
+
+def finding(path, severity="warning", code="std", advice="Fix it."):
+    return Finding(severity, code, path, "It is off.", advice)
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80, 300])
-def test_every_path_is_whole_at_any_width(columns, width):
+def test_a_long_path_stays_on_its_line(columns, width):
     width(columns)
-    plain = Table("audit", [{"path": "a/" * 40 + "kernel", "std": 0.5, "x": "y" * 30}] * 3)
-    folded = "".join(line.split("  ")[0].strip() for line in str(plain).splitlines())
-    assert folded.count("a/" * 40 + "kernel") == 3
+    path = "encoder/" + "a/" * 60 + "dense/kernel"
+    text = str(Table("propagate", [{"path": path, "std": 0.5, "x": "y" * 30}] * 3))
+    lines = [line for line in text.splitlines() if "…" in line or path in line]
+    assert len(lines) == 3
+    assert all("kernel" in line for line in lines)
+    assert max(map(len, text.splitlines())) <= columns
 
 
-def test_a_long_table_shows_the_rows_with_findings(width):
+@pytest.mark.parametrize(
+    ("path", "width", "short"),
+    [
+        ("dense/kernel", 12, "dense/kernel"),
+        ("encoder/block/depthwise/kernel", 26, "encoder/…/depthwise/kernel"),
+        ("encoder/block/depthwise/kernel", 18, "…/depthwise/kernel"),
+        ("a_single_name_that_is_long", 13, "a_si…_is_long"),
+        ("名名名名名名", 6, "名…名"),
+        ("odd\x1b[31m", 20, r"odd\x1b[31m"),
+    ],
+)
+def test_paths_are_shortened_in_the_middle(path, width, short):
+    assert shorten([path], width) == [short]
+
+
+def test_short_paths_stay_different():
+    names = ("query", "key", "value", "output")
+    paths = [
+        f"encoder/layer_{i}/attention/{name}/kernel" for i in range(20) for name in names
+    ]
+    for limit in (40, 34, 30):
+        short = shorten(paths, limit)
+        assert len(set(short)) == len(paths)
+        assert max(map(len, short)) <= limit
+    single = [f"tf_model_encoder_layer_{i}_attention_self_query" for i in range(30)]
+    assert len(set(shorten(single, 28))) == 30
+
+
+def test_a_sound_model_takes_one_line(width):
     width(80)
-    rows = [{"path": f"dense_{i}/kernel", "std": 1.0} for i in range(500)]
-    text = str(
-        Table("audit", rows, [Finding("error", "std", "dense_499/kernel", "Bad.", "Fix.")])
-    )
-    assert "Showing 50 of 500 rows" in text
-    assert text.count("dense_499/kernel") == 2  # the row and the finding
-    assert "dense_48/" in text
-    assert "dense_49/" not in text
+    sound = Table("audit", dense_rows(500), note="500 kernels.")
+    assert str(sound) == "audit: sound. 500 kernels."
+    remark = [finding("dense_1/kernel", "info")]
+    text = str(Table("audit", dense_rows(500), remark, note="500 kernels."))
+    assert text.splitlines()[0] == "audit: sound, 1 remark. 500 kernels."
+    assert len(text.splitlines()) == 2
+
+
+def test_a_long_table_shows_the_rows_with_findings_and_both_ends(width):
+    width(80)
+    text = str(Table("audit", dense_rows(500), [finding("dense_333/kernel", "error")]))
+    lines = text.splitlines()
+    assert len(lines) < 32
+    assert text.count("dense_333/kernel") == 2  # the row and the finding
+    assert "dense_0/kernel" in text
+    assert "dense_499/kernel" in text
+    left_out = [int(line.split()[1]) for line in lines if line.startswith("…")]
+    shown = sum(line.startswith("dense_") for line in lines)
+    assert len(left_out) == 2
+    assert sum(left_out) + shown == 500
+    assert f"Not shown: {sum(left_out)} rows." in text
+
+
+def test_the_worst_findings_have_precedence(width):
+    width(80)
+    warnings = [finding(f"dense_{i}/kernel") for i in range(0, 500, 3)]
+    errors = [finding(f"dense_{i}/kernel", "error") for i in (200, 250)]
+    table = Table("audit", dense_rows(500), warnings + errors)
+    paths = [row["path"] for row in table.view().shown]
+    assert {"dense_200/kernel", "dense_250/kernel"} <= set(paths)
+    assert len(table.view().rows) <= 24
+
+
+def test_one_row_is_never_replaced_by_a_mark():
+    for count in range(1, 80):
+        rows = Table("propagate", dense_rows(count)).view().rows
+        assert 1 not in rows
+        assert sum(row if isinstance(row, int) else 1 for row in rows) == count
+
+
+def test_kernels_are_shown_and_the_rest_on_request(width, capsys):
+    width(80)
+    rows = dense_rows(3)
+    rows += [{"path": f"dense_{i}/bias", "std": 0.0, "fan_in": None} for i in range(40)]
+    table = Table("initialize", rows, [finding("dense_7/bias", "info")])
+    assert "dense_7/bias" in str(table)
+    assert "dense_8/bias" not in str(table)
+    assert "Not shown: 39 rows without a kernel." in str(table)
+    table.show(all=True)
+    printed = capsys.readouterr().out
+    assert all(row["path"] in printed for row in rows)
+    assert "Not shown" not in printed
+
+
+def test_columns_that_do_not_fit_are_named(width):
+    width(50)
+    text = " ".join(str(table()).split())
+    assert "Not shown: columns fan out, std, ratio, layer, initializer, dtype." in text
+
+
+def test_all_rows_of_a_sound_audit_can_be_shown(width, capsys):
+    width(80)
+    Table("audit", dense_rows(60), note="All is well.").show(all=True)
+    printed = capsys.readouterr().out
+    assert printed.count("/kernel") == 60
+
+
+def test_no_text_steers_the_terminal(width):
+    width(80)
+    hostile = "\x1b]0;title\x07\x1b[2J\r\n\u202e"
+    rows = [{"path": hostile, "std": 1.0, "initializer": hostile}]
+    found = [Finding("warning", "std", hostile, hostile, hostile)]
+    text = str(Table("propagate", rows, found, note=hostile))
+    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text)
+    assert r"\x1b]0;title\x07" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_knows_few_signs(encoding, width):
+    width(60)
+    path = "名/" + "a/" * 60 + "kernel"
+    found = [Finding("error", "std", path, "名.", "名.")]
+    many = Table("propagate", [{"path": path, "std": 0.5, "shape": "名"}] * 99, found)
+    file = io.TextIOWrapper(io.BytesIO(), encoding, newline="\n")
+    Console(file=file).print(many)  # raises what can't be encoded
+    file.flush()
+    text = file.buffer.getvalue().decode(encoding)
+    assert r"\u540d" in text
+    assert max(map(len, text.splitlines())) <= 60
 
 
 def test_sequence_of_rows():
@@ -110,13 +234,65 @@ def test_pandas():
     assert frame["fan_in"].tolist() == [27, 9, 9, 0]
 
 
-def test_html_shows_names_as_they_are():
-    html = table()._repr_html_()
-    assert html.startswith("<pre")
-    assert "[bold]odd[/]" in html
-    assert "Redraw it." in html
-    hostile = Table("audit", [{"path": "<script>alert()</script>"}])
-    assert "<script>" not in hostile._repr_html_()
+def test_pandas_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        table().to_pandas()
+
+
+class Outline(HTMLParser):
+    """Tags with attributes, and whether all that was opened is closed."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag != "wbr":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+
+def test_html_is_a_table_that_can_be_sorted():
+    outline = Outline(table()._repr_html_())
+    assert not outline.open
+    assert outline.count("table") == 1
+    assert outline.count("tr") == 1 + len(ROWS)
+    assert outline.count("button") == len(ROWS[0])
+    assert "Redraw it." in outline.text
+    assert "[bold]odd[/] 名/kernel" in outline.text
+    marked = [attrs["class"] for tag, attrs in outline.tags if tag == "td"
+              and attrs.get("class") in ("error", "warning", "info")]  # fmt: skip
+    assert marked == ["info", "warning", "warning", "error"]
+    values = [attrs["data-value"] for _, attrs in outline.tags if "data-value" in attrs]
+    assert "0.0797" in values
+
+
+def test_html_of_a_sound_model_is_folded():
+    sound = Table("audit", dense_rows(500), note="500 kernels.")
+    (attributes,) = [attrs for tag, attrs in Outline(sound._repr_html_()).tags
+                     if tag == "details"]  # fmt: skip
+    assert "open" not in attributes
+    assert "Not shown: 301 rows." in sound._repr_html_()
+
+
+def test_html_escapes_names():
+    hostile = "<script>alert()</script>\"'&"
+    found = [Finding("error", "std", hostile, hostile, hostile)]
+    outline = Outline(Table("audit", [{"path": hostile, "x": hostile}], found,
+                            note=hostile)._repr_html_())  # fmt: skip
+    assert outline.count("script") == 0
+    assert outline.text.count("alert()") == 6
 
 
 def test_no_colours_where_there_is_no_terminal(monkeypatch):
@@ -129,3 +305,27 @@ def test_empty():
     empty = Table("audit", [], note="This layer has no weights.")
     assert str(empty) == "This layer has no weights."
     assert json.loads(empty.to_json()) == {"kind": "audit", "rows": [], "findings": []}
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    name = "a\x1b[2J\x9bb\x07\u202ec\ud800"
+    row, finding = (
+        {"path": name, "std": 1.0},
+        Finding("warning", "std", name, name, "Do\nit."),
+    )
+    for text in (
+        str(Table("audit", [row], [finding], note=name)),
+        Table("audit", [row], [finding], note=name)._repr_html_(),
+    ):
+        assert (
+            text.count(r"a\x1b[2J\x9bb\x07\u202ec\ud800") == 4
+        )  # row, finding twice, note
+        assert all(sign.isprintable() or sign == "\n" for sign in text)
+    assert name in Table("audit", [row]).rows[0]["path"]
+
+
+def test_what_an_encoding_lacks_is_escaped():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    Console(file=stream, width=80).print(Table("audit", ROWS, FINDINGS))
+    stream.flush()
+    assert rb"\u540d/kernel" in stream.buffer.getvalue()

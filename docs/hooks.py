@@ -1,0 +1,51 @@
+"""Brings the notebooks into the site, and keeps it free of what the network must bring."""
+
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+# Where a dollar sign is a dollar sign.
+CODE = re.compile(r"<(pre|code|script|style|svg)\b.*?</\1>", re.DOTALL)
+FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
+# The theme needs this script to search a site that was opened from disk.
+SHIM = "https://unpkg.com/iframe-worker/shim"
+MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
+
+
+@event_priority(100)  # before the plugin that turns notebooks into pages
+def on_files(files: Files, config) -> Files:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        name = f"notebooks/{path.name}"
+        urls = config.use_directory_urls
+        files.append(File(name, str(ROOT), config.site_dir, urls))
+    return files
+
+
+@event_priority(-100)  # after it
+def on_post_page(output: str, page, config) -> str:
+    root = "../" * page.url.count("/")
+    output = output.replace(SHIM, f"{root}assets/iframe-worker/shim.js")
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    return _outside_code(_to_mathml, MATHJAX.sub("", output))
+
+
+def _outside_code(change, text: str) -> str:
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [change(text[end : code.start()]), code.group()]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def _to_mathml(text: str) -> str:
+    def formula(match: re.Match) -> str:
+        kind = "block" if match["block"] else "inline"
+        latex = match[kind].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+        return convert(latex, display=kind)
+
+    return FORMULA.sub(formula, text)

@@ -1,0 +1,283 @@
+"""Whether the values of a weight can come from a distribution, and if not, why."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import keras
+import ml_dtypes
+import numpy as np
+
+from keras_glorot import backends
+from keras_glorot.distributions import Distribution
+from keras_glorot.initializers import GlorotNormal
+from keras_glorot.symmetry import ONE_IN, project
+from keras_glorot.variables import Weight
+
+__all__ = [
+    "Statistics",
+    "best_fit",
+    "collision",
+    "has_strays",
+    "is_off",
+    "measure",
+]
+
+# Six standard errors: one false alarm in 500 million tensors (`ONE_IN`), so a model of a
+# thousand weights is called wrong by chance once in half a million times.
+_SIGMAS = 6.0
+# What is significant can still be too small to matter.
+_TOLERANCE = 0.05
+# That of the kurtosis: uniform and truncated normal values differ by 24 %.
+_KURTOSIS_TOLERANCE = 0.1
+# The variance of a sample's kurtosis, times its size: m8 - 4 m4 m6 + 4 m4**3 - m4**2 of
+# the standardized moments. Where there is no bound, the estimate is too wild to judge by.
+_KURTOSIS_VARIANCE = {"uniform": 1.32, "truncated_normal": 3.86}
+_FEWEST_FOR_KURTOSIS = 100
+# Elements looked at together: their float64 copy stays in the cache.
+_CHUNK = 1 << 16
+
+
+class Statistics(NamedTuple):
+    """What the values of a variable are like."""
+
+    size: int
+    mean: float
+    std: float
+    low: float
+    high: float
+    kurtosis: float
+
+    @property
+    def is_finite(self) -> bool:
+        return self.size == 0 or math.isfinite(self.low + self.high)
+
+
+def best_fit(
+    weight: Weight, statistics: Statistics, plausible: list[Distribution]
+) -> tuple[Distribution | None, str | None]:
+    """The distribution that least speaks against, nearest in std; and what does."""
+    # Keras takes a negative stddev or gain, which only mirrors the values.
+    plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
+    if not statistics.is_finite or statistics.size == 0:
+        return plausible[0], None
+    faults = [_fault(weight, statistics, distribution) for distribution in plausible]
+    ranks = [_FAULTS.index(fault) for fault in faults]
+    distances = [abs(each.std - statistics.std) for each in plausible]
+    best = min(range(len(plausible)), key=lambda i: (ranks[i], distances[i]))
+    return plausible[best], faults[best]
+
+
+def _fault(
+    weight: Weight, statistics: Statistics, distribution: Distribution
+) -> str | None:
+    """The first thing that speaks against a distribution; later ones may follow from it."""
+    if not distribution.std:
+        is_other = _is_other_constant(weight, statistics, distribution)
+        return "constant" if is_other else None
+    if not keras.backend.is_float_dtype(weight.variable.dtype):
+        return None
+    if is_off(statistics, distribution):
+        return "std"
+    if _is_mean_off(statistics, distribution):
+        return "mean"
+    if _is_out_of_bounds(weight, statistics, distribution):
+        return "bounds"
+    if _is_other_form(weight, statistics, distribution):
+        return "form"
+    return None
+
+
+# What can speak against a distribution: the later in this list, the more. (A stray says
+# less than a form: what is declared uniform is not truncated normal for one stray.)
+_FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
+
+
+def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
+    """The values in float64, a part at a time: to copy them all could be too much."""
+    values = backends.to_array(variable).reshape(-1)
+    for start in range(0, values.size, _CHUNK):
+        yield values[start : start + _CHUNK].astype(np.float64)
+
+
+@np.errstate(all="ignore")  # what is not finite is found by its range
+def measure(variable: keras.Variable, center: float) -> Statistics:
+    """One pass, in float64: a float32 sum over a large kernel loses its digits.
+
+    Args:
+        variable: What to measure.
+        center: The mean that is expected; the moments are taken around it.
+    """
+    total, squares, fourths = 0.0, 0.0, 0.0
+    low, high = math.inf, -math.inf
+    for chunk in _chunks(variable):
+        low = np.minimum(low, chunk.min())  # keeps nan
+        high = np.maximum(high, chunk.max())
+        if center:
+            chunk -= center
+        total += chunk.sum()
+        chunk *= chunk  # not `@`: starting BLAS threads costs more than the sum
+        squares += chunk.sum()
+        chunk *= chunk
+        fourths += chunk.sum()
+    size = math.prod(variable.shape)
+    offset = total / max(size, 1)
+    variance = (squares - total * offset) / max(size - 1, 1)
+    varies = low < high and variance > 0
+    std = math.sqrt(variance) if varies else 0.0
+    kurtosis = size * fourths / squares**2 if varies else math.nan
+    mean = float(center + offset)
+    return Statistics(size, mean, std, float(low), float(high), float(kurtosis))
+
+
+def is_off(statistics: Statistics, distribution: Distribution) -> bool:
+    """Whether a std is wrong: by more than the tolerance and more than chance allows."""
+    if statistics.size < 2 or not distribution.std:
+        return False
+    # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
+    # in small tensors. In large ones, uniform and truncated values scatter less.
+    degrees_of_freedom = statistics.size - 1.0
+    if statistics.size > 100:
+        degrees_of_freedom *= 2 / (distribution.kurtosis - 1)
+    ratio = statistics.std / distribution.std
+    spread = 2 / (9 * degrees_of_freedom)
+    sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
+    return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
+
+
+def _is_mean_off(statistics: Statistics, distribution: Distribution) -> bool:
+    tolerance = max(_TOLERANCE, _SIGMAS / math.sqrt(statistics.size))
+    scale = max(statistics.std, distribution.std)
+    return abs(statistics.mean - distribution.mean) > tolerance * scale
+
+
+def _is_other_constant(
+    weight: Weight, statistics: Statistics, distribution: Distribution
+) -> bool:
+    """Whether any value differs from the declared one, beyond rounding to the dtype."""
+    slack = _rounding(weight) * abs(distribution.mean)
+    return _reach(statistics, distribution) > slack
+
+
+def _is_out_of_bounds(
+    weight: Weight, statistics: Statistics, distribution: Distribution
+) -> bool:
+    reach = _reach(statistics, distribution)
+    if math.isinf(distribution.bound):
+        # No bound, but where among so many values chance puts not one.
+        return statistics.size * _normal_tail(reach / distribution.std) < ONE_IN
+    if reach <= _limit(weight, distribution):
+        return False
+    return not _are_strays(weight, statistics, distribution)
+
+
+def _reach(statistics: Statistics, distribution: Distribution) -> float:
+    """How far from the mean the values lie."""
+    mean = distribution.mean
+    return max(statistics.high - mean, mean - statistics.low)
+
+
+def _limit(weight: Weight, distribution: Distribution) -> float:
+    """How far from the mean a value can lie, when rounded to the weight's dtype."""
+    bound = distribution.bound
+    return bound + _rounding(weight) * (bound + abs(distribution.mean))
+
+
+def _rounding(weight: Weight) -> float:
+    """What rounding can change, relative to the value; 0 for integers."""
+    dtype = weight.variable.dtype
+    if not keras.backend.is_float_dtype(dtype):
+        return 0.0
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def _normal_tail(sigmas: float) -> float:
+    """The share of a normal distribution that lies further from its mean than that."""
+    return math.erfc(sigmas / math.sqrt(2))
+
+
+def _are_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
+    """Whether what lies out of bounds is what Keras's PyTorch backend lets through.
+
+    It draws each value of a truncated normal distribution from a normal one up to four
+    times, and keeps the first of the four where none was within two stds.
+    """
+    if not _lets_strays_through(weight, distribution):
+        return False
+    size, outside = statistics.size, _normal_tail(2.0)
+    sigmas = _reach(statistics, distribution) / distribution.scale
+    if size * outside**3 * _normal_tail(sigmas) < ONE_IN:
+        return False
+    expected = size * outside**4
+    count = _count_strays(weight, distribution)
+    if count <= expected:
+        return True
+    # Chernoff's bound of the chance that a Poisson variable reaches the count.
+    log_chance = count - expected + count * math.log(expected / count)
+    return log_chance > math.log(ONE_IN)
+
+
+def has_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
+    """Whether values lie out of bounds, by the fault of Keras's PyTorch backend."""
+    reach = _reach(statistics, distribution)
+    return _lets_strays_through(weight, distribution) and reach > _limit(
+        weight, distribution
+    )
+
+
+def _lets_strays_through(weight: Weight, distribution: Distribution) -> bool:
+    return (
+        keras.backend.backend() == "torch"
+        and distribution.form == "truncated_normal"
+        and distribution == weight.distribution
+        and not isinstance(weight.initializer, GlorotNormal)
+    )
+
+
+def _count_strays(weight: Weight, distribution: Distribution) -> int:
+    limit = _limit(weight, distribution)
+    return sum(
+        int(np.count_nonzero(np.abs(part - distribution.mean) > limit))
+        for part in _chunks(weight.variable)
+    )
+
+
+def _is_other_form(
+    weight: Weight, statistics: Statistics, distribution: Distribution
+) -> bool:
+    """Whether the values have the std and bounds of a distribution, but not its form."""
+    if distribution.form == "orthogonal":
+        return not _is_orthogonal(weight, distribution)
+    variance = _KURTOSIS_VARIANCE.get(distribution.form)
+    if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
+        return False
+    # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.
+    spread = math.sqrt(variance / statistics.size) / distribution.kurtosis
+    ratio = distribution.kurtosis / statistics.kurtosis
+    return abs(ratio - 1) > max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
+
+
+def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
+    """Whether the matrix keeps the length of one random vector, from its short side.
+
+    A matrix that is not orthogonal but has the same std changes it by a share of about
+    1 / sqrt(2 n), n the long side: that is seen up to a million rows.
+    """
+    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
+    matrix = backends.to_array(weight.variable).reshape(rows, columns)
+    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
+    product = project(matrix, 1 if columns <= rows else 0, vector)
+    ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
+    # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
+    return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))
+
+
+def collision(weight: Weight, distribution: Distribution) -> float:
+    """A bound of the chance that two values are equal.
+
+    The coarsest generators draw multiples of eps (of the dtype) times the limit. Around a
+    mean other than zero, and below the normal numbers, the dtype itself is coarser.
+    """
+    info = ml_dtypes.finfo(weight.variable.dtype)
+    steps = 2 * float(info.eps) * (1 + abs(distribution.mean) / distribution.std)
+    return min(1.0, steps + float(info.smallest_subnormal) / distribution.std)

@@ -1,0 +1,189 @@
+"""Slices of a tensor that are all zeros, or copies of others: what is never drawn.
+
+NumPy only. A slice is represented by its random projection, one number; slices with the
+same number are then compared value by value. So the tensor is read once per axis.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "project", "relation"]
+
+# How often chance may look like a fault: in one tensor of 500 million, the share that a
+# normal variable has beyond six standard errors.
+ONE_IN = 2e-9
+# Elements looked at together: their float64 copy stays in the cache.
+_CHUNK = 1 << 16
+# Equal slices can be summed in another order, which changes the last bits.
+_ROUNDING = 1e-12
+# Values that two tensors must share at their start before all are compared.
+_PREFIX = 64
+
+Index = tuple[Any, ...]
+
+
+class Slices(NamedTuple):
+    """The slices of a tensor that fix the same axes, and what is wrong with them.
+
+    Attributes:
+        axes: The fixed axes.
+        total: How many slices there are.
+        dead: The slices that are all zeros, as indices: `values[index]` is the slice.
+        copies: Pairs of indices: a slice, and an earlier one that it equals or negates.
+    """
+
+    axes: tuple[int, ...]
+    total: int
+    dead: list[Index]
+    copies: list[tuple[Index, Index]]
+
+
+def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[Slices]:
+    """Looks for dead and copied slices, with one axis fixed and with all but one fixed.
+
+    Args:
+        values: A tensor of finite values; it is only read.
+        folded: How many leading axes count as one: the window of a convolution.
+        collision: A bound of the chance that two values are equal. Slices so short and
+            so many that chance could make two equal are left out.
+
+    Yields:
+        The `Slices` that have dead ones or copies, those with one fixed axis first.
+    """
+    merged = [tuple(range(folded)), *((axis,) for axis in range(folded, values.ndim))]
+    sizes = [math.prod(values.shape[axis] for axis in axes) for axes in merged]
+    merged = [axes for axes, size in zip(merged, sizes, strict=True) if size > 1]
+    tensor = values.reshape([size for size in sizes if size > 1])
+    number = _projector(tensor)
+
+    def index(fixed: tuple[int, ...], flat: int) -> Index:
+        place: list[Any] = [slice(None)] * values.ndim
+        positions = np.unravel_index(flat, [tensor.shape[axis] for axis in fixed])
+        for axis, position in zip(fixed, positions, strict=True):
+            window = [values.shape[original] for original in merged[axis]]
+            split = np.unravel_index(position, window)
+            for original, value in zip(merged[axis], split, strict=True):
+                place[original] = int(value)
+        return tuple(place)
+
+    for fixed in _axes_to_fix(tensor.ndim):
+        total = math.prod(tensor.shape[axis] for axis in fixed)
+        if can_be_chance(total, tensor.size // total, collision):
+            continue
+        axes = tuple(original for axis in fixed for original in merged[axis])
+        at = functools.partial(index, fixed)
+        slices = Slices(axes, total, *_compare(values, at, number(fixed)))
+        if slices.dead or slices.copies:
+            yield slices
+
+
+def can_be_chance(count: int, length: float, collision: float) -> bool:
+    """Whether among so many slices of so many values chance makes two equal or one zero.
+
+    Of `count` slices there are `count**2 / 2` pairs, each equal in one of two signs.
+    """
+    return 2 * math.log(count) + length * math.log(collision) > math.log(ONE_IN)
+
+
+def relation(one: np.ndarray, other: np.ndarray) -> str | None:
+    """How a tensor repeats another one; None where it does not.
+
+    Transposed means that the first axes come last, or that the last two are swapped.
+    """
+    views = {"Identical to": [other], "The transpose of": _transposes(other)}
+    for name, candidates in views.items():
+        for candidate in candidates:
+            if candidate.shape != one.shape:
+                continue
+            start, prefix = one.flat[:_PREFIX], candidate.flat[:_PREFIX]
+            if np.array_equal(start, prefix) and np.array_equal(one, candidate):
+                return name
+            if np.array_equal(start, -prefix) and np.array_equal(one, -candidate):
+                negated = {"Identical to": "The negative of"}
+                return negated.get(name, "The negated transpose of")
+    return None
+
+
+def _transposes(values: np.ndarray) -> list[np.ndarray]:
+    axes = list(range(values.ndim))
+    rolled = [axes[first:] + axes[:first] for first in axes[1:]]
+    swapped = [axes[:-2] + axes[:-3:-1]] if values.ndim > 2 else []
+    return [values.transpose(order) for order in rolled + swapped]
+
+
+def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
+    """One axis, the last (in most kernels the units) first; then all axes but one."""
+    if rank < 2:
+        return []
+    single = [(axis,) for axis in reversed(range(rank))]
+    fibres = [tuple(a for a in range(rank) if a != axis) for axis in range(rank)]
+    return single if rank == 2 else single + fibres
+
+
+def _projector(tensor: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Makes the function that gives each of the slices that fix some axes its number.
+
+    The weights of the projection are products of a weight for each axis, so what was
+    projected along one axis can be projected further, at little cost.
+    """
+    rng = np.random.Generator(np.random.PCG64(0))
+    weights = [rng.standard_normal(size) for size in tensor.shape]
+    along = functools.cache(lambda axis: project(tensor, axis, weights[axis]))
+
+    def number(fixed: tuple[int, ...]) -> np.ndarray:
+        free = [axis for axis in range(tensor.ndim) if axis not in fixed]
+        first = max(free, key=lambda axis: tensor.shape[axis])
+        projected = along(first)
+        left = [axis for axis in range(tensor.ndim) if axis != first]
+        for axis in free:
+            if axis != first:
+                projected = np.tensordot(projected, weights[axis], (left.index(axis), 0))
+                left.remove(axis)
+        return projected
+
+    return number
+
+
+def project(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
+    """The weighted sum along an axis, in float64, a part at a time."""
+    shape = tensor.shape
+    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    cube = tensor.reshape(before, shape[axis], after)
+    width = min(after, _CHUNK)
+    depth = min(shape[axis], max(1, _CHUNK // width))
+    height = max(1, _CHUNK // (width * depth))
+    total = np.zeros((before, after))
+    for i in range(0, before, height):
+        for j in range(0, shape[axis], depth):
+            for k in range(0, after, width):
+                part = cube[i : i + height, j : j + depth, k : k + width]
+                # Not `@`: starting BLAS threads costs more than the sum.
+                total[i : i + height, k : k + width] += np.einsum(
+                    "ijk,j->ik", part.astype(np.float64), weights[j : j + depth]
+                )
+    return total.reshape(shape[:axis] + shape[axis + 1 :])
+
+
+def _compare(
+    values: np.ndarray, index: Callable[[int], Index], projections: np.ndarray
+) -> tuple[list[Index], list[tuple[Index, Index]]]:
+    """The dead slices and the copies, as `Slices` has them."""
+    sizes = np.abs(projections.reshape(-1))
+    zeros = map(index, np.flatnonzero(sizes == 0).tolist())
+    dead = [place for place in zeros if not np.any(values[place] != 0)]
+    ordered = np.sort(sizes)  # much faster than `argsort`, and mostly enough
+    slack = _ROUNDING * ordered[-1]
+    close = (np.diff(ordered) <= slack) & (ordered[1:] > slack)
+    copies = []
+    if close.any():
+        order = np.argsort(sizes, kind="stable")
+        for k in np.flatnonzero(close).tolist():
+            earlier, later = (index(i) for i in sorted(order[k : k + 2]))
+            one, other = values[later], values[earlier]
+            if np.array_equal(one, other) or np.array_equal(one, -other):
+                copies.append((later, earlier))
+    return dead, copies

@@ -1,0 +1,80 @@
+"""The documentation: its code runs, and the built site works for everyone, from disk."""
+
+import re
+from pathlib import Path
+
+import pytest
+from browser import close, launched, needs_chromium, open_file, violations
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
+BLOCKS = [
+    pytest.param(block, id=f"{path.stem}-{number}")
+    for path in PAGES
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+    )
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(block, capsys):
+    """Each runs alone, and prints what its comments say."""
+    exec(compile(block, "docs", "exec"), {"__name__": "docs"})
+    printed = capsys.readouterr().out.splitlines()
+    expected = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+    assert [line for line in printed if line.strip()] == expected
+
+
+SITE = ROOT / "site"
+built = [
+    pytest.mark.slow,
+    needs_chromium,
+    pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launched() as browser:
+        yield browser
+
+
+def site_pages():
+    """All but the one that only a server shows."""
+    pages = [path for path in SITE.rglob("*.html") if path.name != "404.html"]
+    return sorted(str(path.relative_to(SITE)) for path in pages)
+
+
+@pytest.mark.parametrize("name", site_pages() or ["index.html"])
+class TestSite:
+    pytestmark = built
+
+    @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1200, "dark")])
+    def test_accessible(self, browser, name, width, scheme):
+        """Nothing serious by axe-core, nothing from elsewhere, nothing too wide."""
+        page = open_file(browser, SITE / name, width=width, scheme=scheme)
+        found = [
+            each for each in violations(page) if each["impact"] in ("serious", "critical")
+        ]
+        assert not [(each["id"], each["nodes"][0]["html"]) for each in found]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        close(page)
+
+
+class TestFromDisk:
+    pytestmark = built
+
+    def test_search(self, browser):
+        page = open_file(browser, SITE / "index.html")
+        page.click("input[name=query]")
+        page.keyboard.type("calculate_gain", delay=50)
+        page.wait_for_selector("a[href*=calculate_gain].md-search-result__link")
+        close(page)
+
+    def test_formulas(self, browser):
+        page = open_file(browser, SITE / "notebooks" / "02_deriving_glorot.html")
+        assert page.locator("math").count() > 20
+        text = page.locator("article").inner_text()
+        assert "$" not in text
+        close(page)
