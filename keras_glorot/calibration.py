@@ -305,7 +305,9 @@ class _Measurement:
         self.model, self.batch, self.sites, self.training = model, batch, sites, training
         self.differentiate = differentiator(self._run)
         self.additions = additions(model)
-        self.tables = [weight.owner for weight in describe(model) if _is_table(weight)]
+        loops = loops_around(model)
+        owners = [weight.owner for weight in describe(model) if _is_table(weight)]
+        self.tables = [owner for owner in owners if id(owner) not in loops]
         self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
 
