@@ -614,8 +614,8 @@ def _base(sites: list[_Site], seen: _Measured, level: float) -> np.ndarray:
     The stem stays as it is, in proportion to what is added to it.
     """
     base = np.array([0.0 if site.is_unit else level for site in sites])
-    last = seen.order[-1]
-    base[last] = level if last in seen.ends else 0.0
+    if seen.order[-1] not in seen.ends:
+        base[seen.order[-1]] = 0.0
     if seen.stem is not None:
         base[seen.stem] = seen.signal[seen.stem]
     return base
