@@ -41,11 +41,13 @@ Mode = Literal["balanced", "forward", "backward"]
 _GRADIENT_WEIGHT = {"forward": 0.0, "balanced": 0.5, "backward": 1.0}
 # No kernel's output leaves the median by more, unless the whole network has to tilt.
 _LARGEST_RATIO = 4.0
+_LIMIT = 0.95 * math.log(_LARGEST_RATIO)  # what is aimed at
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
-# A sum that each block adds to may reach this many times the std that it starts with.
-_STREAM_BOUND = 2.0
+# A sum that each block adds to may reach this many times the std that it starts with, as
+# far as branches at a quarter of the level allow.
+_STREAM_BOUND = 1.15
 # The levels of s that are tried where log g has more than a small variance at level 1, and
 # to what part that has to fall.
 _LEVELS = (0.25, 0.5, 2.0, 4.0, 8.0)
@@ -91,10 +93,11 @@ def calibrate(
 
     - Kernels of query and key get s = 1, so that the logits have unit variance; so do
       kernels before a sigmoid and the input kernels of recurrent layers.
-    - Where blocks add to a sum, the last kernels of the branches are made smaller, to 1/4
-      at the least, until the sum has at most 2 times the std that it starts with. In the
-      objective they count as if they were not smaller. Branches that end in a
-      normalization layer have a scale of their own.
+    - Where blocks add to a sum, the last kernels of the branches are made smaller until
+      the sum has at most 1.15 times the std that it starts with, but not below about 1/4:
+      the sum of 48 branches then has twice that std. In the objective they count as if
+      they were not smaller. Branches that end in a normalization layer have a scale of
+      their own.
     - A first kernel stays as it is if a learned table, as of positions, is added to its
       output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
@@ -686,7 +689,7 @@ def _excess(seen: _Measured, level: float, small: float) -> float:
     if not 0 < grown < math.inf:
         return -small
     change = 0.5 * math.log((_STREAM_BOUND**2 - 1) * start**2 / grown)
-    return float(np.clip(small + change, -math.log(_LARGEST_RATIO), 0.0)) - small
+    return float(np.clip(small + change, -_LIMIT, 0.0)) - small
 
 
 def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
@@ -714,7 +717,7 @@ def _compromise(
     compromise += level - compromise[on_path].mean()
     ends = [i for i in seen.order if on_path[i]]
     tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
-    limit = max(math.log(_LARGEST_RATIO) * 0.95, 0.6 * tilt)
+    limit = max(_LIMIT, 0.6 * tilt)
     middle = float(np.median((compromise + small)[on_path]))
     compromise = np.clip(compromise + small, middle - limit, middle + limit) - small
     misfit = ((1 - weight) * s - weight * g)[on_path]
