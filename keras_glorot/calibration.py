@@ -266,6 +266,10 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
     return layer.cell.kernel if isinstance(layer, _CELLS) else None
 
 
+def _is_batch(layer: keras.Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
 def _is_table(weight: Weight) -> bool:
     """Whether it is a learned table, such as of positions: its scale is left as it is."""
     variable = weight.variable
@@ -402,7 +406,7 @@ class _Measurement:
             layer for layer in sublayers(self.model) if is_normalization(layer)
         ]
         for layer in normalizations:
-            wrappers[id(layer)] = self._observe_normalization
+            wrappers[id(layer)] = functools.partial(self._observe_normalization, layer)
         for layer in self.tables:
             wrappers[id(layer)] = self._observe_table
         for addition in self.additions:
@@ -428,12 +432,12 @@ class _Measurement:
             self._note_sum(outputs, ops.max(stds))
         return outputs
 
-    def _observe_normalization(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        """What goes in is a sum, unless a site put it out."""
+    def _observe_normalization(self, layer, call, *args: Any, **kwargs: Any) -> Any:
+        """What goes in is a sum, unless a site put it out; in DenseNet, it is not."""
         first = _first_float((args, kwargs))
         if id(first) in self.outputs:
             self.normalized.add(self.outputs[id(first)][1])
-        elif first is not None and not self.additions:
+        elif first is not None and not (self.additions or _is_batch(layer)):
             self._note_sum(first)
         return call(*args, **kwargs)
 

@@ -354,6 +354,19 @@ def test_branches_that_end_in_a_normalization_are_not_made_smaller():
     np.testing.assert_allclose([row["std"] for row in table], 1, rtol=0.01)
 
 
+def test_concatenated_branches_are_no_sum():
+    """As in DenseNet: the pass and the tilt go on as if nothing had to be bounded."""
+    inputs = x = keras.Input((32,))
+    for _ in range(8):
+        branch = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.Concatenate()([x, layers.Dense(8, use_bias=False)(branch)])
+    model = fill(keras.Model(inputs, layers.Dense(3)(x)))
+    table = calibrate(model, 3 * data(64, 32), mode="forward")
+    np.testing.assert_allclose([row["std"] for row in table], 1, rtol=0.01)
+    table = calibrate(model, 3 * data(64, 32))
+    assert "unreached" not in codes(table)
+
+
 class Positions(layers.Layer):
     def build(self, input_shape):
         normal = keras.initializers.RandomNormal(stddev=0.02)
