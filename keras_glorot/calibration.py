@@ -13,7 +13,7 @@ import numpy as np
 from keras_glorot import backends
 from keras_glorot.gains import activation_growth
 from keras_glorot.initialization import select_layers
-from keras_glorot.keras_bridge import sublayers
+from keras_glorot.keras_bridge import additions, sublayers
 from keras_glorot.layers import is_normalization
 from keras_glorot.progress import progress
 from keras_glorot.recording import (
@@ -41,15 +41,19 @@ Mode = Literal["balanced", "forward", "backward"]
 _GRADIENT_WEIGHT = {"forward": 0.0, "balanced": 0.5, "backward": 1.0}
 # No kernel's output leaves the median by more, unless the whole network has to tilt.
 _LARGEST_RATIO = 4.0
+_LIMIT = 0.95 * math.log(_LARGEST_RATIO)  # what is aimed at
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
-# A sum that each block adds to may reach this many times the std that it starts with.
-_STREAM_BOUND = 2.0
-_MOST_PASSES = 12
-# What the geometric mean of s may be lowered to, and from which objective on that is tried.
-_LOWER_LEVELS = (0.7, 0.5)
-_HIGH_OBJECTIVE = 0.2
+# A sum that each block adds to may reach this many times the std that it starts with, as
+# far as branches at a quarter of the level allow.
+_STREAM_BOUND = 1.15
+# The levels of s that are tried where log g has more than a small variance at level 1, and
+# to what part that has to fall.
+_LEVELS = (0.25, 0.5, 2.0, 4.0, 8.0)
+_SMALL_CHANGE = 0.1
+_CLEAR_GAIN = 0.4
+_MOST_PASSES = 12  # from there on
 _TOLERANCE = 0.02  # of a logarithm
 
 
@@ -77,17 +81,25 @@ def calibrate(
     with w = 1/2 for `"balanced"`, 0 for `"forward"` and 1 for `"backward"`, as `fan_avg`,
     `fan_in` and `fan_out` are for the formula. A factor trades one for the other: along a
     path s times g is given by the structure, so at the least of the balanced objective
-    s / g is the same everywhere, and forward times backward is 1. log s counts from 0: the
-    geometric mean of s is 1, or 0.7 or 0.5 where the activation drives s and g apart and
-    the objective is less there, as with many layers of tanh.
+    s / g is the same everywhere, and forward times backward is 1.
+
+    The geometric mean of s, the level, is 1, unless no sum passes by and the gradient
+    changes much at level 1 and far less at another one from 1/4 to 8. It depends on the
+    level how much an activation makes small differences grow: GELU and SiLU do it less at
+    a high level, tanh at a low one. The last kernel, which makes the logits, has s = 1.
 
     Each pass sets the factors as the layers are called, one after the other, and then
     measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
 
     - Kernels of query and key get s = 1, so that the logits have unit variance; so do
       kernels before a sigmoid and the input kernels of recurrent layers.
-    - Where blocks add to a sum, as in transformers, the ends of the branches are made
-      smaller until the sum has at most 2 times the std that it starts with.
+    - Where blocks add to a sum, the last kernels of the branches are made smaller until
+      the sum has at most 1.15 times the std that it starts with, but not below about 1/4:
+      the sum of 48 branches then has twice that std. In the objective they count as if
+      they were not smaller. Branches that end in a normalization layer have a scale of
+      their own.
+    - A first kernel stays as it is if a learned table, as of positions, is added to its
+      output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
     - Constants, frozen layers, embeddings and recurrent kernels stay as they are; a
       finding says so. A shared kernel has one factor, for the mean over its calls.
@@ -254,6 +266,18 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
     return layer.cell.kernel if isinstance(layer, _CELLS) else None
 
 
+def _is_batch(layer: keras.Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def _is_table(weight: Weight) -> bool:
+    """Whether it is a learned table, such as of positions: its scale is left as it is."""
+    variable = weight.variable
+    is_learned = variable.trainable and keras.backend.is_float_dtype(variable.dtype)
+    is_kernel = weight.is_kernel and "embedding" not in variable.name
+    return is_learned and not is_kernel and sum(size > 1 for size in variable.shape) > 1
+
+
 def _has_unit_output(owner: Any) -> bool:
     """Whether a softmax or sigmoid follows, which have a scale of their own.
 
@@ -273,7 +297,10 @@ class _Measured(NamedTuple):
     share: np.ndarray  # of the gradient that passes by
     factors: np.ndarray
     order: list[int]  # sites in order of their first call
-    stream: float  # largest std of a sum that goes into a normalization or a kernel
+    stem: int | None  # the first site, if learned values are added to its output
+    ends: list[int]  # sites whose output is added to what passes by
+    start: float  # std of the first such sum, without the output
+    stream: float  # largest std of such a sum
 
 
 class _Measurement:
@@ -284,6 +311,10 @@ class _Measurement:
     ):
         self.model, self.batch, self.sites, self.training = model, batch, sites, training
         self.differentiate = differentiator(self._run)
+        self.additions = additions(model)
+        loops = loops_around(model)
+        owners = [weight.owner for weight in describe(model) if _is_table(weight)]
+        self.tables = [owner for owner in owners if id(owner) not in loops]
         self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
 
@@ -305,7 +336,7 @@ class _Measurement:
         gradients: list[float],
         stds: np.ndarray,
         factors: np.ndarray,
-        stream: np.ndarray,
+        sums: np.ndarray,
     ) -> _Measured:
         """From calls to sites."""
         calls = self.calls
@@ -328,8 +359,12 @@ class _Measurement:
                 gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
                 share[i] = shares[mine].max()
         order = list(dict.fromkeys(calls))
+        ends = sorted(self.ends - self.normalized)
         factors = factors.astype(np.float64)
-        return _Measured(signal, gradient, share, factors, order, float(stream))
+        start, stream = float(sums[0]), float(sums.max())
+        return _Measured(
+            signal, gradient, share, factors, order, self.stem, ends, start, stream
+        )
 
     def _run(
         self,
@@ -346,21 +381,23 @@ class _Measurement:
         self.sizes: list[int] = []
         self.stds: list[Tensor] = []
         self.factors: dict[int, Tensor] = {}
-        # By `id`, with the tensor, so that no other gets it: what kernels put out, and the
-        # std of what goes into normalizations or kernels and comes from no kernel alone.
-        self.outputs: dict[int, Tensor] = {}
+        # By `id`, with the tensor, so that no other gets it: what sites put out, and sums.
+        self.outputs: dict[int, tuple[Tensor, int]] = {}
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stem: int | None = None
+        self.ends: set[int] = set()
+        self.normalized: set[int] = set()
         variables = self.model.variables
         self.scope = keras.StatelessScope(zip(variables, values, strict=True))
         with self.scope, intercept(self.model, self._wrappers(), self.training):
             outputs = self.batch.call(self.model, x)
         one = ops.ones(())
         factors = [self.factors.get(i, one) for i in range(len(self.sites))]
-        stream = ops.max(ops.stack([0 * one, *(std for _, std in self.sums.values())]))
+        sums = [std for _, std in self.sums.values()] or [0 * one]
         return self.batch.objective(outputs), [
             ops.stack(self.stds),
             ops.stack(factors),
-            stream,
+            ops.stack(sums),
         ]
 
     def _wrappers(self) -> dict[int, Callable]:
@@ -369,24 +406,50 @@ class _Measurement:
             layer for layer in sublayers(self.model) if is_normalization(layer)
         ]
         for layer in normalizations:
-            wrappers[id(layer)] = self._observe_input
+            wrappers[id(layer)] = functools.partial(self._observe_normalization, layer)
+        for layer in self.tables:
+            wrappers[id(layer)] = self._observe_table
+        for addition in self.additions:
+            wrappers[id(addition)] = self._observe_addition
         for i, site in enumerate(self.sites):
             call = functools.partial(self._call_site, i, site)
             if isinstance(site.layer, keras.layers.RNN):
                 call = functools.partial(self._call_recurrent, i, site)
             wrappers[id(site.layer)] = call
-        self.observes_kernels = not normalizations
         return wrappers
 
-    def _observe_input(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        self._note_sum((args, kwargs))
+    def _observe_table(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        if len(self.calls) == 1:
+            self.stem = self.calls[0]
+        return outputs
+
+    def _observe_addition(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        terms = [tensor for tensor in tree.flatten((args, kwargs)) if is_float(tensor)]
+        if len(terms) > 1:
+            stds = ops.stack([_std(tensor) for tensor in terms])
+            self._note_sum(outputs, ops.max(stds))
+        return outputs
+
+    def _observe_normalization(self, layer, call, *args: Any, **kwargs: Any) -> Any:
+        """What goes in is a sum, unless a site put it out; in DenseNet, it is not."""
+        first = _first_float((args, kwargs))
+        if id(first) in self.outputs:
+            self.normalized.add(self.outputs[id(first)][1])
+        elif first is not None and not (self.additions or _is_batch(layer)):
+            self._note_sum(first)
         return call(*args, **kwargs)
 
-    def _note_sum(self, structure: Any) -> None:
-        first = _first_float(structure)
-        known = first is None or id(first) in self.sums or id(first) in self.outputs
-        if self.calls and not known:
-            self.sums[id(first)] = (first, _std(first))
+    def _note_sum(self, total: Tensor, start: Tensor | None = None) -> None:
+        """The last site that was called is what is added."""
+        if id(total) in self.sums or id(total) in self.outputs:
+            return
+        if not self.sums and start is not None:
+            self.sums[id(start)] = start, start
+        self.sums[id(total)] = total, _std(total)
+        if self.calls:
+            self.ends.add(self.calls[-1])
 
     def _call_recurrent(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
@@ -402,8 +465,6 @@ class _Measurement:
         return call(*args, **kwargs)
 
     def _call_site(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
-        if self.observes_kernels:
-            self._note_sum((args, kwargs))
         activation = getattr(site.owner, "activation", None)
         activation = activation if callable(activation) else keras.activations.linear
         with self._bare(site.owner):
@@ -423,7 +484,7 @@ class _Measurement:
             known = std * factor if is_first and _is_affine(site) else None
             outputs = self._call_again(i, site, activation, known, call, *args, **kwargs)
         for tensor in tree.flatten(outputs):
-            self.outputs[id(tensor)] = tensor
+            self.outputs[id(tensor)] = tensor, i
         return outputs
 
     def _call_again(self, i, site, activation, std, call, *args: Any, **kwargs: Any) -> Any:
@@ -546,64 +607,76 @@ class _Result(NamedTuple):
 def _solve(
     measure: _Measurement, weight: float, advance: Callable[[float, str], None]
 ) -> _Result:
-    """The objective at its least, on the level where it is least."""
+    """The objective at its least, on the level where the gradient changes least."""
     advance(0.0, "as it is")
     before = measure(None)
-    found = _converge(measure, weight, 0.0, advance)
-    # Where the activation itself drives s and g apart, it does so less near zero.
-    growth = max(map(_growth, measure.sites))
-    levels = _LOWER_LEVELS if growth > 1.05 and found.seen.stream < _STREAM_BOUND else ()
-    for level in levels:
-        if found.objective < _HIGH_OBJECTIVE:
-            break
-        lower = _converge(measure, weight, math.log(level), advance)
-        if lower.objective > 0.95 * found.objective:
-            break
-        found = lower
-    return _Result(measure.sites, before, found.seen, found.on_path, measure.passes)
+    level = _level(measure, before, advance)
+    seen, on_path = _converge(measure, before, weight, level, advance)
+    return _Result(measure.sites, before, seen, on_path, measure.passes)
 
 
-class _Converged(NamedTuple):
-    seen: _Measured
-    on_path: np.ndarray
-    objective: float
+def _base(sites: list[_Site], seen: _Measured, level: float) -> np.ndarray:
+    """Log targets: the level, but 1 for units and for the logits, the last kernel.
+
+    The stem stays as it is, in proportion to what is added to it.
+    """
+    base = np.array([0.0 if site.is_unit else level for site in sites])
+    if seen.order[-1] not in seen.ends:
+        base[seen.order[-1]] = 0.0
+    if seen.stem is not None:
+        base[seen.stem] = seen.signal[seen.stem]
+    return base
+
+
+def _level(
+    measure: _Measurement, before: _Measured, advance: Callable[[float, str], None]
+) -> float:
+    """The log std at which, with the signal level, the gradient changes least."""
+
+    def change(level: float) -> float:
+        advance(measure.passes / _MOST_PASSES, f"level {level:g}")
+        seen = measure(_base(measure.sites, before, math.log(level)))
+        on_path = _on_path(measure.sites, seen)
+        return float(np.var(seen.gradient[on_path])) if on_path.any() else 0.0
+
+    # A sum carries signal and gradient past the activations, at whatever level.
+    at_one = 0.0 if before.ends else change(1.0)
+    if at_one < _SMALL_CHANGE:
+        return 0.0
+    changes = {level: change(level) for level in _LEVELS}
+    best = min(changes, key=changes.__getitem__)
+    return math.log(best) if changes[best] < _CLEAR_GAIN * at_one else 0.0
 
 
 def _converge(
     measure: _Measurement,
+    before: _Measured,
     weight: float,
     level: float,
     advance: Callable[[float, str], None],
-) -> _Converged:
+) -> tuple[_Measured, np.ndarray]:
     """Passes until s and g are in their proportion everywhere, or nothing improves."""
     sites = measure.sites
-    is_unit = np.array([site.is_unit for site in sites])
-    wanted = aim = np.where(is_unit, 0.0, level)
+    base = wanted = aim = _base(sites, before, level)
     # A shared layer's first call, or an unusual layer, is set off from what is wanted.
     offset = np.zeros(len(sites))
+    ends, small = np.zeros(len(sites)), 0.0
+    ends[[i for i in before.ends if not sites[i].is_unit]] = 1.0
     best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
-    stream = _StreamBound()
     for _ in range(_MOST_PASSES):
         seen = measure(wanted + offset)
         on_path = _on_path(sites, seen)
-        misfit, compromise, is_tilted = _compromise(seen, on_path, weight, level)
         missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
         offset = np.clip(offset - missed, -5, 5)
-        excess = stream.excess(seen.stream, is_tilted)
-        if stream.gave_up:
-            level, best, best_fit = level + stream.lowered, None, math.inf
-            stream.lowered = 0.0
-        fit = math.hypot(misfit, float(np.abs(missed).max()), excess)
+        misfit, compromise = _compromise(seen, on_path, weight, level, small * ends)
+        change = _excess(seen, level, small) if ends.any() else 0.0
+        fit = math.hypot(misfit, float(np.abs(missed).max()), change)
         advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
         if best is None or fit < best_fit:
             step = 1.0 if fit < 0.8 * best_fit else 0.5 * step
-            best, best_fit = (
-                _Converged(seen, on_path, _objective(seen, on_path, weight)),
-                fit,
-            )
-            level -= excess
-            aim = np.where(on_path, compromise - excess, np.where(is_unit, 0.0, level))
-            best_wanted = wanted
+            best, best_fit, best_wanted = (seen, on_path), fit, wanted
+            small += change
+            aim = np.where(on_path, compromise, base) + small * ends
         else:
             step *= 0.5
         if best_fit < _TOLERANCE or step < 0.25:
@@ -613,34 +686,14 @@ def _converge(
     return best
 
 
-class _StreamBound:
-    """By how much the level has to be lowered for the sums of residual blocks.
-
-    Given up where the largest sum does not follow, because it comes from no kernel.
-    """
-
-    def __init__(self) -> None:
-        self.lowered, self.start, self.gave_up = 0.0, math.inf, False
-        self.holds = True
-
-    def excess(self, stream: float, is_tilted: bool) -> float:
-        self.gave_up = self.holds and self.lowered > 0.1 and stream > 0.9 * self.start
-        if self.gave_up:
-            self.holds = False
-        if not self.holds or is_tilted or not stream > _STREAM_BOUND:
-            return 0.0
-        excess = math.log(stream / _STREAM_BOUND)
-        self.start = stream if not self.lowered else self.start
-        self.lowered += excess
-        return excess
-
-
-def _objective(seen: _Measured, on_path: np.ndarray, weight: float) -> float:
-    """The mean over the kernels; the signal's part also counts how far it is from 1."""
-    if not on_path.any():
-        return 0.0
-    s, g = seen.signal[on_path], seen.gradient[on_path]
-    return float((1 - weight) * np.mean(s**2) + weight * np.var(g))
+def _excess(seen: _Measured, level: float, small: float) -> float:
+    """By how much, in logarithms, the ends of branches have to change for the bound."""
+    start = max(math.exp(level), seen.start)
+    grown = seen.stream**2 - start**2
+    if not 0 < grown < math.inf:
+        return -small
+    change = 0.5 * math.log((_STREAM_BOUND**2 - 1) * start**2 / grown)
+    return float(np.clip(small + change, -_LIMIT, 0.0)) - small
 
 
 def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
@@ -648,29 +701,31 @@ def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
     balanced = np.array([not site.is_unit for site in sites])
     on_path = balanced & (seen.share > _SMALLEST_SHARE) & np.isfinite(seen.gradient)
     on_path[seen.order[-1]] = False  # what follows it is the loss
+    if seen.stem is not None:
+        on_path[seen.stem] = False
     return on_path
 
 
 def _compromise(
-    seen: _Measured, on_path: np.ndarray, weight: float, level: float
-) -> tuple[float, np.ndarray, bool]:
-    """How far s and g are from the compromise, log targets nearer to it, and whether the
-    structure drives the ends further apart than the kernels may be otherwise."""
+    seen: _Measured, on_path: np.ndarray, weight: float, level: float, small: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """How far s and g are from the compromise, and log targets nearer to it.
+
+    Where s is small on purpose, it counts as if it were not.
+    """
     if on_path.sum() < 2:
-        return 0.0, np.full(len(on_path), level), False
-    s = seen.signal
+        return 0.0, np.full(len(on_path), level)
+    s = seen.signal - small
     g = seen.gradient - seen.gradient[on_path].mean()
     compromise = weight * (s + g)
     compromise += level - compromise[on_path].mean()
     ends = [i for i in seen.order if on_path[i]]
     tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
-    limit = math.log(_LARGEST_RATIO) * 0.95
-    is_tilted = 0.6 * tilt > limit
-    limit = max(limit, 0.6 * tilt)
-    middle = float(np.median(compromise[on_path]))
-    compromise = np.clip(compromise, middle - limit, middle + limit)
+    limit = max(_LIMIT, 0.6 * tilt)
+    middle = float(np.median((compromise + small)[on_path]))
+    compromise = np.clip(compromise + small, middle - limit, middle + limit) - small
     misfit = ((1 - weight) * s - weight * g)[on_path]
-    return float(misfit.std()), compromise, is_tilted
+    return float(misfit.std()), compromise
 
 
 def _assign(sites: list[_Site], factors: np.ndarray) -> None:
@@ -721,6 +776,8 @@ def _row(result: _Result, i: int, weight: Weight) -> Row:
     target = "balanced" if result.on_path[i] else "off path"
     if site.is_unit or i == after.order[-1]:
         target = "unit"
+    if i == after.stem or not called:
+        target = ""
     return {
         "path": weight.path,
         "factor": float(after.factors[i] ** (1 / len(site.kernels))),
@@ -728,7 +785,7 @@ def _row(result: _Result, i: int, weight: Weight) -> Row:
         "std": math.exp(after.signal[i]) if called else None,
         "gradient_std": math.exp(after.gradient[i] - middle) if reached else None,
         "share": min(1.0, float(after.share[i])),
-        "target": target if called else "",
+        "target": target,
         "shape": weight.shape,
         "layer": type(site.owner).__name__,
     }
@@ -780,6 +837,9 @@ def _findings(result: _Result) -> list[Finding]:
             found.append(Finding("info", "not-scaled", site.path, reason, ""))
         elif after.signal[i] == -math.inf:
             reason = "Not scaled: its output is zero on this batch."
+            found.append(Finding("info", "not-scaled", site.path, reason, ""))
+        elif i == after.stem:
+            reason = "Not scaled: a learned table, such as of positions, is added to it."
             found.append(Finding("info", "not-scaled", site.path, reason, ""))
         elif after.share[i] <= _SMALLEST_SHARE and not site.is_unit:
             message = (

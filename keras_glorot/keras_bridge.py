@@ -304,6 +304,14 @@ def _children(layer: keras.Layer) -> list[keras.Layer]:
     return getattr(layer, "layers", [])  # models show them, other layers don't
 
 
+def additions(model: keras.Layer) -> list[Any]:
+    """What adds tensors in functional models: `Add` layers, and the `+` between layers."""
+    found = {id(layer): layer for layer in sublayers(model)}
+    for layer in list(found.values()):
+        found |= {id(each): each for each in getattr(layer, "operations", [])}
+    return [each for each in found.values() if type(each).__name__ == "Add"]
+
+
 def direct_sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """The layers that the layer holds itself."""
     return list(_children(layer))

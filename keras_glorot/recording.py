@@ -385,12 +385,17 @@ def intercept(
                 stack.enter_context(_replaced_call(layer, _call_in_training, thread))
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, thread))
+        for addition in keras_bridge.additions(model):
+            if id(addition) in wrappers and not isinstance(addition, keras.Layer):
+                wrapper = wrappers[id(addition)]
+                stack.enter_context(_replaced_call(addition, wrapper, thread))
         yield
 
 
 @contextlib.contextmanager
 def _replaced_call(layer: Any, wrapper: Callable, thread: int) -> Iterator[None]:
-    name = "quantized_call" if layer.quantization_mode else "call"
+    is_quantized = getattr(layer, "quantization_mode", None)
+    name = "quantized_call" if is_quantized else "call"
     call = getattr(layer, name)
 
     def replaced_call(*args: Any, **kwargs: Any) -> Any:

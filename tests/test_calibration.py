@@ -279,18 +279,138 @@ def test_branches_that_are_switched_off_on_purpose(switch):
     assert forward == pytest.approx(1, rel=0.1)
 
 
-def test_residual_streams_grow_to_twice_their_start_at_most():
+def residual(blocks, add, normalize=None, activate=None):
     inputs = x = keras.Input((6, 32))
-    for _ in range(24):
-        branch = layers.LayerNormalization()(x)
-        branch = layers.Dense(64, "gelu")(branch)
-        x = layers.Add()([x, layers.Dense(32)(branch)])
+    for i in range(blocks):
+        branch = normalize()(x) if normalize else x
+        branch = layers.Dense(64, "gelu", name=f"inner{i}")(branch)
+        x = add(x, layers.Dense(32, name=f"end{i}")(branch))
+        x = activate()(x) if activate else x
     x = layers.LayerNormalization(name="norm")(x)
+    return fill(keras.Model(inputs, layers.Dense(3, name="last")(x)))
+
+
+class Residual(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.norm = layers.LayerNormalization()
+        self.inner, self.end = layers.Dense(64, "gelu"), layers.Dense(32)
+
+    def call(self, x):
+        return x + self.end(self.inner(self.norm(x)))
+
+
+@pytest.mark.parametrize(
+    ("add", "normalize"),
+    [
+        (lambda *terms: layers.Add()(terms), layers.LayerNormalization),
+        (lambda *terms: layers.Add()(terms), None),
+        (lambda x, branch: x + branch, None),
+    ],
+)
+@pytest.mark.parametrize("blocks", [4, 24])
+def test_residual_streams_are_bounded(add, normalize, blocks):
+    """Few blocks together by 1.15; many by a quarter for each."""
+    model, x = residual(blocks, add, normalize), data(16, 6, 32)
+    table = calibrate(model, x, mode="forward")
+    rows = by_path(propagate(model, x))
+    expected = 1.15 if blocks == 4 else 1.65
+    assert rows["norm"]["input_std"] == pytest.approx(expected, rel=0.06)
+    stds = {path: row["std"] for path, row in by_path(table).items()}
+    ends = [std for path, std in stds.items() if path.startswith("end")]
+    others = [std for path, std in stds.items() if not path.startswith("end")]
+    np.testing.assert_allclose(others, 1, rtol=0.01)
+    np.testing.assert_allclose(ends, ends[0], rtol=0.01)
+    assert 0.25 <= ends[0] < 0.4
+
+
+def test_residual_streams_are_bounded_where_an_activation_follows_the_sum():
+    def add(*terms):
+        return layers.Add()(terms)
+
+    model, x = residual(48, add, activate=layers.ReLU), data(16, 6, 32)
+    calibrate(model, x)
+    sums = [row["std"] for row in propagate(model, x) if row["layer"] == "Add"]
+    assert max(sums) < 2 * max(1, sums[0])
+
+
+def test_residual_streams_of_subclassed_blocks_are_bounded():
+    blocks = [Residual() for _ in range(24)]
+    final = layers.LayerNormalization(name="norm")
+    model = keras.Sequential([keras.Input((6, 32)), *blocks, final, layers.Dense(3)])
+    fill(model)
+    calibrate(model, data(16, 6, 32), mode="forward")
+    norm = by_path(propagate(model, data(16, 6, 32)))["norm"]
+    assert norm["input_std"] == pytest.approx(1.65, rel=0.06)
+
+
+def test_branches_that_end_in_a_normalization_are_not_made_smaller():
+    inputs = x = keras.Input((32,))
+    for _ in range(12):
+        branch = layers.Dense(32, use_bias=False)(layers.ReLU()(x))
+        x = layers.Add()([x, layers.BatchNormalization()(branch)])
     model = fill(keras.Model(inputs, layers.Dense(3)(x)))
-    table = calibrate(model, data(16, 6, 32), mode="forward")
-    rows = by_path(propagate(model, data(16, 6, 32)))
-    assert rows["norm"]["input_std"] == pytest.approx(2, rel=0.05)
-    assert np.ptp(np.log([row["std"] for row in table])) < 0.01
+    table = calibrate(model, data(64, 32), mode="forward")
+    np.testing.assert_allclose([row["std"] for row in table], 1, rtol=0.01)
+
+
+def test_concatenated_branches_are_no_sum():
+    """As in DenseNet: the pass and the tilt go on as if nothing had to be bounded."""
+    inputs = x = keras.Input((32,))
+    for _ in range(8):
+        branch = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.Concatenate()([x, layers.Dense(8, use_bias=False)(branch)])
+    model = fill(keras.Model(inputs, layers.Dense(3)(x)))
+    table = calibrate(model, 3 * data(64, 32), mode="forward")
+    np.testing.assert_allclose([row["std"] for row in table], 1, rtol=0.01)
+    table = calibrate(model, 3 * data(64, 32))
+    assert "unreached" not in codes(table)
+
+
+class Positions(layers.Layer):
+    def build(self, input_shape):
+        normal = keras.initializers.RandomNormal(stddev=0.02)
+        self.table = self.add_weight(
+            shape=input_shape[1:], initializer=normal, name="table"
+        )
+
+    def call(self, x):
+        return x + self.table
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_a_stem_stays_in_proportion_to_the_positions_added_to_it(with_positions):
+    inputs = keras.Input((6, 32))
+    x = layers.Dense(32, name="stem")(inputs)
+    x = Positions()(x) if with_positions else x
+    x = layers.Dense(32, "relu", name="next")(x)
+    model = fill(keras.Model(inputs, layers.Dense(3)(x)))
+    before = np.asarray(model.get_layer("stem").kernel)
+    table = calibrate(model, data(16, 6, 32))
+    rows = by_path(table)
+    same = np.array_equal(before, np.asarray(model.get_layer("stem").kernel))
+    assert same == with_positions
+    assert rows["next/kernel"]["std"] == pytest.approx(1, rel=0.2)
+    left = {finding.path for finding in table.findings if finding.code == "not-scaled"}
+    assert left == ({"stem", "positions/table"} if with_positions else set())
+
+
+@pytest.mark.parametrize(
+    ("activation", "low", "high"), [("gelu", 4, 8), ("tanh", 0.25, 0.5), ("relu", 1, 1)]
+)
+def test_the_level_is_where_the_gradient_changes_least(activation, low, high):
+    """Deep GELU nets are nearer to linear far from zero, tanh near zero."""
+    model, x = deep(activation, depth=40)
+    table = calibrate(model, x, mode="forward")
+    s = [row["std"] for row in table]
+    assert low * 0.99 <= s[0] <= high * 1.01
+    np.testing.assert_allclose(s[:-1], s[0], rtol=0.01)
+    assert s[-1] == pytest.approx(1, rel=0.01)
+
+
+def test_a_shallow_net_keeps_level_1():
+    table = calibrate(*deep("tanh", depth=3), mode="forward")
+    np.testing.assert_allclose([row["std"] for row in table], 1, rtol=0.01)
 
 
 def test_batch_normalization_is_seen_as_in_training_and_left_as_it_is():
