@@ -355,6 +355,8 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
     plain, with_gain = _glorot_stds(weight, subject.gain or 1.0)
     if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
         return None
+    if not is_off(statistics, Distribution.from_std("truncated_normal", with_gain)):
+        return None  # too small to tell
     message = f"{subject.initializer_name} with gain 1 before a ReLU-like activation."
     return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
 

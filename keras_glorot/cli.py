@@ -10,10 +10,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 import zipfile
@@ -312,12 +312,16 @@ def _folder_beside(output: Path) -> Iterator[Path]:
     """A new folder on the disk where the output will be; it is removed in any case."""
     # Beside the file that a symbolic link points to, so that the link stays one.
     parent = Path(os.path.realpath(output)).parent
+    # Its name is known before it is there: a signal at any moment finds what to remove.
+    folder = parent / f".keras-glorot-{secrets.token_hex(8)}"
     try:
-        folder = tempfile.TemporaryDirectory(dir=parent, prefix=".keras-glorot-")
-    except OSError as error:
-        raise ValueError(_explain_unwritable(output, error)) from None
-    with folder as path:
-        yield Path(path)
+        try:
+            folder.mkdir(0o700)
+        except OSError as error:
+            raise ValueError(_explain_unwritable(output, error)) from None
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save(model: Any, folder: Path, output: Path) -> None:

@@ -405,7 +405,11 @@ def test_head(model_file):
     )
     assert done.returncode == 0
     assert done.stdout == "{\n"
-    assert done.stderr == ""
+    # TensorFlow says some things before its own level of logging holds.
+    early = ("absl::InitializeLog", "cudart_stub")
+    assert [
+        line for line in done.stderr.splitlines() if not any(map(line.count, early))
+    ] == []
 
 
 # Before Keras is imported ----------------------------------------------------------------
