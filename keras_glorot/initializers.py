@@ -19,6 +19,7 @@ from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.keras_bridge import CallSite
 from keras_glorot.layers import kernel_activation, kernel_fans
+from keras_glorot.traced import traced_draw
 
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
@@ -92,7 +93,7 @@ class _Glorot(keras.initializers.Initializer):
         seed = keras_bridge.seed_words(self.seed)
         if backends.is_tracing() or backends.is_symbolic(seed):
             form, scale = distribution.form, distribution.scale
-            return backends.traced_draw(form, shape, scale, dtype, seed, layout)
+            return traced_draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)
