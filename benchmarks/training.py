@@ -60,8 +60,6 @@ time, with {versions}.
 - scikit-learn's digits have 8 × 8 pixels, the images of MNIST here 16 × 16; MobileNetV2
   and ResNet50 see both resized to 32 × 32.
 - "fails": the method raises an error on this net. "—": not measured.
-- Not measured yet with the present `calibrate`: MNIST with it, and on the digits those of
-  its cells that show "—".
 - One seed and {validation} images choose the learning rate, with a standard error of up to
   3 points: some of the differences below come from an unlucky choice.
 """
