@@ -192,10 +192,15 @@ def _indices(shape: tuple[int, ...], zero: Any) -> tuple[Any, Any]:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        number = tf.range(size, dtype="int32" if size < 1 << 31 else "int64")
-        number = tf.reshape(number, shape)
-        high = zero if size < 1 << 31 else cast(number // np.int64(1 << 32), "uint32")
-        return cast(number, "uint32") + zero, high
+        # Of one long range TensorFlow would make a constant.
+        columns = 1 << 15
+        column = tf.cast(tf.range(columns), tf.uint32) + zero
+        row = tf.cast(tf.range(-(-size // columns)), tf.uint32)[:, None] + zero
+        low, high = row * np.uint32(columns) + column, zero
+        if size > 1 << 32:
+            high = row // np.uint32((1 << 32) // columns) | column & np.uint32(0)
+            high = tf.reshape(tf.reshape(high, [-1])[:size], shape)
+        return tf.reshape(tf.reshape(low, [-1])[:size], shape), high
     from jax import lax
     from jax import numpy as jnp
 

@@ -262,6 +262,23 @@ def test_elements_of_large_tensors_are_counted_in_64_bits(monkeypatch):
         np.testing.assert_array_equal(low + (high << 32), wanted)
 
 
+@only["tensorflow"]
+@pytest.mark.parametrize("shape", [(5, 1 << 14, 1 << 17), (1 << 31,)])
+def test_a_program_of_tensorflow_counts_elements_in_64_bits(shape):
+    # XLA makes no more of the tensor than the program returns.
+    import tensorflow as tf
+
+    def corner():
+        drawn = traced_draw("uniform", shape, 1.0, "float32", (5,))
+        return drawn[tuple(slice(size - 1, size) for size in shape[:-1])][..., -3:]
+
+    region = tuple((size - 1, size) for size in shape[:-1])
+    region += ((shape[-1] - 3, shape[-1]),)
+    wanted = draw("uniform", shape, 1.0, "float32", (5,), region)
+    drawn = tf.function(corner, jit_compile=True)()
+    assert array_of(drawn).tobytes() == wanted.tobytes()
+
+
 @only["jax"]
 @pytest.mark.parametrize("name", ["rows", "columns", "blocks"])
 def test_a_program_divides_the_draw_among_devices(name, eight_devices):
