@@ -660,12 +660,12 @@ def _converge(
     base = wanted = aim = _base(sites, before, level)
     # A shared layer's first call, or an unusual layer, is set off from what is wanted.
     offset = np.zeros(len(sites))
-    ends, small = np.zeros(len(sites)), 0.0
-    ends[[i for i in before.ends if not sites[i].is_unit]] = 1.0
+    ends, small = None, 0.0
     best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
     for _ in range(_MOST_PASSES):
         seen = measure(wanted + offset)
         on_path = _on_path(sites, seen)
+        ends = _small_ends(sites, seen) if ends is None else ends
         missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
         offset = np.clip(offset - missed, -5, 5)
         misfit, compromise = _compromise(seen, on_path, weight, level, small * ends)
@@ -684,6 +684,14 @@ def _converge(
         wanted = best_wanted + step * (aim - best_wanted)
     assert best is not None
     return best
+
+
+def _small_ends(sites: list[_Site], seen: _Measured) -> np.ndarray:
+    """1 for the ends of branches that are made smaller; 0 elsewhere."""
+    is_small = [i for i in seen.ends if not sites[i].is_unit]
+    ends = np.zeros(len(sites))
+    ends[is_small] = seen.share[is_small] > _SMALLEST_SHARE
+    return ends
 
 
 def _excess(seen: _Measured, level: float, small: float) -> float:
