@@ -11,7 +11,7 @@ Streams of 32-bit words, each of which goes through `dieharder -a`, for an hour 
 - `uniform`: the first 16 bits of float32 values, two in a word.
 - `truncated_normal`: the same of what the exact distribution function makes of them.
 
-The table of p-values goes to benchmarks/dieharder/STREAM.txt. About one p-value in 200 is
+The table of p-values goes to benchmarks/dieharder/STREAM.txt. About one p-value in 100 is
 called WEAK by chance (p < 0.005 or > 0.995); FAILED means beyond 1e-6.
 """
 
