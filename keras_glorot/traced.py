@@ -18,11 +18,12 @@ from keras_glorot import backends, sampling
 
 __all__ = ["traced_draw"]
 
-cast, where = keras.ops.cast, keras.ops.where
+cast: Any = keras.ops.cast
+where: Any = keras.ops.where
 
 
 def traced_draw(
-    form: sampling.Form,
+    form: Any,
     shape: tuple[int, ...],
     scale: float,
     dtype: str,
@@ -66,7 +67,7 @@ def traced_draw(
     return drawn
 
 
-def _key(form: sampling.Form, shape: tuple[int, ...], dtype: str, seed_words: Any) -> Any:
+def _key(form: Any, shape: tuple[int, ...], dtype: str, seed_words: Any) -> Any:
     """The tensor's key: two integers, or two symbols."""
     if isinstance(seed_words, tuple):
         return sampling.stream_key(form, shape, dtype, seed_words)
@@ -160,7 +161,8 @@ def _unknown_zero() -> Any:
 
     # XLA stops at the barrier, TensorFlow itself at an operation that it calls stateful.
     zero = tf.raw_ops.Empty(shape=[], dtype=tf.uint32, init=True)
-    return gen_xla_ops.xla_optimization_barrier([zero])[0]
+    hidden: Any = gen_xla_ops.xla_optimization_barrier([zero])
+    return hidden[0]
 
 
 def _halves(word: Any) -> tuple[Any, Any]:
@@ -219,7 +221,7 @@ def _indices(shape: tuple[int, ...], zero: Any) -> tuple[Any, Any]:
 
 def _high_product(a: Any, b: int) -> Any:
     """The high word of a product of two words."""
-    if isinstance(a, np.uint32):
+    if isinstance(a, np.generic):
         return np.uint32(int(a) * b >> 32)
     if keras.backend.backend() == "tensorflow":
         product = cast(a, "uint64") * np.uint64(b)
