@@ -1,6 +1,9 @@
 """What `calibrate` does to whole networks: signal and gradient from end to end.
 
-    KERAS_BACKEND=torch python benchmarks/zoo.py issue|applications|hub|show [MODEL ...]
+    KERAS_BACKEND=torch python benchmarks/zoo.py GROUP [MODEL ...]
+
+GROUP is `issue`, `applications`, `hub`; `cost`, which measures passes and seconds alone, on
+any backend; or `show`, which writes the report again.
 
 Each model is measured on 8 examples of unit noise (64 px, or the least size that the
 architecture takes; token ids for text): as Keras makes it, after `initialize` with
@@ -16,6 +19,7 @@ the least and the largest std of a kernel's output over the median. Each line is
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import time
@@ -192,6 +196,15 @@ GROUPS = {
 }
 
 
+COST = [
+    "50 x Dense(256, gelu)",
+    "MobileNetV2",
+    "ResNet50",
+    "transformer, 24 blocks, pre-LN",
+]
+GROUPS["cost"] = {name: GROUPS["issue"][name] for name in COST}
+
+
 def ends(model, x, training, on_path=None):
     """Signal of the last kernel over the first; gradient of the first over the last."""
     forward, backward, on_path = measure_ends(model, x, training, on_path)
@@ -219,10 +232,9 @@ def calibrated(model, x, training, mode):
 
 
 def by_anyinit(build, training, on_path, modes):
-    try:
-        import anyinit
-    except ImportError:
+    if importlib.util.find_spec("anyinit") is None:
         return None
+    anyinit = importlib.import_module("anyinit")
     results = {}
     for mode in modes:
         model, x = build()
@@ -238,6 +250,32 @@ def by_anyinit(build, training, on_path, modes):
         seconds = time.process_time() - begin
         results[mode] = {"ends": ends(model, x, training, on_path)[0], "seconds": seconds}
     return results
+
+
+def seconds_of(work):
+    begin = time.process_time()
+    result = work()
+    return result, time.process_time() - begin
+
+
+def measure_cost(name, build, anyinit_modes):
+    """One record: passes and CPU seconds as training sees the model, no figures."""
+    keras.utils.set_random_seed(0)
+    model, x = build()
+    initialize(model, GlorotUniform(gain="auto"), seed=0, verbose=False)
+    _, of_propagate = seconds_of(lambda: propagate(model, x, verbose=False))
+    found, of_calibrate = seconds_of(lambda: calibrate(model, x, verbose=False))
+    peer = by_anyinit(build, True, None, ["empirical"]) if anyinit_modes else None
+    return {
+        "model": name,
+        "backend": keras.backend.backend(),
+        "cost": {
+            "passes": int(found.note.split()[-2]),
+            "calibrate": of_calibrate,
+            "propagate": of_propagate,
+            "anyinit": peer and peer["empirical"],
+        },
+    }
 
 
 def measure(name, build, anyinit_modes):
@@ -295,7 +333,7 @@ Why bounds are missed:
   than a factor of 4 from end to end.
 - `each` in ResNet50: its ratio is just inside the limit, and the pass stops near 1.
 """
-COST = """
+COST_HEADING = """
 Passes and CPU seconds of `calibrate` (balanced) by backend, with what JAX needs to compile,
 beside `propagate`, which is one pass:
 """
@@ -359,17 +397,17 @@ def ends_table(records):
 
 
 def cost_table(records):
-    for record, view, result in _views(records):
-        anyinit = (result.get("anyinit") or {}).get("empirical")
-        seconds = anyinit["seconds"] if isinstance(anyinit, dict) else None
+    for record in records:
+        cost = record["cost"]
+        peer = cost["anyinit"]
+        seconds = f"{peer['seconds']:.1f}" if isinstance(peer, dict) else "fails"
         yield {
             "model": record["model"],
-            "norm": view,
             "backend": record["backend"],
-            "passes": result["balanced"]["passes"],
-            "calibrate s": f"{result['balanced']['seconds']:.1f}",
-            "propagate s": f"{result['propagate seconds']:.1f}",
-            "AnyInit empirical s": "" if seconds is None else f"{seconds:.1f}",
+            "passes": cost["passes"],
+            "calibrate s": f"{cost['calibrate']:.1f}",
+            "propagate s": f"{cost['propagate']:.1f}",
+            "AnyInit empirical s": "" if peer is None else seconds,
         }
 
 
@@ -387,16 +425,19 @@ def report(records):
         for record in records
         if "error" in record
     ]
-    on_torch = [record for record in records if record["backend"] == "torch"]
-    elsewhere = {each["model"] for each in records if each["backend"] != "torch"}
-    compared = [each for each in records if each["model"] in elsewhere]
-    lines = [HEADING, *table(ends_table(on_torch)), COST, *table(cost_table(compared))]
+    whole = [record for record in records if not {"cost", "error"} & set(record)]
+    costs = [record for record in records if "cost" in record]
+    lines = [HEADING, *table(ends_table(whole)), COST_HEADING, *table(cost_table(costs))]
     lines += ["", "Not measured:", "", *failed] if failed else []
     return "\n".join([*lines, ""])
 
 
+def key_of(record):
+    return record["model"], record["backend"], "cost" in record
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("group", choices=[*GROUPS, "show"])
     parser.add_argument("models", nargs="*")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "zoo.jsonl")
@@ -412,19 +453,22 @@ def main():
     if options.output.exists():
         for line in options.output.read_text().splitlines():
             record = json.loads(line)
-            done[record["model"], record["backend"]] = record
+            done[key_of(record)] = record
     if options.group != "show":
         group = GROUPS[options.group]
         backend = keras.backend.backend()
-        names = [name for name in options.models or group if (name, backend) not in done]
+        is_cost = options.group == "cost"
+        work = measure_cost if is_cost else measure
+        names = options.models or list(group)
+        names = [name for name in names if (name, backend, is_cost) not in done]
         with Progress(transient=True) as bar:
             for name in bar.track(names, description=options.group):
                 try:
-                    record = measure(name, group[name], options.anyinit)
+                    record = work(name, group[name], options.anyinit)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:200]
                     record = {"model": name, "backend": backend, "error": text}
-                done[name, backend] = record
+                done[name, backend, is_cost] = record
                 with options.output.open("a") as file:
                     file.write(json.dumps(record) + "\n")
     text = report(done.values())
