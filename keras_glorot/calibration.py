@@ -97,7 +97,9 @@ def calibrate(
       the sum has at most 1.15 times the std that it starts with, but not below about 1/4:
       the sum of 48 branches then has twice that std. In the objective they count as if
       they were not smaller. Branches that end in a normalization layer have a scale of
-      their own.
+      their own. A sum is known by an `Add` layer, by the `+` of a functional model, or by
+      the normalization layer that reads it. A bare `+` in the `call` of a subclassed layer,
+      with no normalization, is not seen: use `keras.layers.Add` there.
     - A first kernel stays as it is if a learned table, as of positions, is added to its
       output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
