@@ -1,6 +1,8 @@
 """Brings the notebooks into the site, and keeps it free of what the network must bring."""
 
+import json
 import re
+from html import escape
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -13,6 +15,8 @@ CODE = re.compile(r"<(pre|code|script|style|svg)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
 # The theme needs this script to search a site that was opened from disk.
 SHIM = "https://unpkg.com/iframe-worker/shim"
+# What stands for the text of a picture that has none.
+NO_TEXT = "No description has been provided for this image"
 MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
 
 
@@ -31,7 +35,18 @@ def on_post_page(output: str, page, config) -> str:
     output = output.replace(SHIM, f"{root}assets/iframe-worker/shim.js")
     if not page.file.src_uri.endswith(".ipynb"):
         return output
+    output = _describe_pictures(output, ROOT / page.file.src_uri)
     return _outside_code(_to_mathml, MATHJAX.sub("", output))
+
+
+def _describe_pictures(output: str, notebook: Path) -> str:
+    """Gives each picture the text in its cell's metadata, under `alt`."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        for result in cell.get("outputs", []):
+            if "image/png" in result.get("data", {}):
+                text = escape(cell["metadata"].get("alt", "A plot"))
+                output = output.replace(NO_TEXT, text, 1)
+    return output
 
 
 def _outside_code(change, text: str) -> str:
