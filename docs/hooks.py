@@ -44,7 +44,7 @@ def _describe_pictures(output: str, notebook: Path) -> str:
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         for result in cell.get("outputs", []):
             if "image/png" in result.get("data", {}):
-                text = escape(cell["metadata"].get("alt", "A plot"))
+                text = escape(cell["metadata"]["alt"])
                 output = output.replace(NO_TEXT, text, 1)
     return output
 
