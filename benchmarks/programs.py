@@ -1,6 +1,7 @@
 """Draws inside traced programs, ours against Keras's own; and what a shard costs.
 
     python benchmarks/programs.py [--size N] [--rounds N] [--only shards|tensorflow|xla|jax]
+                                  [--whose ours|stock]
 
 Each program runs in a process of its own, ours and the stock one by turns of processes:
 the first call, with its compilation, then the later ones (least and median of wall and of
@@ -20,6 +21,7 @@ import sys
 import time
 
 SIDE = 4096
+WHOSE = ("ours", "stock")
 MESHES = {
     "rows / 8": (8, 1),
     "columns / 8": (1, 8),
@@ -84,17 +86,17 @@ def ask_child(kind, *rest):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def programs(kind, size, rounds):
+def programs(kind, whose, size, rounds):
     for name in ("GlorotUniform", "GlorotNormal"):
-        for whose in ("ours", "stock"):
-            m = ask_child(kind, name, whose, size, rounds)
+        for who in whose:
+            m = ask_child(kind, name, who, size, rounds)
             times = ", ".join(
                 f"{clock} {min(m[clock]) / size * 1e9:.2f} / "
                 f"{statistics.median(m[clock]) / size * 1e9:.2f}"
                 for clock in ("wall", "cpu")
             )
             print(
-                f"{kind:10} {name:13} {whose:5}  first {m['first']:.2f} s, then {times} "
+                f"{kind:10} {name:13} {who:5}  first {m['first']:.2f} s, then {times} "
                 f"ns per value (min / median), peak +{m['growth']:.2f} tensors, "
                 f"{m['peak']} MB in all"
             )
@@ -137,6 +139,7 @@ def main():
     parser.add_argument("--size", type=float, default=1e8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("shards", "tensorflow", "xla", "jax"))
+    parser.add_argument("--whose", choices=WHOSE, nargs="+", default=WHOSE)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -148,7 +151,7 @@ def main():
         shards(arguments.rounds)
     for kind in ("tensorflow", "xla", "jax"):
         if arguments.only in (None, kind):
-            programs(kind, size, arguments.rounds)
+            programs(kind, arguments.whose, size, arguments.rounds)
 
 
 if __name__ == "__main__":

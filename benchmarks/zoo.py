@@ -19,6 +19,7 @@ the least and the largest std of a kernel's output over the median. Each line is
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -211,10 +212,20 @@ def ends(model, x, training, on_path=None):
     return [forward, backward], on_path
 
 
-def calibrated(model, x, training, mode):
+def seconds_of(work):
     begin = time.process_time()
-    found = calibrate(model, x, mode=mode, training=training, verbose=False)
-    seconds = time.process_time() - begin
+    result = work()
+    return result, time.process_time() - begin
+
+
+def passes_of(table):
+    return int(table.note.split()[-2])
+
+
+def calibrated(model, x, training, mode):
+    found, seconds = seconds_of(
+        lambda: calibrate(model, x, mode=mode, training=training, verbose=False)
+    )
     hidden = [row for row in found.rows[:-1] if row["std"] and row["target"] != "off path"]
     stds = np.array([row["std"] for row in hidden])
     stds /= np.median(stds)
@@ -225,7 +236,7 @@ def calibrated(model, x, training, mode):
         "spread": [float(stds.min()), float(stds.max())],
         "worst": [hidden[worst]["path"], float(stds[worst])],
         "seconds": seconds,
-        "passes": int(found.note.split()[-2]),
+        "passes": passes_of(found),
         "note": found.note,
         "codes": sorted({finding.code for finding in found.findings}),
     }, on_path
@@ -241,21 +252,16 @@ def by_anyinit(build, training, on_path, modes):
         # It takes no dictionary of inputs, but may take a list.
         batch = list(x.values()) if isinstance(x, dict) else x
         shape = None if isinstance(x, dict) else tuple(x.shape)
-        begin = time.process_time()
+        given = shape if mode == "analytic" else batch
         try:
-            anyinit.initialize(model, mode, shape if mode == "analytic" else batch)
+            _, seconds = seconds_of(
+                functools.partial(anyinit.initialize, model, mode, given)
+            )
         except Exception as error:
             results[mode] = f"{type(error).__name__}: {error}"[:80]
             continue
-        seconds = time.process_time() - begin
         results[mode] = {"ends": ends(model, x, training, on_path)[0], "seconds": seconds}
     return results
-
-
-def seconds_of(work):
-    begin = time.process_time()
-    result = work()
-    return result, time.process_time() - begin
 
 
 def measure_cost(name, build, anyinit_modes):
@@ -270,7 +276,7 @@ def measure_cost(name, build, anyinit_modes):
         "model": name,
         "backend": keras.backend.backend(),
         "cost": {
-            "passes": int(found.note.split()[-2]),
+            "passes": passes_of(found),
             "calibrate": of_calibrate,
             "propagate": of_propagate,
             "anyinit": peer and peer["empirical"],
@@ -297,9 +303,8 @@ def measure(name, build, anyinit_modes):
             result[mode], on_path = calibrated(model, x, training, mode)
         initialize(model, GlorotUniform(gain="auto"), seed=0, verbose=False)
         result["auto"] = ends(model, x, training, on_path)[0]
-        begin = time.process_time()
-        propagate(model, x, training=training)
-        result["propagate seconds"] = time.process_time() - begin
+        show = functools.partial(propagate, model, x, training=training)
+        _, result["propagate seconds"] = seconds_of(show)
         model.set_weights(stock)
         result["stock"] = ends(model, x, training, on_path)[0]
         if not training or not norms:

@@ -76,9 +76,7 @@ def _key(form: Any, shape: tuple[int, ...], dtype: str, seed_words: Any) -> Any:
     return _philox(digits, tuple(np.uint32(word) for word in static))[:2]
 
 
-def _float32_values(
-    form: sampling.Form, low: Any, high: Any, scale: float, key: Any
-) -> Any:
+def _float32_values(form: Any, low: Any, high: Any, scale: float, key: Any) -> Any:
     words = _words(low, high, 2, key)
     odd, late = _has_bit(low, 0), _has_bit(low, 1)
     word = where(late, where(odd, words[3], words[2]), where(odd, words[1], words[0]))
@@ -195,14 +193,18 @@ def _indices(shape: tuple[int, ...], zero: Any) -> tuple[Any, Any]:
         import tensorflow as tf
 
         # Of one long range TensorFlow would make a constant.
-        columns = 1 << 15
-        column = tf.cast(tf.range(columns), tf.uint32) + zero
-        row = tf.cast(tf.range(-(-size // columns)), tf.uint32)[:, None] + zero
-        low, high = row * np.uint32(columns) + column, zero
-        if size > 1 << 32:
-            high = row // np.uint32((1 << 32) // columns) | column & np.uint32(0)
-            high = tf.reshape(tf.reshape(high, [-1])[:size], shape)
-        return tf.reshape(tf.reshape(low, [-1])[:size], shape), high
+        rows, columns = -(-size // (1 << 15)), 1 << 15
+        row = tf.cast(tf.range(rows), tf.uint32)[:, None] + zero
+        column = tf.cast(tf.range(columns), tf.uint32)
+
+        def in_order(grid: Any) -> Any:
+            flat = tf.reshape(tf.broadcast_to(grid, [rows, columns]), [-1])
+            return tf.reshape(flat[:size], shape)
+
+        low = in_order(row * np.uint32(columns) + column)
+        if size <= 1 << 32:
+            return low, zero
+        return low, in_order(row // np.uint32((1 << 32) // columns))
     from jax import lax
     from jax import numpy as jnp
 
