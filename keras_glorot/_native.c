@@ -350,7 +350,7 @@ static PyObject *fill(PyObject *self, PyObject *args) {
             .steps = steps.buf,
             .rank = (size_t)steps.len / 16,
         };
-        if (last - first < 4096) { /* the lock's hand-over would take longer */
+        if (last - first <= 4096) { /* the lock's hand-over would take longer */
             clones[clone].fill(&job);
         } else {
             Py_BEGIN_ALLOW_THREADS

@@ -91,7 +91,7 @@ class _Glorot(keras.initializers.Initializer):
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         seed = keras_bridge.seed_words(self.seed)
-        if backends.is_tracing() or backends.is_symbolic(seed):
+        if backends.is_tracing() or not isinstance(seed, tuple):
             form, scale = distribution.form, distribution.scale
             return traced_draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)

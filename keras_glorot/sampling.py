@@ -53,6 +53,7 @@ chance of 3e-8, of a thousand million 3 %.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import math
@@ -83,7 +84,7 @@ SEGMENTS = 1 << 12
 # What one thread takes at a time, in elements: long enough for the hand-over of Python's
 # lock to be nothing, and for NumPy short enough for the cache.
 NATIVE_PIECE = 1 << 20
-NUMPY_PIECE = 1 << 18
+NUMPY_PIECE = 1 << 17
 # Fewer elements than this are not worth a thread.
 WORTH_THREADS = 1 << 18
 # More threads than this wait for Python's lock, or for the memory.
@@ -154,14 +155,15 @@ def draw(
     shape = tuple(shape)
     dtype = np.dtype(dtype)
     runs = _Runs(shape, region)
-    out = _empty(runs.shape, dtype)
+    out, memory = _empty(runs.shape, dtype)
     if not out.size:
         return out
-    key = stream_key(form, shape, dtype, seed_words)
+    name = _name_of(dtype)
+    key = stream_key(form, shape, name, seed_words)
     if _native is None:
         fill, piece = _numpy_filler(out, form, key, scale, runs)
     else:
-        fill, piece = _native_filler(out, form, key, scale, runs)
+        fill, piece = _native_filler(memory, name, form, key, scale, runs)
     if out.size < WORTH_THREADS or (workers := _worker_count(out.size, piece)) == 1:
         fill(0, out.size)
     else:
@@ -191,12 +193,12 @@ def philox(counter: Sequence[int], key: Key) -> tuple[int, int, int, int]:
 
 
 def stream_key(
-    form: Form, shape: tuple[int, ...], dtype: np.dtype | str, seed_words: Sequence[int]
+    form: Form, shape: tuple[int, ...], dtype: str, seed_words: Sequence[int]
 ) -> Key:
     """The key of a tensor, which every element's bits come from."""
     digits = [_digits(word) for word in seed_words]
-    key = static_key(form, shape, _name_of(np.dtype(dtype)), tuple(map(len, digits)))
-    return _absorb(key, [digit for each in digits for digit in each])
+    key = static_key(form, shape, dtype, tuple(map(len, digits)))
+    return _absorb(key, sum(digits, ()))
 
 
 @functools.cache
@@ -212,16 +214,16 @@ def static_key(
     bits = 64 if dtype == "float64" else 32
     extents = [half for size in shape for half in (size & _MASK, size >> 32)]
     counts = [len(digit_counts), *digit_counts]
-    return _absorb((0, 0), [VERSION, FORMS[form], bits, len(shape), *extents, *counts])
+    return _absorb((0, 0), (VERSION, FORMS[form], bits, len(shape), *extents, *counts))
 
 
-def _digits(word: int) -> list[int]:
+def _digits(word: int) -> tuple[int, ...]:
     count = max(2, (word if word >= 0 else ~word).bit_length() // 32 + 1)
-    return [word >> 32 * i & _MASK for i in range(count)]
+    return struct.unpack(f"<{count}I", word.to_bytes(4 * count, "little", signed=True))
 
 
-def _absorb(key: Key, words: list[int]) -> Key:
-    words = [*words, *[0] * (-len(words) % 4)]
+def _absorb(key: Key, words: tuple[int, ...]) -> Key:
+    words += (0,) * (-len(words) % 4)
     for i in range(0, len(words), 4):
         key = philox(words[i : i + 4], key)[:2]
     return key
@@ -314,12 +316,12 @@ def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
             other.result()
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array on a 64-byte boundary, where backends can adopt it."""
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
+    """An uninitialized array and its bytes, on a boundary where backends can adopt it."""
     size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    offset = -buffer.__array_interface__["data"][0] % 64
-    return buffer[offset : offset + size].view(dtype).reshape(shape)
+    memory = np.empty(size + 64, np.uint8).data
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 64
+    return np.ndarray(shape, dtype, memory, start), memory[start : start + size]
 
 
 def available_cores() -> int:
@@ -334,16 +336,15 @@ _CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
 
 def _native_filler(
-    out: np.ndarray, form: Form, key: Key, scale: float, runs: _Runs
+    memory: memoryview, dtype: str, form: Form, key: Key, scale: float, runs: _Runs
 ) -> tuple[Fill, int]:
-    flat = out.reshape(-1).view(np.uint8)
-    steps = struct.pack(f"={2 * len(runs.steps)}Q", *sum(runs.steps, ()))
-    code = _CODES[_name_of(out.dtype)]
+    steps = b"".join(struct.pack("=QQ", *step) for step in runs.steps)
+    code = _CODES[dtype]
     factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
 
     def fill(start: int, stop: int) -> None:
         _native.fill(
-            -1, flat, code, FORMS[form], key, factor, knots(), _RATIONAL,
+            -1, memory, code, FORMS[form], key, factor, knots(), _RATIONAL,
             start, stop, runs.base, runs.length, steps,
         )  # fmt: skip
 

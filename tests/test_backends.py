@@ -44,6 +44,15 @@ def test_the_tensor_adopts_the_array(dtype):
     assert result.tobytes() == wanted.tobytes()
 
 
+@only["jax"]
+def test_a_new_shape_compiles_nothing(caplog):
+    import jax
+
+    with jax.log_compiles():
+        GlorotUniform(seed=1)((37, 41))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,)])
 def test_odd_shapes(shape, dtype):
