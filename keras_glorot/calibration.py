@@ -39,6 +39,12 @@ Mode = Literal["balanced", "forward", "backward"]
 
 # How much of the compromise goes to the gradient.
 _GRADIENT_WEIGHT = {"forward": 0.0, "balanced": 0.5, "backward": 1.0}
+# What a mode holds from end to end.
+_HELD = {
+    "forward": ("The signal's change", lambda forward, backward: forward),
+    "balanced": ("Forward times backward", lambda forward, backward: forward * backward),
+    "backward": ("The gradient's change", lambda forward, backward: backward),
+}
 # No kernel's output leaves the median by more, unless the whole network has to tilt.
 _LARGEST_RATIO = 4.0
 _LIMIT = 0.95 * math.log(_LARGEST_RATIO)  # what is aimed at
@@ -48,6 +54,8 @@ _SMALLEST_SHARE = 0.01
 # A sum that each block adds to may reach this many times the std that it starts with, as
 # far as branches at a quarter of the level allow.
 _STREAM_BOUND = 1.15
+# By how much, in logarithms, signal and gradient may change from end to end, on average.
+_END_BOUND = math.log(1.2)
 # The levels of s that are tried where log g has more than a small variance at level 1, and
 # to what part that has to fall.
 _LEVELS = (0.25, 0.5, 2.0, 4.0, 8.0)
@@ -107,6 +115,9 @@ def calibrate(
       finding says so. A shared kernel has one factor, for the mean over its calls.
     - s stays within a factor of 4 of the median, unless the ends of the network differ
       more than that, by its structure.
+    - Where these rules would leave a change from end to end of more than 1.2 (of forward,
+      backward, or the root of their product, as the mode has it), the last kernel, then
+      the first, makes up for it.
 
     All or nothing: after an error or an interrupt the kernels are as they were.
 
@@ -146,7 +157,7 @@ def calibrate(
       8 and 9
     - [Mishkin & Matas, 2016](https://arxiv.org/abs/1511.06422), the forward pass alone
     """
-    weight = _gradient_weight(mode)
+    _check_mode(mode)
     batch = Batch.check(x, y, loss, seed)
     _check_tells(batch)
     weights = describe(model)
@@ -159,7 +170,7 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         measure = _Measurement(model, batch, sites, training)
-        result = _solve(measure, weight, advance)
+        result = _solve(measure, mode, advance)
     _assign(sites, result.after.factors)
     return _table(result, left)
 
@@ -177,13 +188,12 @@ def measure_ends(
     return (*_ends(seen, on_path), on_path)
 
 
-def _gradient_weight(mode: Any) -> float:
-    if isinstance(mode, str) and mode in _GRADIENT_WEIGHT:
-        return _GRADIENT_WEIGHT[mode]
-    raise ValueError(
-        "Argument `mode` must be 'balanced', 'forward' or 'backward'. "
-        f"Received: mode={mode!r}"
-    )
+def _check_mode(mode: Any) -> None:
+    if not isinstance(mode, str) or mode not in _GRADIENT_WEIGHT:
+        raise ValueError(
+            "Argument `mode` must be 'balanced', 'forward' or 'backward'. "
+            f"Received: mode={mode!r}"
+        )
 
 
 def _check_tells(batch: Batch) -> None:
@@ -305,6 +315,15 @@ class _Measured(NamedTuple):
     stream: float  # largest std of such a sum
 
 
+class _Sum(NamedTuple):
+    """What the output of a site is added to."""
+
+    total: Tensor
+    std: Tensor
+    site: int | None
+    added: Tensor  # the std of the output
+
+
 class _Measurement:
     """Passes over the model in which each kernel is scaled as its layer is called."""
 
@@ -339,6 +358,7 @@ class _Measurement:
         stds: np.ndarray,
         factors: np.ndarray,
         sums: np.ndarray,
+        added: np.ndarray,
     ) -> _Measured:
         """From calls to sites."""
         calls = self.calls
@@ -361,7 +381,10 @@ class _Measurement:
                 gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
                 share[i] = shares[mine].max()
         order = list(dict.fromkeys(calls))
-        ends = sorted(self.ends - self.normalized)
+        # Of equal std: the output was added to nothing, only brought into another shape.
+        is_sum = np.abs(sums - added) > 1e-5 * sums
+        added_sites = {i for i, is_one in zip(self.added, is_sum, strict=True) if is_one}
+        ends = [i for i in order if i in added_sites - self.normalized]
         factors = factors.astype(np.float64)
         start, stream = float(sums[0]), float(sums.max())
         return _Measured(
@@ -385,9 +408,8 @@ class _Measurement:
         self.factors: dict[int, Tensor] = {}
         # By `id`, with the tensor, so that no other gets it: what sites put out, and sums.
         self.outputs: dict[int, tuple[Tensor, int]] = {}
-        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[int, _Sum] = {}
         self.stem: int | None = None
-        self.ends: set[int] = set()
         self.normalized: set[int] = set()
         variables = self.model.variables
         self.scope = keras.StatelessScope(zip(variables, values, strict=True))
@@ -395,11 +417,13 @@ class _Measurement:
             outputs = self.batch.call(self.model, x)
         one = ops.ones(())
         factors = [self.factors.get(i, one) for i in range(len(self.sites))]
-        sums = [std for _, std in self.sums.values()] or [0 * one]
+        sums = list(self.sums.values()) or [_Sum(one, 0 * one, None, one)]
+        self.added = [each.site for each in sums]
         return self.batch.objective(outputs), [
             ops.stack(self.stds),
             ops.stack(factors),
-            ops.stack(sums),
+            ops.stack([each.std for each in sums]),
+            ops.stack([each.added for each in sums]),
         ]
 
     def _wrappers(self) -> dict[int, Callable]:
@@ -448,10 +472,10 @@ class _Measurement:
         if id(total) in self.sums or id(total) in self.outputs:
             return
         if not self.sums and start is not None:
-            self.sums[id(start)] = start, start
-        self.sums[id(total)] = total, _std(total)
-        if self.calls:
-            self.ends.add(self.calls[-1])
+            self.sums[id(start)] = _Sum(start, start, None, start)
+        site = self.calls[-1] if self.calls else None
+        last, _ = next(reversed(self.outputs.values()), (total, None))
+        self.sums[id(total)] = _Sum(total, _std(total), site, _std(last))
 
     def _call_recurrent(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
@@ -599,6 +623,7 @@ def _std(tensor: Tensor) -> Tensor:
 class _Result(NamedTuple):
     """The pass before, the best pass after, and what it aimed at."""
 
+    mode: Mode
     sites: list[_Site]
     before: _Measured
     after: _Measured
@@ -607,14 +632,14 @@ class _Result(NamedTuple):
 
 
 def _solve(
-    measure: _Measurement, weight: float, advance: Callable[[float, str], None]
+    measure: _Measurement, mode: Mode, advance: Callable[[float, str], None]
 ) -> _Result:
     """The objective at its least, on the level where the gradient changes least."""
     advance(0.0, "as it is")
     before = measure(None)
     level = _level(measure, before, advance)
-    seen, on_path = _converge(measure, before, weight, level, advance)
-    return _Result(measure.sites, before, seen, on_path, measure.passes)
+    seen, on_path = _converge(measure, before, _GRADIENT_WEIGHT[mode], level, advance)
+    return _Result(mode, measure.sites, before, seen, on_path, measure.passes)
 
 
 def _base(sites: list[_Site], seen: _Measured, level: float) -> np.ndarray:
@@ -672,13 +697,15 @@ def _converge(
         offset = np.clip(offset - missed, -5, 5)
         misfit, compromise = _compromise(seen, on_path, weight, level, small * ends)
         change = _excess(seen, level, small) if ends.any() else 0.0
-        fit = math.hypot(misfit, float(np.abs(missed).max()), change)
+        end = _end_excess(seen, on_path, weight, seen.signal)
+        fit = math.hypot(misfit, float(np.abs(missed).max()), change, end)
         advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
         if best is None or fit < best_fit:
             step = 1.0 if fit < 0.8 * best_fit else 0.5 * step
             best, best_fit, best_wanted = (seen, on_path), fit, wanted
             small += change
             aim = np.where(on_path, compromise, base) + small * ends
+            aim = _hold_ends(aim, seen, on_path, weight)
         else:
             step *= 0.5
         if best_fit < _TOLERANCE or step < 0.25:
@@ -704,6 +731,41 @@ def _excess(seen: _Measured, level: float, small: float) -> float:
         return -small
     change = 0.5 * math.log((_STREAM_BOUND**2 - 1) * start**2 / grown)
     return float(np.clip(small + change, -_LIMIT, 0.0)) - small
+
+
+def _hold_ends(
+    aim: np.ndarray, seen: _Measured, on_path: np.ndarray, weight: float
+) -> np.ndarray:
+    """The same targets, but for the last kernel, else the first, that keep the ends level.
+
+    Limits, and what is small on purpose, would leave a change from end to end.
+    """
+    path = [i for i in seen.order if on_path[i]]
+    aim = aim.copy()
+    if path:
+        middle = float(np.median(aim[path]))
+        for i, sign in (path[-1], -1), (path[0], 1):
+            change = _end_excess(seen, on_path, weight, aim)
+            low, high = min(aim[i], middle - _LIMIT), max(aim[i], middle + _LIMIT)
+            aim[i] = np.clip(aim[i] + sign * change, low, high)
+    return aim
+
+
+def _end_excess(
+    seen: _Measured, on_path: np.ndarray, weight: float, signal: np.ndarray
+) -> float:
+    """How far beyond the bound signal and gradient change from end to end, on average.
+
+    With a log signal as given. At a kernel, signal times gradient stays as it is.
+    """
+    path = [i for i in seen.order if on_path[i]]
+    if not path:
+        return 0.0
+    first, last = path[0], path[-1]
+    gradient = seen.signal + seen.gradient - signal
+    forward, backward = signal[last] - signal[first], gradient[first] - gradient[last]
+    change = (1 - weight) * forward + weight * backward
+    return float(change - np.clip(change, -_END_BOUND, _END_BOUND))
 
 
 def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
@@ -818,11 +880,12 @@ def _findings(result: _Result) -> list[Finding]:
     sites, after = result.sites, result.after
     forward, backward = _ends(after, result.on_path)
     path = [i for i in after.order if result.on_path[i]]
-    if path and not 0.5 <= forward * backward <= 2:
+    name, held = _HELD[result.mode]
+    value = held(forward, backward)
+    if path and not 0.5 <= value <= 2:
         message = (
-            f"Forward times backward is {forward * backward:.2g}, not 1: the signal "
-            f"changes {forward:.2g}x from {sites[path[0]].path} to here, the gradient "
-            f"{backward:.2g}x on its way back."
+            f"{name} is {value:.2g}, not 1: the signal changes {forward:.2g}x from "
+            f"{sites[path[0]].path} to here, the gradient {backward:.2g}x on its way back."
         )
         advice = "Add normalization layers or residual connections."
         found.append(Finding("warning", "unreached", sites[path[-1]].path, message, advice))
