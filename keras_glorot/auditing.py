@@ -46,27 +46,27 @@ def audit(model: keras.Layer) -> Table:
     """Compares each fresh weight of a built model with what it was declared to be.
 
     For each variable: the std that its initializer should give, with the fans that its
-    layer really has, and the std, mean and range that it has. Read only; no data needed.
-    Findings have three severities: "error" (values that no training can start from: not
+    layer really has, and the std, mean and range that it has. It needs no data and changes
+    nothing. Findings have three severities: "error" (values that no training can start from: not
     finite, constant kernels, all units alike, negative variances), "warning" (not the
     declared distribution or constant, twins, zero or repeated slices, or Glorot where it
     does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
     activation that has no known gain).
 
     A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
-    the activation. Scale and mean are called wrong where they are off by more than 5 % and
-    by six standard errors, so small tensors are given the benefit of the doubt. What is
-    made by an initializer that is neither Keras's nor ours can't be compared.
+    the activation. Std and mean are called wrong if they are off by more than 5 % and by
+    more than six standard errors. In a small tensor, six standard errors can be much more
+    than 5 %. Weights from an initializer that is neither Keras's nor ours can't be compared.
 
-    A trained model is not fresh. Where an optimizer has made steps, or most kernels and
-    most constants have left what was declared, one finding says so; beside it only what
-    is wrong in a trained model too is reported.
+    A trained model is not fresh. If an optimizer has made steps, or if most kernels and
+    most constants no longer match what was declared, one finding says so. The others then
+    report only what is wrong in a trained model too.
 
     Args:
         model: A built layer or model.
 
     Returns:
-        A `Table` with a row per variable. `print` it, or take its `.rows` and `.findings`.
+        A `Table` with a row per variable. Print it, or use its `.rows` and `.findings`.
         The keys of a row: `path`, `layer`, `shape`, `dtype`, `initializer`, `fan_in`,
         `fan_out`, `expected_std`, `std`, `ratio` (of these two) and `mean`; what can't be
         known is None.

@@ -22,6 +22,12 @@ class Fans(NamedTuple):
     Attributes:
         fan_in: How many weighted inputs are summed into one output.
         fan_out: How many outputs one input reaches.
+
+    Example:
+
+    >>> fans = Fans(fan_in=128, fan_out=256)
+    >>> sum(fans)  # Glorot's variance is 2 over this
+    384
     """
 
     fan_in: int

@@ -53,16 +53,19 @@ def calculate_gain(
     | `"leaky_relu"` | sqrt(2 / (1 + slope²)) |
     | `"selu"` | 3/4 |
 
-    Every other activation `f`, and all of them with `exact=True`, get the gain that
-    keeps the second moment of a standard normal signal z at one:
-    `1 / sqrt(E[f(z)²])`, integrated to 1e-6.
+    Every other activation `f`, and with `exact=True` each of them, has the gain that
+    keeps the second moment of a standard normal signal z at one: `1 / sqrt(E[f(z)²])`,
+    integrated to 1e-6.
+
+    `gain="auto"` in an initializer uses these gains too, but 1 before SELU, which is its
+    exact gain, and 1 before softmax.
 
     Args:
         nonlinearity: One of PyTorch's names, the name of a Keras activation, or a
             callable that works element by element on a tensor of the backend.
         param: For `"leaky_relu"`: the slope on the negative side. Defaults to 0.2,
             which is Keras's slope; PyTorch's default is 0.01.
-        exact: Whether to integrate also where PyTorch's table has a value.
+        exact: Whether to integrate even if PyTorch's table has a value.
 
     Returns:
         The gain, a positive float.

@@ -46,16 +46,16 @@ def initialize(
     *,
     layers: Sequence[keras.Layer | str] | None = None,
 ) -> Table:
-    """Puts every weight of a built model or layer back to a fresh start, in place.
+    """Gives every weight of a built model or layer a fresh start, in place.
 
     Kernels, trainable or not, are drawn from `initializer` with the fans of their layer.
     All other variables get what their own initializer gives: biases, normalization and its
     statistics, recurrent kernels, embeddings, ... What a layer assigns to a variable in
     `build` is assigned again, from the new weights. Seed generators, metrics, the states of
     recurrent layers and the state of every optimizer among the attributes of the model and
-    of its layers are reset too; learning rates are not. What can't be reset is left as it
-    is: a finding in the result says why, and a warning that there is one. Dtype, sharding
-    and device stay.
+    of its layers are reset too; learning rates are not. What can't be reset stays as it
+    is: a finding in the result says why, and a warning points to it. Dtype, sharding and
+    device stay.
 
     Each variable has its own seed, made from `seed` and its place: the names of the layers
     from the model down, and its own. A name that Keras made up, of the form `dense` or
@@ -69,15 +69,14 @@ def initialize(
     layer that you named, nor of one with an automatic name unless it comes later in the
     same parent and is of the same class.
 
-    For `fit` to repeat itself bit by bit, also shuffle the data yourself:
-    Keras's shuffling, and on PyTorch its dropout without a seed, follow global generators,
-    which the first `fit` of a model advances further than later ones.
+    If `fit` must repeat itself bit by bit, also shuffle the data yourself: Keras's
+    shuffling, and on PyTorch its dropout without a seed, follow global generators, which
+    the first `fit` of a model advances further than later ones.
 
-    Errors are raised before the first variable is touched: by then all settings are checked
-    and all foreign initializers called; what remains is NumPy drawing into memory, and
-    `build` once more where it assigns. A copy of the old weights would double the memory
-    instead. So only an interrupt, running out of memory, or a layer's own code that fails
-    the second time can leave a model half done. What fails in an optimizer is a finding.
+    Errors are raised before the first variable changes: all arguments are checked and all
+    foreign initializers are called first. After that, only an interrupt, a lack of memory,
+    or a layer's own `build` that fails the second time can leave a model half done: a copy
+    of the old weights would double the memory. An error in an optimizer is a finding.
 
     Args:
         model: A built layer or model.
@@ -86,8 +85,8 @@ def initialize(
         seed: An integer. Defaults to the initializer's own seed if it has one, else to one
             from Python's `random`, which `keras.utils.set_random_seed` governs.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
-        layers: Layers of the model, or their names, to which to limit the work. They get
-            the same weights as in a whole run; optimizer and metrics are reset whole.
+        layers: Layers of the model, or their names: only these are initialized. They get
+            the same weights as in a run without it. Optimizer and metrics are reset whole.
 
     Returns:
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
@@ -100,7 +99,8 @@ def initialize(
             layer are left on purpose: a finding, and no warning.)
 
     Raises:
-        ValueError: If the model is not built, or an initializer does not fit a weight.
+        ValueError: If the model is not built, an initializer does not fit a weight, or
+            `layers` names what is not in the model.
         TypeError: If an argument is of a wrong type.
 
     Example:

@@ -37,13 +37,13 @@ _RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish"
 
 
 def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
-    """Decorates the rule that counts the connections of your own layer's kernels.
+    """A decorator: registers your rule for the fans of your own layer's kernels.
 
-    The rule is called as `rule(layer, shape)` for each weight of rank 2 or more that
-    such a layer holds itself, and returns `(fan_in, fan_out)`, or None to leave this
-    weight to the shape rule of `compute_fans`. Subclasses without a rule of their own
-    inherit it. Tell several kernels of a layer apart by their shapes: the rule is asked
-    afterwards, and also while the layer is being built, when attributes are missing.
+    The rule is called as `rule(layer, shape)` for each weight of rank 2 or more that such a
+    layer holds itself. It returns `(fan_in, fan_out)`, or None to leave this weight to the
+    shape rule of `compute_fans`. Subclasses without a rule of their own inherit it. Tell
+    several kernels of a layer apart by their shapes: the rule is also called while the
+    layer is being built, when attributes can still be missing.
 
     Args:
         layer_class: A subclass of `keras.Layer`.

@@ -185,10 +185,10 @@ def plot_histograms(
 ) -> Any:
     """Draws the distributions of activations and of their gradients, layer by layer.
 
-    What figures 6 and 7 of the paper show, on the same passes as `propagate`: a band for
-    each layer, in which the color tells how much of the values lies at one place. The axis
-    of values is linear around zero and logarithmic beyond the smallest std of a layer, so
-    that layers whose scales differ by many powers of ten can be compared.
+    Like figures 6 and 7 of the paper, from the same passes as `propagate`: each layer has a
+    band, and the color at a place says how many of its values lie there. The axis of values
+    is linear around zero and logarithmic beyond the smallest std of a layer, so that layers
+    whose scales differ by many powers of ten can be compared.
 
     Args:
         model: As in `propagate`.
@@ -204,7 +204,8 @@ def plot_histograms(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If `layers` names no row of `propagate`.
+        ValueError: If `layers` names no row of `propagate`; else as `propagate`.
+        TypeError: As `propagate`.
 
     Example:
 

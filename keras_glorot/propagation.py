@@ -35,42 +35,44 @@ def propagate(
     """Shows how the signal and its gradient change from layer to layer.
 
     The model is called once and differentiated once; its weights, statistics, metrics and
-    random states stay as they are. Differentiated is the mean of `loss(y, model(x))`;
-    without a loss, `sum(c * model(x))`, c random with unit variance. Dropout is off.
+    random states stay as they are. The gradient is that of the mean of
+    `loss(y, model(x))`; without a loss, that of `sum(c * model(x))`, with a random c of
+    variance 1. Dropout is off.
 
     Args:
         model: A built Keras model or layer.
         x: A batch to call it on, an array or a structure of arrays: dozens of examples.
-        y: Targets for `loss`.
+        y: Targets for `loss`. Give both or neither.
         loss: A Keras loss or its name, or a function of `(y, outputs)`.
-        seed: Integer: which random c.
+        seed: An integer: the same one gives the same c.
         training: Whether BatchNormalization uses the statistics of the batch, as in
             training, or its moving ones, as in `predict`.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
 
     Returns:
-        A `Table` with a row for each call of a layer, in order of execution, and at last
-        one for the model. What only hands on the result of a layer inside it has no row; a
-        recurrent layer has one for all steps. Keys of a row:
+        A `Table` with a row for each call of a layer, in order of execution, and a last
+        one for the model. A layer that only returns the result of a layer inside it has no
+        row; a recurrent layer has one for all steps. Keys of a row:
 
         - `path`, `layer`, `shape`: the layer, its class, and the shape of its output.
         - `mean`, `std`, `gradient_std`: of the first float tensor of the output.
         - `between_examples`: the part of the output's variance that differs between the
-          examples; 0: they have become alike, 1: they have nothing in common.
+          examples: 0 if they have become alike, 1 if they have nothing in common.
         - `input_std`: the std of the first float tensor of the input.
         - `forward_gain`: `std / input_std`. `backward_gain`: the std of the gradient at
           the input over that at the output.
         - `kernel_gradient_std`: of the first kernel.
         - `saturated`: the fraction with slope |f'| < 0.1 (tanh, sigmoid, softsign).
-        - `dead`: the fraction of ReLU units that are zero on the whole batch, where it
-          holds ten positions.
+        - `dead`: the fraction of ReLU units that are zero on the whole batch, if it
+          holds at least ten positions.
 
         The findings tell what vanishes, explodes, is saturated or dead, where examples
         become alike or unrelated, and where no scale of the kernels can change that.
 
     Raises:
         ValueError: If the model is not built; `x` is empty, not finite or does not fit; `y`
-            does not fit; or no gradient reaches the layers.
+            does not fit, or comes without `loss`, or `loss` without it; or no gradient
+            reaches the layers.
         TypeError: If `model` is not a Keras layer, or `seed` not an integer.
 
     Example:

@@ -49,14 +49,15 @@ def report(
     loss: Any = None,
     seed: int = 0,
 ) -> Path:
-    """Writes a page on a model: findings, pictures, and a table to sort and to filter.
+    """Writes a page about a model: findings, pictures, and a table to sort and to filter.
 
-    The page has what `audit` finds and, with a batch, what `propagate` and
-    `plot_histograms` show. It is one file, which loads nothing from elsewhere.
+    The page shows what `audit` finds and, with a batch, what `propagate` and
+    `plot_histograms` show. It is one HTML file that needs no network.
 
     Args:
         model: A built Keras model or layer.
-        x: A batch to call it on, as in `propagate`. Defaults to none: weights alone.
+        x: A batch to call it on, as in `propagate`. Without one, the page shows the weights
+            alone.
         path: The file to write.
         y: As in `propagate`.
         loss: As in `propagate`.
@@ -67,7 +68,8 @@ def report(
 
     Raises:
         ImportError: If matplotlib, itables or pandas is not installed.
-        ValueError: If the folder of `path` does not exist; else as `audit` and `propagate`.
+        ValueError: If `path` is a folder or its folder does not exist; else as `audit` and
+            `propagate`.
         TypeError: As `audit` and `propagate`.
 
     Example:

@@ -44,14 +44,22 @@ Severity = Literal["error", "warning", "info"]
 
 
 class Finding(NamedTuple):
-    """One thing worth knowing about one row: what it is, and what to do about it.
+    """One remark about one row of a table: what is so, and what to do about it.
 
     Attributes:
         severity: `"error"`, `"warning"` or `"info"`.
         code: What kind of finding it is, such as `"std"`. The README lists all codes.
-        path: The row that it is about.
+        path: The `"path"` of the row that it is about.
         message: One sentence that says what is so.
         advice: One sentence that says what to do.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(8, kernel_initializer="ones", name="dense")
+    >>> layer.build((None, 4))
+    >>> [finding] = audit(layer).findings
+    >>> finding.severity, finding.code, finding.path
+    ('info', 'constant-kernel', 'dense/kernel')
     """
 
     severity: Severity
@@ -108,20 +116,29 @@ class View(NamedTuple):
 
 
 class Table:
-    """Rows of figures with findings; prints itself to the width of the terminal.
+    """Rows of numbers, with findings; it prints itself as wide as the terminal.
 
-    Printed are the verdict, the findings and the rows of kernels; of many rows, those with
-    findings, the first and the last. A sound `audit` prints one line. `show(all=True)`
-    prints all rows.
+    It prints a verdict, the findings and the rows of kernels. If there are many rows, it
+    prints those with findings, the first and the last. A sound `audit` prints one line.
+    `show(all=True)` prints all rows. `len(table)` counts the rows, and a loop over the
+    table gives them one by one.
 
     Attributes:
         kind: The name of the function that made it: what the rows hold.
         rows: A list of dictionaries, all with the same keys; `"path"` is one of them.
         findings: A list of `Finding`s.
-        columns: The keys that are printed, all by default. Where the terminal is narrow,
-            paths are shortened in the middle, and columns that do not fit are left out
-            and named; the first ones have precedence.
+        columns: The keys that are printed, all by default. On a narrow terminal paths are
+            shortened in the middle. The last columns that do not fit are left out, and
+            named below the table.
         note: What the verdict says beside the number of findings.
+
+    Example:
+
+    >>> table = propagate(model, x)
+    >>> table.kind, len(table), table.findings
+    ('propagate', 5, [])
+    >>> [row["path"] for row in table][:2]
+    ['dense', 'dense_1']
     """
 
     def __init__(
@@ -145,13 +162,13 @@ class Table:
         return iter(self.rows)
 
     def to_json(self) -> str:
-        """The table as JSON text; nan and inf, for which JSON has no number, are null."""
+        """Kind, rows and findings as JSON text, with null for nan and inf."""
         found = [finding._asdict() for finding in self.findings]
         content = json.dumps({"kind": self.kind, "rows": self.rows, "findings": found})
         return json.dumps(json.loads(content, parse_constant=lambda _: None), indent=1)
 
     def to_pandas(self) -> Any:
-        """The rows as a `pandas.DataFrame`; pandas must be installed."""
+        """The rows as a `pandas.DataFrame`; an `ImportError` if pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -159,7 +176,21 @@ class Table:
         return pandas.DataFrame(self.rows)
 
     def plot(self, **options: Any) -> Any:
-        """Draws the table and returns the Axes; matplotlib must be installed."""
+        """Draws a table of `audit`, `propagate` or `calibrate`.
+
+        Of an `audit`, each kernel's std over the expected one; of the others, the stds of
+        signal and gradient by depth.
+
+        Args:
+            **options: `ax`, the matplotlib `Axes` to draw on. Defaults to a new figure's.
+
+        Returns:
+            The `Axes`.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If the table holds no std to draw; that of `initialize` never does.
+        """
         from keras_glorot import plots
 
         return plots.plot_table(self, **options)

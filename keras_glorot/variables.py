@@ -89,9 +89,10 @@ def describe(model: keras.Layer, argument: str = "model") -> list[Weight]:
 def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     """Lists `fan_in` and `fan_out` of each kernel in a built layer or model.
 
-    That is each weight of rank 2 or more, and vectors that are einsum kernels; other
-    vectors, such as biases, have no connections to count. Quantized kernels count as
-    what they stand for, and the factors of a LoRA-enabled layer for themselves.
+    Kernels are the weights of rank 2 or more, and vectors that are einsum kernels; other
+    vectors, such as biases, have no connections to count. A quantized kernel has the fans
+    of the kernel that it stands for. The two factors of a layer with LoRA have fans of
+    their own.
 
     Args:
         layer: A built layer or model. Sublayers and nested models are included.
