@@ -47,16 +47,17 @@ def audit(model: keras.Layer) -> Table:
 
     For each variable: the std that its initializer should give, with the fans that its
     layer really has, and the std, mean and range that it has. It needs no data and changes
-    nothing. Findings have three severities: "error" (values that no training can start from: not
-    finite, constant kernels, all units alike, negative variances), "warning" (not the
-    declared distribution or constant, twins, zero or repeated slices, or Glorot where it
-    does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
+    nothing. Findings have three severities: "error" (values that no training can start
+    from: not finite, constant kernels, all units alike, negative variances), "warning" (not
+    the declared distribution or constant, twins, zero or repeated slices, or Glorot where
+    it does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
     activation that has no known gain).
 
     A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
     the activation. Std and mean are called wrong if they are off by more than 5 % and by
     more than six standard errors. In a small tensor, six standard errors can be much more
-    than 5 %. Weights from an initializer that is neither Keras's nor ours can't be compared.
+    than 5 %. Weights from an initializer that is neither Keras's nor ours can't be
+    compared.
 
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
