@@ -1,7 +1,9 @@
 """The documentation: its code runs, and the built site works for everyone, from disk."""
 
 import re
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from browser import close, launched, needs_chromium, open_file, violations
@@ -62,6 +64,30 @@ class TestSite:
         close(page)
 
 
+def links(path):
+    """File and anchor of each link to a place in the site. Settings are no anchors."""
+    for link in re.findall(r'href="([^":]*#[^"]+)"', path.read_text(encoding="utf-8")):
+        target, anchor = unescape(link).split("#", 1)
+        if "=" not in anchor:
+            yield (path.parent / target).resolve() if target else path, unquote(anchor)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site")
+def test_anchors():
+    """mkdocs does not look for those in notebooks."""
+    pages = {
+        path: path.read_text(encoding="utf-8") for path in SITE.resolve().rglob("*.html")
+    }
+    broken = [
+        (path.name, target.name, anchor)
+        for path in pages
+        for target, anchor in links(path)
+        if f'id="{anchor}"' not in unescape(pages.get(target, ""))
+    ]
+    assert not broken
+
+
 class TestFromDisk:
     pytestmark = built
 
@@ -78,3 +104,14 @@ class TestFromDisk:
         text = page.locator("article").inner_text()
         assert "$" not in text
         close(page)
+
+    def test_settings_of_the_course(self, browser):
+        """The page to play with understands each link to it."""
+        course = (ROOT / "docs" / "course.md").read_text(encoding="utf-8")
+        addresses = re.findall(r"explorable/index\.html(#[^)]*)", course)
+        assert len(addresses) > 5
+        for address in addresses:
+            page = open_file(browser, SITE / "explorable" / "index.html", address)
+            page.wait_for_selector("#verdict:not(:empty)")
+            assert page.locator("#note").is_hidden(), address
+            close(page)
