@@ -740,8 +740,8 @@ def _hold_ends(
 
     Limits, and what is small on purpose, would leave a change from end to end.
     """
-    path = [i for i in seen.order if on_path[i]]
     aim = aim.copy()
+    path = _path(seen, on_path)
     if path:
         middle = float(np.median(aim[path]))
         for i, sign in (path[-1], -1), (path[0], 1):
@@ -754,18 +754,31 @@ def _hold_ends(
 def _end_excess(
     seen: _Measured, on_path: np.ndarray, weight: float, signal: np.ndarray
 ) -> float:
-    """How far beyond the bound signal and gradient change from end to end, on average.
-
-    With a log signal as given. At a kernel, signal times gradient stays as it is.
-    """
-    path = [i for i in seen.order if on_path[i]]
-    if not path:
-        return 0.0
-    first, last = path[0], path[-1]
-    gradient = seen.signal + seen.gradient - signal
-    forward, backward = signal[last] - signal[first], gradient[first] - gradient[last]
+    """How far beyond the bound signal and gradient change from end to end, on average."""
+    forward, backward = _log_ends(seen, on_path, signal)
     change = (1 - weight) * forward + weight * backward
     return float(change - np.clip(change, -_END_BOUND, _END_BOUND))
+
+
+def _log_ends(
+    seen: _Measured, on_path: np.ndarray, signal: np.ndarray
+) -> tuple[float, float]:
+    """Log of what signal, and of what gradient, is at the end over what it started with.
+
+    With a log signal as given: at a kernel, signal times gradient stays as it is.
+    """
+    path = _path(seen, on_path)
+    if not path:
+        return 0.0, 0.0
+    first, last = path[0], path[-1]
+    with np.errstate(invalid="ignore"):
+        gradient = seen.signal + seen.gradient - signal
+        return signal[last] - signal[first], gradient[first] - gradient[last]
+
+
+def _path(seen: _Measured, on_path: np.ndarray) -> list[int]:
+    """The sites that take part in the compromise, in order of their calls."""
+    return [i for i in seen.order if on_path[i]]
 
 
 def _on_path(sites: list[_Site], seen: _Measured) -> np.ndarray:
@@ -791,8 +804,8 @@ def _compromise(
     g = seen.gradient - seen.gradient[on_path].mean()
     compromise = weight * (s + g)
     compromise += level - compromise[on_path].mean()
-    ends = [i for i in seen.order if on_path[i]]
-    tilt = weight * abs((s + g)[ends[0]] - (s + g)[ends[-1]])
+    path = _path(seen, on_path)
+    tilt = weight * abs((s + g)[path[0]] - (s + g)[path[-1]])
     limit = max(_LIMIT, 0.6 * tilt)
     middle = float(np.median((compromise + small)[on_path]))
     compromise = np.clip(compromise + small, middle - limit, middle + limit) - small
@@ -865,21 +878,16 @@ def _row(result: _Result, i: int, weight: Weight) -> Row:
 
 def _ends(seen: _Measured, on_path: np.ndarray) -> tuple[float, float]:
     """Signal of the last kernel over the first; gradient of the first over the last."""
-    path = [i for i in seen.order if on_path[i]]
-    if len(path) < 2:
-        return 1.0, 1.0
-    first, last = path[0], path[-1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        forward = np.exp(seen.signal[last] - seen.signal[first])
-        backward = np.exp(seen.gradient[first] - seen.gradient[last])
-    return float(forward), float(backward)
+    forward, backward = _log_ends(seen, on_path, seen.signal)
+    with np.errstate(over="ignore"):
+        return float(np.exp(forward)), float(np.exp(backward))
 
 
 def _findings(result: _Result) -> list[Finding]:
     found = []
     sites, after = result.sites, result.after
     forward, backward = _ends(after, result.on_path)
-    path = [i for i in after.order if result.on_path[i]]
+    path = _path(after, result.on_path)
     name, held = _HELD[result.mode]
     value = held(forward, backward)
     if path and not 0.5 <= value <= 2:
