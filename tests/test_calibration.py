@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 from test_propagation import CASES, data, fill, mlp
 
-from keras_glorot import calibrate, calibration, propagate
+from keras_glorot import backends, calibrate, calibration, propagate, scaling
 
 GOLDEN = Path(__file__).parent / "golden" / "calibrate.json"
 
@@ -279,6 +279,10 @@ def test_branches_that_are_switched_off_on_purpose(switch):
     assert forward == pytest.approx(1, rel=0.1)
 
 
+def add(*terms):
+    return layers.Add()(terms)
+
+
 def residual(blocks, add, normalize=None, activate=None):
     inputs = x = keras.Input((6, 32))
     for i in range(blocks):
@@ -303,8 +307,8 @@ class Residual(layers.Layer):
 @pytest.mark.parametrize(
     ("add", "normalize"),
     [
-        (lambda *terms: layers.Add()(terms), layers.LayerNormalization),
-        (lambda *terms: layers.Add()(terms), None),
+        (add, layers.LayerNormalization),
+        (add, None),
         (lambda x, branch: x + branch, None),
     ],
 )
@@ -328,10 +332,6 @@ def test_residual_streams_are_bounded(add, normalize, blocks):
 
 def test_the_ends_of_residual_networks_hold():
     """The first kernel stands inside a branch, the last ends one, small on purpose."""
-
-    def add(*terms):
-        return layers.Add()(terms)
-
     model, x = residual(6, add, layers.LayerNormalization), data(16, 6, 32)
     table = calibrate(model, x)
     forward, backward, _ = calibration.measure_ends(model, x)
@@ -351,9 +351,6 @@ def test_a_reshaped_output_is_no_sum():
 
 
 def test_residual_streams_are_bounded_where_an_activation_follows_the_sum():
-    def add(*terms):
-        return layers.Add()(terms)
-
     model, x = residual(48, add, activate=layers.ReLU), data(16, 6, 32)
     calibrate(model, x)
     sums = [row["std"] for row in propagate(model, x) if row["layer"] == "Add"]
@@ -518,9 +515,8 @@ def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch
         layer = model.get_layer("separable")
         monkeypatch.setattr(layer, "call", failing(layer.call, at))
     elif stage == "gradient":
-        monkeypatch.setattr(calibration, "moments", failing(calibration.moments, 3))
+        monkeypatch.setattr(scaling, "moments", failing(scaling.moments, 3))
     elif stage == "assign":
-        backends = calibration.backends
         monkeypatch.setattr(backends, "assign", failing(backends.assign, 3))
     else:
         arguments = (np.zeros((4, 4)), failing(lambda y, outputs: outputs, 1))
