@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_glorot import backends
-from keras_glorot.keras_bridge import additions, sublayers
+from keras_glorot.keras_bridge import additions, direct_sublayers, sublayers
 from keras_glorot.layers import is_normalization
 from keras_glorot.recording import (
     Batch,
@@ -236,6 +236,8 @@ class Measurement:
         # By `id`, with the tensor, so that no other gets it: what sites put out, and sums.
         self.outputs: dict[int, tuple[Tensor, int]] = {}
         self.sums: dict[int, _Sum] = {}
+        # Other tensors that are no sums: what single layers make of one that is none.
+        self.others: dict[int, Tensor] = {}
         self.stem: int | None = None
         self.normalized: set[int] = set()
         variables = self.model.variables
@@ -255,11 +257,12 @@ class Measurement:
 
     def _wrappers(self) -> dict[int, Callable]:
         wrappers: dict[int, Callable] = {}
-        normalizations = [
-            layer for layer in sublayers(self.model) if is_normalization(layer)
-        ]
-        for layer in normalizations:
-            wrappers[id(layer)] = functools.partial(self._observe_normalization, layer)
+        for layer in sublayers(self.model):
+            if is_normalization(layer):
+                observe = functools.partial(self._observe_normalization, layer)
+                wrappers[id(layer)] = observe
+            elif not direct_sublayers(layer):
+                wrappers[id(layer)] = functools.partial(self._observe_single, layer)
         for layer in self.tables:
             wrappers[id(layer)] = self._observe_table
         for addition in self.additions:
@@ -275,7 +278,23 @@ class Measurement:
         outputs = call(*args, **kwargs)
         if len(self.calls) == 1:
             self.stem = self.calls[0]
+            self._note_others(outputs)
         return outputs
+
+    def _observe_single(self, layer, call, *args: Any, **kwargs: Any) -> Any:
+        """An activation, a pooling or the like makes no sum of what is none."""
+        outputs = call(*args, **kwargs)
+        inputs = [tensor for tensor in tree.flatten((args, kwargs)) if is_float(tensor)]
+        is_single = len(inputs) == 1 or isinstance(layer, _JOINS)
+        if is_single and not any(self._may_be_sum(tensor) for tensor in inputs):
+            self._note_others(outputs)
+        return outputs
+
+    def _note_others(self, outputs: Any) -> None:
+        self.others |= {id(tensor): tensor for tensor in tree.flatten(outputs)}
+
+    def _may_be_sum(self, tensor: Tensor) -> bool:
+        return id(tensor) not in self.outputs and id(tensor) not in self.others
 
     def _observe_addition(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
@@ -293,11 +312,13 @@ class Measurement:
         elif first is not None and not (self.additions or _is_batch(layer)):
             last, _ = next(reversed(self.outputs.values()), (first, None))
             self._note_sum(first, _std(last))
-        return call(*args, **kwargs)
+        outputs = call(*args, **kwargs)
+        self._note_others(outputs)
+        return outputs
 
     def _note_sum(self, total: Tensor, added: Tensor, start: Tensor | None = None) -> None:
         """The last site that was called is what is added."""
-        if id(total) in self.sums or id(total) in self.outputs:
+        if id(total) in self.sums or not self._may_be_sum(total):
             return
         if not self.sums and start is not None:
             self.sums[id(start)] = _Sum(start, start, None, start)
@@ -407,6 +428,7 @@ class Measurement:
         return contextlib.nullcontext()
 
 
+_JOINS = (keras.layers.Concatenate, keras.layers.Multiply)
 _AFFINE = (
     keras.layers.Dense,
     keras.layers.EinsumDense,

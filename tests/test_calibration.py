@@ -339,15 +339,34 @@ def test_the_ends_of_residual_networks_hold():
     assert "unreached" not in codes(table)
 
 
-def test_a_reshaped_output_is_no_sum():
-    """A convolution, a reshape and a normalization, as where SegFormer cuts patches."""
-    inputs = keras.Input((8, 8, 3))
-    x = layers.Conv2D(16, 2, strides=2)(inputs)
-    x = layers.LayerNormalization()(layers.Reshape((16, 16))(x))
-    x = layers.Dense(16, "gelu")(x)
-    model, x = fill(keras.Model(inputs, layers.Dense(3)(x))), data(16, 8, 8, 3)
-    stds = [row["std"] for row in calibrate(model, x, mode="forward")]
-    np.testing.assert_allclose(stds, 1, rtol=0.02)
+class Patches(layers.Layer):
+    """As where SegFormer cuts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.norm = layers.Conv2D(32, 2, strides=2), layers.LayerNormalization()
+
+    def call(self, x):
+        return self.norm(keras.ops.reshape(self.cut(x), (-1, 16, 32)))
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        lambda: [Patches()],
+        lambda: [layers.Conv2D(32, 2, strides=2), layers.ReLU(), layers.Reshape((16, 32))],
+        lambda: [layers.Conv2D(32, 1), layers.MaxPooling2D(), layers.Reshape((16, 32))],
+    ],
+)
+def test_what_follows_a_kernel_is_no_sum(stem):
+    """Only blocks add, whatever stands between the first kernel and their normalization."""
+    x = data(16, 8, 8, 3)
+    blocks = [Residual() for _ in range(24)]
+    final = [layers.LayerNormalization(), layers.Dense(3)]
+    model = fill(keras.Sequential([keras.Input(x.shape[1:]), *stem(), *blocks, *final]))
+    first, *others = [row["std"] for row in calibrate(model, x, mode="forward")]
+    assert first == pytest.approx(1, rel=0.01)
+    assert others[1] < 0.4  # the end of a block
 
 
 def test_residual_streams_are_bounded_where_an_activation_follows_the_sum():
