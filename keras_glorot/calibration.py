@@ -29,7 +29,7 @@ _HELD = {
     "balanced": ("Forward times backward", lambda forward, backward: forward * backward),
     "backward": ("The gradient's change", lambda forward, backward: backward),
 }
-# No kernel's output leaves the median by more, unless the whole network has to tilt.
+# No kernel's output leaves the median by more, unless the ends can't hold otherwise.
 _LARGEST_RATIO = 4.0
 _LIMIT = 0.95 * math.log(_LARGEST_RATIO)  # what is aimed at
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
@@ -315,12 +315,22 @@ def _hold_ends(
     aim = aim.copy()
     path = _path(seen, on_path)
     if path:
-        middle = float(np.median(aim[path]))
+        middle, limit = float(np.median(aim[path])), _limit(seen, on_path, weight)
         for i, sign in (path[-1], -1), (path[0], 1):
             change = _end_excess(seen, on_path, weight, aim)
-            low, high = min(aim[i], middle - _LIMIT), max(aim[i], middle + _LIMIT)
+            low, high = min(aim[i], middle - limit), max(aim[i], middle + limit)
             aim[i] = np.clip(aim[i] + sign * change, low, high)
     return aim
+
+
+def _limit(seen: Measured, on_path: np.ndarray, weight: float) -> float:
+    """How far, in logarithms, an output may be from the median.
+
+    As far as it has to if the first and the last are to hold the ends.
+    """
+    forward, backward = _log_ends(seen, on_path, seen.signal)
+    tilt = weight * abs(forward - backward)
+    return max(_LIMIT, (tilt - _END_BOUND) / 2)
 
 
 def _end_excess(
@@ -376,9 +386,7 @@ def _compromise(
     g = seen.gradient - seen.gradient[on_path].mean()
     compromise = weight * (s + g)
     compromise += level - compromise[on_path].mean()
-    path = _path(seen, on_path)
-    tilt = weight * abs((s + g)[path[0]] - (s + g)[path[-1]])
-    limit = max(_LIMIT, 0.6 * tilt)
+    limit = _limit(seen, on_path, weight)
     middle = float(np.median((compromise + small)[on_path]))
     compromise = np.clip(compromise + small, middle - limit, middle + limit) - small
     misfit = ((1 - weight) * s - weight * g)[on_path]
