@@ -82,6 +82,11 @@ def audit(model: keras.Layer) -> Table:
     >>> layer.build((None, 32, 32, 512))
     >>> [(finding.code, finding.path) for finding in audit(layer).findings]
     [('std', 'depthwise/kernel')]
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 12 and
+      16, for the std of Glorot's kernels
     """
     measured = [_measure_weight(weight) for weight in describe(model)]
     findings = [finding for subject in measured for finding in _check(subject)]

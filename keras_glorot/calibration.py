@@ -85,35 +85,36 @@ def calibrate(
 
     - Kernels of query and key get s = 1, so that the logits have unit variance; so do
       kernels before a sigmoid and the input kernels of recurrent layers.
-    - Where blocks add to a sum, the last kernels of the branches are made smaller until
-      the sum has at most 1.15 times the std that it starts with, but not below about 1/4:
-      the sum of 48 branches then has twice that std. In the objective they count as if
-      they were not smaller. Branches that end in a normalization layer have a scale of
-      their own. A sum is known by an `Add` layer, by the `+` of a functional model, or by
-      the normalization layer that reads it. A bare `+` in the `call` of a subclassed layer,
-      with no normalization, is not seen: use `keras.layers.Add` there.
+    - Where blocks add to a sum, the last kernels of the branches are made smaller until the
+      sum has at most 1.15 times the std that it starts with, but not below about 1/4: the
+      sum of 48 branches then has twice that std. The last of them may be larger, to hold
+      the ends (see below). In the objective they count as if they were not smaller.
+      Branches that end in a normalization layer have a scale of their own. A sum is known
+      by an `Add` layer, by the `+` of a functional model, or by the normalization layer
+      that reads it. A bare `+` in the `call` of a subclassed layer, with no normalization,
+      is not seen: use `keras.layers.Add` there.
     - A first kernel stays as it is if a learned table, as of positions, is added to its
       output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
     - Constants, frozen layers, embeddings and recurrent kernels stay as they are; a
       finding says so. A shared kernel has one factor, for the mean over its calls.
-    - s stays within a factor of 4 of the median, unless the ends of the network differ
-      more than that, by its structure.
-    - Where these rules would leave a change from end to end of more than 1.2 (of forward,
-      backward, or the root of their product, as the mode has it), the last kernel, then
-      the first, makes up for it.
+    - s stays within a factor of 4 of the median, unless the ends can't hold otherwise.
+    - From end to end nothing changes by more than a factor of about 1.2: not forward in
+      mode `"forward"`, backward in `"backward"`, and the root of their product in
+      `"balanced"`. Where the rules above leave more, the last kernel makes up for it, then
+      the first.
 
     All or nothing: after an error or an interrupt the kernels are as they were.
 
     Args:
         model: A built Keras model or layer.
         x: A batch like those it will be trained on: dozens of examples.
-        y: Targets for `loss`.
-        loss: What is differentiated, as in `propagate`. Without a loss,
-            `sum(c * model(x))`, c random.
+        y: Targets for `loss`. Give both or neither.
+        loss: What is differentiated, as in `propagate`. Without one it is
+            `sum(c * model(x))`, where c is random.
         mode: `"balanced"`, `"forward"` or `"backward"`.
         layers: Layers of the model, or their names, to which to limit the work.
-        seed: Integer: which random c.
+        seed: An integer: the same one gives the same c.
         training: Whether BatchNormalization uses the statistics of the batch, as training
             will. Dropout is off.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
@@ -126,8 +127,8 @@ def calibrate(
         last kernel over the first) and backward (g of the first over the last).
 
     Raises:
-        ValueError: If the model is not built, or the batch does not fit or can't tell: one
-            example, or all alike, or not finite.
+        ValueError: If the model is not built, the batch does not fit, or nothing can be
+            measured on it: one example, or all alike, or not finite.
         TypeError: If an argument is of a wrong type.
 
     Example:

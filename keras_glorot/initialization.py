@@ -108,6 +108,10 @@ def initialize(
     >>> table = keras_glorot.initialize(model, seed=0)
     >>> table.rows[0]["done"]
     'GlorotUniform'
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
     """
     weights = describe(model)
     kernel_initializer = keras.initializers.get(initializer)

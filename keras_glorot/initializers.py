@@ -175,7 +175,8 @@ class GlorotUniform(_Glorot):
     Args:
         gain: Factor on the standard deviation: a positive float; the name of an
             activation, for `calculate_gain(name)`; or `"auto"`, for the gain of the
-            `activation` of the layer being built, 1 where it has none. Defaults to 1.
+            `activation` of the layer being built: 1 where it has none, or SELU or
+            softmax. Defaults to 1.
         seed: An int makes every call a pure function of seed, shape and distribution:
             the same bits on every backend. A `keras.random.SeedGenerator` advances with
             every call. `None` draws a seed once, from Python's `random`, so that
@@ -221,13 +222,14 @@ class GlorotNormal(_Glorot):
 
     Draws from a normal distribution truncated at two of its standard deviations, std',
     with `std' = std / 0.8796256610342398`, so that what is left after truncation has
-    `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`, but for the
-    rounding to half precision.
+    `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`. In half
+    precision the largest is rounded, and can exceed it by half a unit in the last place.
 
     Args:
         gain: Factor on the standard deviation: a positive float; the name of an
             activation, for `calculate_gain(name)`; or `"auto"`, for the gain of the
-            `activation` of the layer being built, 1 where it has none. Defaults to 1.
+            `activation` of the layer being built: 1 where it has none, or SELU or
+            softmax. Defaults to 1.
         seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has
             it. The two distributions share no bits.
         input_axes: Axes of the kernel that one output sums over, as in `GlorotUniform`.
@@ -274,6 +276,10 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
         variance_scaling: Whether a `VarianceScaling` that is given by name or config
             becomes ours too, with `gain` in place of its scale and mode. EfficientNet
             names its initializers so.
+
+    Raises:
+        ValueError: If the gain is not positive and finite or not a known name.
+        TypeError: If the gain is of a wrong type.
 
     Example:
 

@@ -64,6 +64,10 @@ def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
     ...     return compute_fans(shape, input_axes=[1], output_axes=[2])
 
     Without decoration: `register_fans(MixtureOfExperts)(experts_fans)`.
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
         raise TypeError(

@@ -317,7 +317,7 @@ class Measurement:
         return outputs
 
     def _note_sum(self, total: Tensor, added: Tensor, start: Tensor | None = None) -> None:
-        """The last site that was called is what is added."""
+        """The output of the site that was called last is taken for what is added."""
         if id(total) in self.sums or not self._may_be_sum(total):
             return
         if not self.sums and start is not None:

@@ -151,6 +151,12 @@ class Table:
     ):
         self.kind = kind
         self.rows = list(rows)
+        for row in self.rows:
+            if "path" not in row:
+                raise ValueError(
+                    'Argument `rows` must hold dictionaries with the key "path". '
+                    f"Received: a row {row}"
+                )
         self.findings = list(findings)
         self.note = note
         self.columns = list(columns or (self.rows[0] if self.rows else ()))

@@ -112,6 +112,10 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     >>> layer.build((None, 32, 32, 512))
     >>> layer_fans(layer)
     {'depthwise/kernel': Fans(fan_in=9, fan_out=9)}
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
     weights = describe(layer, "layer")
     return {weight.path: weight.fans for weight in weights if weight.fans is not None}
