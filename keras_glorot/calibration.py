@@ -408,11 +408,11 @@ def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
                "share", "layer")  # fmt: skip
     forward, backward = _ends(result.after, result.on_path)
     old_forward, old_backward = _ends(result.before, result.on_path)
+    largest = f"largest sum {result.after.stream:.3g}; " if result.after.stream else ""
     note = (
         f"Signal {forward:.3g}, gradient {backward:.3g} from end to end, before "
         f"{old_forward:.2g} and {old_backward:.2g}. Structure's ratio "
-        f"{forward / backward:.3g}; largest sum {result.after.stream:.3g}; "
-        f"{result.passes} passes."
+        f"{forward / backward:.3g}; {largest}{result.passes} passes."
     )
     return Table("calibrate", rows, findings + _findings(result), columns, note)
 
