@@ -47,6 +47,19 @@ def test_checks_something(path):
 
 
 @each
+def test_checks_are_folded(path):
+    """They have cells of their own, which the site leaves out, and nothing to show."""
+    for cell in code_cells(path):
+        tags = cell["metadata"].get("tags", [])
+        folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+        assert folded == bool({"remove-cell", "remove-input"} & set(tags)), cell["id"]
+        if "remove-cell" in tags:
+            assert not cell["outputs"], cell["id"]
+        else:
+            assert "assert " not in "".join(cell["source"]), cell["id"]
+
+
+@each
 def test_pictures_have_a_text(path):
     """It stands in the metadata of the cell, and `docs/hooks.py` brings it to the site."""
     for cell in code_cells(path):
