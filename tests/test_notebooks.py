@@ -32,7 +32,7 @@ def test_stored_as_executed(path):
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert path.stat().st_size < 500_000
+    assert path.stat().st_size < 800_000  # pictures as wide as the page take their room
 
 
 @each
