@@ -15,6 +15,9 @@ CODE = re.compile(r"<(pre|code|script|style|svg)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
 # The theme needs this script to search a site that was opened from disk.
 SHIM = "https://unpkg.com/iframe-worker/shim"
+# From one notebook to another. The plugin leaves it as it is, to the file.
+NOTEBOOK_LINK = re.compile(r'(<a href="\w+)\.ipynb(?=["#])')
+DOWNLOAD = '<p><a href="{}.ipynb" download>Download this notebook, with its checks</a></p>'
 # What stands for the text of a picture that has none.
 NO_TEXT = "No description has been provided for this image"
 MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
@@ -36,6 +39,8 @@ def on_post_page(output: str, page, config) -> str:
     if not page.file.src_uri.endswith(".ipynb"):
         return output
     output = _describe_pictures(output, ROOT / page.file.src_uri)
+    output = NOTEBOOK_LINK.sub(r"\1.html", output)
+    output = output.replace("</h1>", f"</h1>{DOWNLOAD.format(Path(page.url).stem)}", 1)
     return _outside_code(_to_mathml, MATHJAX.sub("", output))
 
 

@@ -88,6 +88,15 @@ def test_anchors():
     assert not broken
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site")
+def test_notebooks_link_to_pages():
+    """To files they would download; one link, to the page's own, is there for that."""
+    for path in (SITE / "notebooks").glob("*.html"):
+        files = re.findall(r'href="([^"]*\.ipynb)[#"]', path.read_text(encoding="utf-8"))
+        assert files == [f"{path.stem}.ipynb"]
+
+
 class TestFromDisk:
     pytestmark = built
 
