@@ -388,28 +388,89 @@ def _mark(encoding: str) -> str:
 
 def _shortened(path: str, width: int, mark: str) -> Iterator[str]:
     """Ways to shorten a path, the best ones first."""
-    if cell_len(path) <= width:
+    if _width(path) <= width:
         yield path
         return
     parts = path.split("/")
+    ways = list(_leave_out(parts, mark))
+    for kept in ways:
+        text = "/".join(kept)
+        if _width(text) <= width:
+            yield text
+    for last_is_whole in (True, False):
+        for kept in [parts, *ways]:
+            yield from _crop_names(kept, width, mark, last_is_whole)
+    yield from _crop_middle(path, width, mark)
+
+
+def _leave_out(parts: list[str], mark: str) -> Iterator[list[str]]:
+    """The parts without some that stand between: `encoder/…/depthwise/kernel`."""
+    # The layer and its variable say most, then the outermost layer, then as much as fits.
+    end = len(parts) - 1
     cuts = [
         (start, stop)
-        for start in range(len(parts))
-        for stop in range(start + 1, len(parts))
-        if cell_len("/".join([*parts[:start], mark, *parts[stop:]])) <= width
+        for start in range(end)
+        for stop in range(start + 1, end + 1)
+        if start or stop < end
     ]
-    # The layer and its variable say most, then the outermost layer, then as much as fits.
-    cuts.sort(key=lambda cut: (cut[1] > len(parts) - 2, cut[0] == 0, cut[1] - cut[0]))
+    cuts.sort(key=lambda cut: (cut[1] == end, cut[0] == 0, cut[1] - cut[0]))
     for start, stop in cuts:
-        yield "/".join([*parts[:start], mark, *parts[stop:]])
-    # Cut inside a name; first where a third is left of the mark.
+        yield [*parts[:start], mark, *parts[stop:]]
+    for i in range(1, end - 2):
+        yield [mark, parts[i], mark, *parts[-2:]]
+
+
+# A name that is cut to less than this says nothing.
+_NAME_WIDTH = 7
+
+
+def _crop_names(
+    parts: list[str], width: int, mark: str, last_is_whole: bool
+) -> Iterator[str]:
+    """Cuts inside each long name: `enco…block_1/proj…convolution/kernel`."""
+    space, widths = width - len(parts) + 1, [_width(part) for part in parts]
+    order = sorted(range(len(parts)), key=widths.__getitem__)
+    if last_is_whole:
+        order.remove(len(parts) - 1)
+        space -= widths[-1]
+        if space < 0:
+            return
+    # Short names leave room to the long ones, which share it.
+    for place, i in enumerate(order):
+        share = space // (len(order) - place)
+        if widths[i] > share < _NAME_WIDTH:
+            return
+        widths[i] = min(widths[i], share)
+        space -= widths[i]
+    # First where a third is left of the mark: numbers stand at the end.
+    for sixths in (2, 3, 1, 4, 0, 5):
+        yield "/".join(
+            part
+            if _width(part) <= limit
+            else _cut(part, limit, (limit - 1) * sixths // 6, mark)
+            for part, limit in zip(parts, widths, strict=True)
+        )
+
+
+def _width(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _crop_middle(path: str, width: int, mark: str) -> Iterator[str]:
+    """Cuts the path at any place; first where a third is left of the mark."""
     space = max(0, width - 1)
     for head in sorted(range(space + 1), key=lambda head: abs(3 * head - space)):
-        yield _crop(path, head) + mark + _crop(path[::-1], space - head)[::-1]
+        yield _cut(path, width, head, mark)
+
+
+def _cut(text: str, width: int, head: int, mark: str) -> str:
+    """A text of this width, of which `head` is left of the mark."""
+    tail = max(0, width - 1 - head)
+    return _crop(text, head) + mark + _crop(text[::-1], tail)[::-1]
 
 
 def _crop(text: str, width: int) -> str:
-    while cell_len(text) > width:
+    while _width(text) > width:
         text = text[:width] if len(text) > width else text[:-1]
     return text
 
@@ -421,8 +482,10 @@ def _to_text(view: View, width: int, encoding: str) -> Iterator[Any]:
     if view.verdict:
         yield Text(printable(view.verdict, encoding), "bold" if view.groups else "")
     longest = max(_PATH_WIDTH, width // 2)
-    paths = shorten([group.path for group in view.groups], longest, encoding)
-    for group, path in zip(view.groups, paths, strict=True):
+    named = [group.path for group in view.groups]
+    # Told from the rows too.
+    paths = shorten([*named, *(row["path"] for row in view.shown)], longest, encoding)
+    for group, path in zip(view.groups, paths, strict=False):
         text = printable(group.text, encoding)
         line = f" [{group.code}] {path}{group.others}: {text}"
         yield Text(group.severity, _STYLES[group.severity]).append(line, "default")

@@ -334,3 +334,39 @@ def test_what_an_encoding_lacks_is_escaped():
     Console(file=stream, width=80).print(Table("audit", ROWS, FINDINGS))
     stream.flush()
     assert rb"\u540d/kernel" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize("width", [28, 33, 40])
+def test_a_shortened_path_still_names_its_layer(width):
+    blocks = [f"encoder_stage_{i // 2}_residual_bottleneck_block_{i}" for i in range(12)]
+    layers = ("grouped_pointwise_projection/kernel", "separable_expansion/depthwise_kernel")
+    short = shorten([f"{block}/{layer}" for block in blocks for layer in layers], width)
+    assert len(set(short)) == 24
+    assert max(map(len, short)) <= width
+    for i, path in enumerate(short):
+        assert f"ck_{i // 2}/" in path
+        assert path.endswith(("/kernel", "/depthwise_kernel"))
+
+
+def test_a_number_in_the_middle_tells_paths_apart():
+    paths = [
+        f"text_encoder/transformer/layer_{i}/self_attention/{name}/kernel"
+        for i in range(24)
+        for name in ("query", "attention_output")
+    ]
+    short = shorten(paths, 28)
+    assert len(set(short)) == 48
+    assert short[2] == "…/layer_1/…/query/kernel"
+
+
+def test_the_path_of_a_finding_tells_it_from_other_rows(width):
+    width(80)
+    rows = [
+        {
+            "path": f"encoder_stage_{i // 2}_residual_bottleneck_block_{i}/conv/kernel",
+            "fan_in": 9,
+        }
+        for i in range(12)
+    ]
+    text = str(Table("audit", rows, [finding(rows[3]["path"])]))
+    assert "block_3/conv/kernel: It is off." in " ".join(text.split())
