@@ -8,7 +8,7 @@ import keras
 
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import Distribution
-from keras_glorot.fans import compute_fans
+from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.fitting import (
     Statistics,
     best_fit,
@@ -561,9 +561,16 @@ def _explain_std(weight: Weight, statistics: Statistics) -> str:
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
+def _counted_fans(weight: Weight) -> Fans | None:
+    """The fans; None of a bias of rank 2, as of attention, which connects nothing."""
+    declared = weight.distribution
+    is_constant = declared is not None and declared.form == "constant"
+    return None if is_constant and not weight.is_kernel else weight.fans
+
+
 def _row(subject: _Measured) -> Row:
     weight, statistics, expected = subject[:3]
-    fan_in, fan_out = weight.fans or (None, None)
+    fan_in, fan_out = _counted_fans(weight) or (None, None)
     std = statistics.std if statistics.size > 1 else None
     row: Row = {
         "path": weight.path,

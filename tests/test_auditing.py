@@ -482,3 +482,17 @@ def test_activations_that_keras_does_not_know(odd, is_known):
         np.testing.assert_allclose(
             np.std(keras.ops.convert_to_numpy(layer.kernel)), math.sqrt(1 / 24), rtol=0.2
         )
+
+
+def test_biases_of_rank_two_are_no_kernels():
+    attention = layers.MultiHeadAttention(2, 8, name="attention")
+    attention.build((None, 4, 16), (None, 4, 16))
+    gru = layers.GRU(4, recurrent_initializer="glorot_uniform", name="gru")
+    gru.build((None, 5, 3))
+    for layer, kernels in (attention, 4), (gru, 2):
+        table = audit(layer)
+        shown = table.view().shown if table.findings else []
+        with_fans = [row["path"] for row in table if row["fan_in"] is not None]
+        assert len(with_fans) == kernels
+        assert not [path for path in with_fans if "bias" in path]
+        assert not [row for row in shown if "bias" in row["path"]]
