@@ -17,8 +17,8 @@ __all__ = ["propagate"]
 
 
 # The last ones are left out where there is no room.
-_COLUMNS = ("path", "shape", "std", "forward_gain", "gradient_std", "backward_gain",
-            "saturated", "dead", "between_examples", "kernel_gradient_std", "mean",
+_COLUMNS = ("path", "std", "forward_gain", "gradient_std", "backward_gain", "saturated",
+            "dead", "between_examples", "shape", "kernel_gradient_std", "mean",
             "layer")  # fmt: skip
 
 

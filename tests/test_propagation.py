@@ -593,3 +593,17 @@ def test_what_can_not_be_done_is_said(arguments, error, match):
         model.build((None, 12))
     with pytest.raises(error, match=match):
         propagate(model, *rest)
+
+
+def test_forward_and_backward_are_shown_at_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    inputs = keras.Input((32, 32, 3))
+    x = inputs
+    for i in range(4):
+        name = f"a_long_name_of_a_layer_of_a_network_{i}"
+        x = keras.layers.Conv2D(128, 3, activation="tanh", name=name)(x)
+    model = keras.Model(inputs, x)
+    text = str(propagate(model, np.random.default_rng(0).normal(size=(16, 32, 32, 3))))
+    heads = " ".join(text.split("──")[0].split())
+    assert "forward gradient backward" in heads
+    assert max(map(len, text.splitlines())) <= 80
