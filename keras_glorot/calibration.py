@@ -124,7 +124,8 @@ def calibrate(
         s and g, this relative to their geometric mean; `std_before`; `share`: the part of
         the gradient that it gets of what passes by; `target`: `"balanced"`, `"unit"`,
         `"off path"` or `""` (not scaled); `shape`, `layer`. The note has forward (s of the
-        last kernel over the first) and backward (g of the first over the last).
+        last kernel over the first), backward (g of the first over the last), and what the
+        mode holds of them.
 
     Raises:
         ValueError: If the model is not built, the batch does not fit, or nothing can be
@@ -406,15 +407,23 @@ def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
     ]
     columns = ("path", "factor", "std_before", "std", "gradient_std", "target", "shape",
                "share", "layer")  # fmt: skip
-    forward, backward = _ends(result.after, result.on_path)
-    old_forward, old_backward = _ends(result.before, result.on_path)
-    largest = f"largest sum {result.after.stream:.3g}; " if result.after.stream else ""
-    note = (
-        f"Signal {forward:.3g}, gradient {backward:.3g} from end to end, before "
-        f"{old_forward:.2g} and {old_backward:.2g}. Structure's ratio "
-        f"{forward / backward:.3g}; {largest}{result.passes} passes."
+    return Table("calibrate", rows, findings + _findings(result), columns, _note(result))
+
+
+def _note(result: _Result) -> str:
+    """What became of signal and gradient, and what the mode holds of both."""
+    (forward, backward), (old_forward, old_backward) = (
+        _ends(seen, result.on_path) for seen in (result.after, result.before)
     )
-    return Table("calibrate", rows, findings + _findings(result), columns, note)
+    name, held = _HELD[result.mode]
+    stream = result.after.stream
+    sums = f"Residual sums have a std of {stream:.3g} at most. " if stream else ""
+    return (
+        f"From the first kernel to the last the signal changes {forward:.3g}x (before: "
+        f"{old_forward:.2g}x); on the way back the gradient changes {backward:.3g}x "
+        f"(before: {old_backward:.2g}x). {name}: {held(forward, backward):.3g}, where 1 is "
+        f"aimed at. {sums}Done in {result.passes} passes."
+    )
 
 
 def _row(result: _Result, i: int, weight: Weight) -> Row:
