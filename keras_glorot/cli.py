@@ -6,14 +6,17 @@ in its defaults the function that runs it.
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 import zipfile
@@ -47,11 +50,36 @@ def is_starting() -> bool:
 def start() -> None:
     """Ends `--help`, `--version` and wrong arguments, before Keras is imported."""
     # TensorFlow's remarks about the machine are no answer to anything asked here.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _parser().parse_args()
     if text := missing_backend():
         _complain("error", text)
         sys.exit(2)
+    with _without_early_log_lines():
+        importlib.import_module("keras")
+
+
+# What TensorFlow's libraries write while they are loaded: no level of logging holds yet.
+_LOG_LINE = re.compile(r"WARNING: All log messages before absl::|[IWE]\d{4} \d\d")
+
+
+@contextlib.contextmanager
+def _without_early_log_lines() -> Iterator[None]:
+    """Holds back what is written to stderr, then writes it without TensorFlow's lines."""
+    if sys.stderr is None:  # closed
+        yield
+        return
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="backslashreplace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            sys.stderr.writelines(line for line in file if not _LOG_LINE.match(line))
 
 
 def missing_backend() -> str | None:

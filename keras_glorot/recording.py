@@ -8,6 +8,7 @@ that returns the tensors, so that it compiles little more than autodiff's own pr
 
 import contextlib
 import functools
+import logging
 import math
 import numbers
 import threading
@@ -480,6 +481,20 @@ class _EagerSignals:
         return [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
 
 
+@contextlib.contextmanager
+def _without_retracing_warnings(logger: logging.Logger) -> Iterator[None]:
+    """Hides that Keras compiles grouped convolutions anew: here they run once."""
+
+    def is_worth_saying(record: logging.LogRecord) -> bool:
+        return "triggered tf.function retracing" not in record.getMessage()
+
+    logger.addFilter(is_worth_saying)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_worth_saying)
+
+
 def _tensorflow(run: Run) -> Differentiator:
     import tensorflow as tf
 
@@ -501,7 +516,8 @@ def _tensorflow(run: Run) -> Differentiator:
 
         sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
         sources = list(map(tf.convert_to_tensor, sources))
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        quiet = _without_retracing_warnings(tf.get_logger())
+        with quiet, tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)
             flat = iter(sources)
             watched = tree.map_structure(

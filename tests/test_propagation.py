@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -601,9 +602,22 @@ def test_forward_and_backward_are_shown_at_80_columns(monkeypatch):
     x = inputs
     for i in range(4):
         name = f"a_long_name_of_a_layer_of_a_network_{i}"
-        x = keras.layers.Conv2D(128, 3, activation="tanh", name=name)(x)
+        x = layers.Conv2D(128, 3, activation="tanh", name=name)(x)
     model = keras.Model(inputs, x)
     text = str(propagate(model, np.random.default_rng(0).normal(size=(16, 32, 32, 3))))
     heads = " ".join(text.split("──")[0].split())
     assert "forward gradient backward" in heads
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_no_remarks_on_retracing(caplog):
+    """TensorFlow's, as each grouped convolution is compiled anew."""
+    x = inputs = keras.Input((8, 8, 8))
+    for _ in range(8):
+        x = layers.Conv2D(8, 3, groups=4, padding="same")(x)
+    logging.getLogger("tensorflow").addHandler(caplog.handler)
+    try:
+        propagate(keras.Model(inputs, x), data(4, 8, 8, 8))
+    finally:
+        logging.getLogger("tensorflow").removeHandler(caplog.handler)
+    assert caplog.text == ""
