@@ -11,10 +11,10 @@ and that a saved model predicts the same when it is loaded again.
 """
 
 import argparse
+import math
 import os
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -32,6 +32,7 @@ from keras_glorot import GlorotUniform
 
 DEPTH, EPOCHS = 10, 6
 BATCH = 256
+BARS = "▁▂▃▄▅▆▇█"
 STOCK, FANS, CALIBRATED = "stock Keras", "initialize", "initialize + calibrate"
 
 
@@ -89,23 +90,22 @@ def learn(model, data):
 
 
 def verdict(model):
-    """What `audit` says, in a few words."""
-    counts = Counter(finding.code for finding in keras_glorot.audit(model).findings)
-    if not counts["std"]:
-        return "no wrong std"
-    return f"{counts['std']} of {2 * DEPTH + 2} stds wrong"
+    """How many kernels have the std that they should have, as `audit` counts them."""
+    note = keras_glorot.audit(model).note
+    return note[: note.index(" kernels")]
 
 
-def run(data):
+def run(data, console):
     """By method: the trained model, verdict, signal by depth, accuracy by epoch."""
     results = {}
     for method in (STOCK, FANS, CALIBRATED):
-        keras.utils.set_random_seed(3)
-        model = separable_net()
-        batch = data[0][:BATCH]
-        start(model, method, batch)
-        said = verdict(model) if method != CALIBRATED else "(measured instead)"
-        results[method] = model, said, signal(model, batch), learn(model, data)
+        with console.status(f"{method}: {EPOCHS} epochs"):
+            keras.utils.set_random_seed(3)
+            model = separable_net()
+            batch = data[0][:BATCH]
+            start(model, method, batch)
+            said = verdict(model) if method != CALIBRATED else "measured"
+            results[method] = model, said, signal(model, batch), learn(model, data)
     return results
 
 
@@ -118,18 +118,25 @@ def predicts_the_same_when_loaded(model, images):
     return np.array_equal(*predictions)
 
 
+def bars(stds, lowest, highest):
+    """One bar per layer, the std on a logarithmic scale."""
+    low, high = math.log(lowest), math.log(highest)
+    heights = [(math.log(std) - low) / (high - low) for std in stds]
+    return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)
+
+
 def show(results, console):
-    shown = [1, DEPTH // 2, DEPTH]
-    title = f"{DEPTH} separable convolutions on handwritten digits"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("first weights")
-    table.add_column("audit says")
-    for layer in shown:
-        table.add_column(f"std at {layer}", justify="right")
-    table.add_column("accuracy", justify="right")
+    seen = [std for _, _, stds, _ in results.values() for std in stds]
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("first weights", no_wrap=True)
+    heads = "audit:\nstds right", "std at 1", "by depth", f"std at {DEPTH}", "accuracy"
+    for head in heads:
+        side = "center" if head == "by depth" else "right"
+        table.add_column(head, justify=side, no_wrap=True, vertical="bottom")
     for method, (_, said, stds, accuracies) in results.items():
-        values = [f"{stds[layer - 1]:.1e}" for layer in shown]
-        table.add_row(method, said, *values, f"{accuracies[-1]:.1%}")
+        ends = [f"{std:.1e}" for std in (stds[0], stds[-1])]
+        drawn = bars(stds, min(seen), max(seen))
+        table.add_row(method, said, ends[0], drawn, ends[1], f"{accuracies[-1]:.1%}")
     console.print(table)
 
 
@@ -173,22 +180,26 @@ def draw_picture(results, folder):
             left.legend(fontsize=9)
             for ax in (left, right):
                 ax.grid(alpha=0.25)
-            figure.savefig(Path(folder) / name, metadata={"Date": None})
+            figure.savefig(folder / name, metadata={"Date": None})
             plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--picture", metavar="FOLDER", help="write the README's picture")
+    text = "an existing folder, to write the README's picture to"
+    parser.add_argument("--picture", metavar="FOLDER", type=Path, help=text)
     options = parser.parse_args()
+    if options.picture and not options.picture.is_dir():
+        parser.error(f"--picture must be an existing folder. Received: {options.picture}")
     console = Console(highlight=False)
     begin = time.perf_counter()
-    data = digits()
-    results = run(data)
     console.print(
         f"keras-glorot {keras_glorot.__version__} on Keras {keras.__version__}, "
-        f"{keras.backend.backend()} backend"
+        f"{keras.backend.backend()} backend\n{DEPTH} separable convolutions on handwritten "
+        f"digits, {EPOCHS} epochs\n"
     )
+    data = digits()
+    results = run(data, console)
     show(results, console)
     if options.picture:
         draw_picture(results, options.picture)
