@@ -9,6 +9,7 @@ import io
 import platform
 import re
 import string
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -270,7 +271,10 @@ def _svg(picture: Picture, identifier: str) -> str:
         figure = picture.draw().figure
         figure.patch.set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=144)
+        with warnings.catch_warnings():
+            # The browser draws the letters, with fonts of its own.
+            warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+            figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=144)
         pyplot.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -234,3 +234,11 @@ class TestInBrowser:
 
 def test_audit_of_a_model_can_be_a_page(tmp_path):
     assert page_of(audit(net()), tmp_path / "page.html").exists()
+
+
+def test_names_in_any_script_need_no_font(tmp_path):
+    names = ["名前", "имя", "🙂"]  # a warning of a missing font would be an error here
+    hidden = [keras.layers.Dense(30, "tanh", name=name) for name in names]
+    model = keras.Sequential([keras.Input((9,)), *hidden])
+    text = report(model, X, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(text.count(f">{name}</text>") for name in names)
