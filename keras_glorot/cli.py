@@ -91,6 +91,9 @@ def missing_backend() -> str | None:
     ways = [f"set KERAS_BACKEND={name} before Keras is imported" for name in there]
     if backend in BACKENDS:
         ways.append(f'pip install "{PROGRAM}[{backend}]"')
+        if not there:
+            others = " or ".join(name for name in BACKENDS if name != backend)
+            ways.append(f"install {others} and set KERAS_BACKEND to it")
     elif not there:
         ways.append(f'pip install "{PROGRAM}[tensorflow]" and set KERAS_BACKEND=tensorflow')
     return f"Keras's backend {backend!r} is not installed: {', or '.join(ways)}."

@@ -464,7 +464,12 @@ def test_the_backend_of_the_version_is_that_of_keras_own_file(
 @pytest.mark.parametrize(
     ("backend", "there", "ways"),
     [
-        ("tensorflow", [], 'pip install "keras-glorot[tensorflow]".'),
+        (
+            "tensorflow",
+            [],
+            'pip install "keras-glorot[tensorflow]", or install jax or torch and set '
+            "KERAS_BACKEND to it.",
+        ),
         (
             "tensorflow",
             ["torch"],
