@@ -579,3 +579,17 @@ def test_what_can_not_be_done_is_said(arguments, error, match):
 def test_wrong_options_are_refused(options, error, match):
     with pytest.raises(error, match=match):
         calibrate(mlp(), data(9, 12), **options)
+
+
+def test_the_verdict_has_what_the_mode_holds():
+    model = keras.Sequential([keras.Input((16,))])
+    for _ in range(4):
+        model.add(keras.layers.Dense(16, "tanh"))
+    x = np.random.default_rng(0).normal(size=(64, 16))
+    held = {"forward": "The signal's change", "balanced": "Forward times backward"}
+    for mode, name in held.items():
+        note = calibrate(model, x, mode=mode).note
+        assert note.startswith("From the first kernel to the last the signal changes ")
+        value = float(note.split(f"{name}: ")[1].split(",")[0])
+        assert value == pytest.approx(1, abs=0.25)
+        assert "Residual sums" not in note
