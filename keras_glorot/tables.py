@@ -80,7 +80,7 @@ class Group(NamedTuple):
 
     @property
     def others(self) -> str:
-        return f" and {self.more} more" if self.more else ""
+        return f" (and {self.more} like it)" if self.more else ""
 
 
 class View(NamedTuple):
