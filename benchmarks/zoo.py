@@ -320,7 +320,7 @@ Written by `benchmarks/zoo.py`, which says what is measured. A signal or a gradi
 keeps its scale.
 
 - norm: BatchNormalization as identity or as training sees it; "-": there is none.
-- AnyInit: version 0.4.0, the better of the modes measured.
+- AnyInit: version 0.4.0, the mode whose worse end is nearer to 1.
 - product: signal times gradient in balanced mode, to be in [0.5, 2].
 - ratio: signal over gradient. It belongs to the structure: both can be in [0.5, 2] only
   where it is in [0.25, 4].
@@ -328,7 +328,8 @@ keeps its scale.
   kernel that is furthest from it.
 - passes, s: of `calibrate`, in CPU seconds on one thread.
 - missed: the bounds that do not hold: `product`; `each` of the two in [0.5, 2], if the
-  ratio allows it; `forward` mode's signal in [0.8, 1.25]; `spread` within a factor of 4.
+  ratio allows it; `forward` mode's signal in [0.8, 1.25]; `spread` within a factor of 4;
+  `peer`: of AnyInit's two, the worse is nearer to 1.
 
 Why bounds are missed:
 
@@ -353,26 +354,33 @@ def _pair(values):
     return "" if values is None else " / ".join(f"{value:.2g}" for value in values)
 
 
+def _off(pair):
+    """How far the worse of the two is from 1, in logarithms."""
+    return max(abs(math.log(value)) for value in pair)
+
+
 def _anyinit_pair(results):
-    """The better of the modes: the nearer to 1, in logarithms."""
-    if not results:
-        return ""
+    """The better of the modes: None if none gives a number."""
     pairs = [each["ends"] for each in results.values() if isinstance(each, dict)]
     pairs = [p for p in pairs if all(v > 0 and math.isfinite(v) for v in p)]
-    if not pairs:
-        return "fails"
-    return _pair(min(pairs, key=lambda p: sum(abs(math.log(v)) for v in p)))
+    return min(pairs, key=_off, default=None)
+
+
+def _peer_text(results):
+    return (_pair(_anyinit_pair(results)) or "fails") if results else ""
 
 
 def _missed(result):
     forward, backward = result["balanced"]["ends"]
     low, high = result["balanced"]["spread"]
     allowed = 0.25 <= forward / backward <= 4
+    peer = _anyinit_pair(result.get("anyinit") or {})
     holds = {
         "product": 0.5 <= forward * backward <= 2,
         "each": not allowed or all(0.5 <= value <= 2 for value in (forward, backward)),
         "forward": 0.8 <= result["forward"]["ends"][0] <= 1.25,
         "spread": low >= 0.25 and high <= 4,
+        "peer": not peer or _off((forward, backward)) <= _off(peer),
     }
     return ", ".join(name for name, is_held in holds.items() if not is_held)
 
@@ -393,7 +401,7 @@ def ends_table(records):
             "norm": view,
             "stock": _pair(result["stock"]),
             'gain="auto"': _pair(result["auto"]),
-            "AnyInit": _anyinit_pair(result.get("anyinit")),
+            "AnyInit": _peer_text(result.get("anyinit")),
             "balanced": _pair((forward, backward)),
             "product": f"{forward * backward:.2f}",
             "ratio": f"{forward / backward:.2g}",
