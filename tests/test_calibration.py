@@ -312,7 +312,7 @@ class Residual(layers.Layer):
         (lambda x, branch: x + branch, None),
     ],
 )
-@pytest.mark.parametrize("blocks", [4, 24])
+@pytest.mark.parametrize("blocks", [4, 12])
 def test_residual_streams_are_bounded(add, normalize, blocks):
     """Few blocks together by 1.15; many by a quarter for each; the last holds the ends."""
     model, x = residual(blocks, add, normalize), data(16, 6, 32)
@@ -322,7 +322,7 @@ def test_residual_streams_are_bounded(add, normalize, blocks):
     *ends, last = [std for path, std in stds.items() if path.startswith("end")]
     assert 0.8 < last < 0.9
     stream = math.sqrt(rows["norm"]["input_std"] ** 2 - last**2)
-    expected = (1.15 if blocks == 4 else 1.65) / math.sqrt(1 + ends[0] ** 2)
+    expected = (1.15 if blocks == 4 else 1.36) / math.sqrt(1 + ends[0] ** 2)
     assert stream == pytest.approx(expected, rel=0.1)
     others = [std for path, std in stds.items() if not path.startswith("end")]
     np.testing.assert_allclose(others, 1, rtol=0.01)
@@ -361,7 +361,7 @@ class Patches(layers.Layer):
 def test_what_follows_a_kernel_is_no_sum(stem):
     """Only blocks add, whatever stands between the first kernel and their normalization."""
     x = data(16, 8, 8, 3)
-    blocks = [Residual() for _ in range(24)]
+    blocks = [Residual() for _ in range(4)]
     final = [layers.LayerNormalization(), layers.Dense(3)]
     model = fill(keras.Sequential([keras.Input(x.shape[1:]), *stem(), *blocks, *final]))
     first, *others = [row["std"] for row in calibrate(model, x, mode="forward")]
