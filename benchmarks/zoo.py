@@ -341,8 +341,12 @@ Why bounds are missed:
   at which the passes stop. One more pass gives ResNet50 1.95 / 0.53.
 - `spread` in ViT, probably: its first kernel stays in proportion to the positions added
   to it.
-- `spread` in EfficientNetV2B0 and ResNet101, by 4 % and less: with a ratio of 0.003 the
-  ends hold only if they are 4 times off the median, on both sides.
+- `spread` in ResNet152 and EfficientNetV2S: with a ratio below 0.002, ends within a factor
+  of 4 to both sides of the median can't bring the product to 2. In ResNet101 and the other
+  EfficientNetV2 the ratio is 0.003: `calibrate` brings the product to 1.4, and one end is
+  up to 4.5 times off.
+- `spread` in EfficientNetB2: the others have a std of 7, the level at which the gradient
+  changes least; kernels before a sigmoid have 1.
 """
 COST_HEADING = """
 Passes and CPU seconds of `calibrate` (balanced) by backend, with what JAX needs to compile,
