@@ -5,6 +5,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import keras_glorot
 
 ROOT = Path(__file__).parent.parent
@@ -46,15 +48,41 @@ def test_signatures(request):
     assert listing == LISTING.read_text(encoding="utf-8")
 
 
-def test_one_version():
+# Where the version of the release stands, and in which words.
+VERSION_PLACES = {
+    "CITATION.cff": r"^version: (\S+)$",
+    "CHANGELOG.md": r"^## (\S+)",
+    "README.md": r"^keras-glorot (\S+) on Keras",
+    "CONTRIBUTING.md": r"`git tag -s v(\S+) ",
+}
+
+
+@pytest.mark.parametrize("name", VERSION_PLACES)
+def test_one_version(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    version = project["project"]["version"]
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"\nversion: {version}\n" in citation
-    first = re.search(r"^## (\S+)", changelog, re.MULTILINE)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    first = re.search(VERSION_PLACES[name], text, re.MULTILINE)
     assert first is not None
-    assert first[1] == version
+    assert first[1] == project["project"]["version"]
+
+
+# Of README's table of versions, and the distributions that bring them.
+TESTED = {"Keras": "keras", "TensorFlow": "tensorflow", "JAX": "jax", "PyTorch": "torch"}
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_the_tested_versions_are_those_of_the_pins(name):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.search(rf"^\| {name} \| [^|]+ \| ([\d., ]+) \|$", readme, re.MULTILINE)
+    pins = [
+        version
+        for path in sorted((ROOT / "requirements").glob("*.txt"))
+        for version in re.findall(
+            rf"^{TESTED[name]}==([\d.]+)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ]
+    assert listed is not None
+    assert set(listed[1].split(", ")) == set(pins)
 
 
 def test_actions_are_pinned_by_hash():
