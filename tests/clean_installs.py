@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import venv
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
-PYTHON = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+BIN, SUFFIX = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
 
 
 def main(files: list[str]) -> None:
@@ -29,28 +30,28 @@ def install(file: Path, backend: str) -> str:
     began = time.monotonic()
     version = re.match(r"keras_glorot-(.+?)(-|\.tar)", file.name)[1]
     environment = {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         venv.create(f"{folder}/env", with_pip=True)
-        python = Path(folder, "env", PYTHON)
 
-        def run(*arguments: str) -> str:
-            # -I keeps the checkout and the user's own packages out of Python's path.
-            command = [str(python), "-I", *arguments]
+        def run(program: str, *arguments: str) -> str:
+            command = [str(Path(folder, "env", BIN, program + SUFFIX)), *arguments]
             result = subprocess.run(
                 command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
             )
-            assert result.returncode == 0, f"{file.name}[{backend}]: {arguments}"
+            assert result.returncode == 0, f"{file.name}[{backend}]: {program} {arguments}"
             return result.stdout
 
-        run("-m", "pip", "install", "--quiet", f"{file}[{backend}]")
-        about = run("-m", "keras_glorot", "--version")
+        # -I keeps the checkout and the user's own packages out of Python's path.
+        run("python", "-I", "-m", "pip", "install", "--quiet", f"{file}[{backend}]")
+        about = run("keras-glorot", "--version")
         assert f"keras-glorot {version}, drawing with native kernel" in about, about
-        used = run(__file__, "--use")
+        used = run("python", "-I", __file__, "--use")
+        run("keras-glorot", "audit", "model.keras")
     seconds = time.monotonic() - began
     print(f"{file.name}[{backend}], {seconds:.0f} s\n{about}{used}", flush=True)
     return used.splitlines()[-1]
@@ -74,7 +75,7 @@ def use() -> None:
     initialize(loaded, seed=1)
     assert not audit(loaded).findings
     print(keras.backend.backend(), metadata.version(keras.backend.backend()))
-    print("weights of seed 1:", loaded.get_weights()[0].tobytes().hex()[:32])
+    print("weights of seed 1:", sha256(loaded.get_weights()[0].tobytes()).hexdigest())
 
 
 if __name__ == "__main__":
