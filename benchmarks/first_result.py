@@ -18,7 +18,9 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def main(backends):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)[:3]
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[
+        :3
+    ]
     code = "\n".join(blocks)
     lines = sum(1 for line in code.splitlines() if line.strip() and line.strip()[0] != "#")
     for backend in backends:

@@ -264,7 +264,7 @@ def main(arguments=None):
     if not args.report:
         run(args, results, console)
     text = report(results)
-    args.results.with_suffix(".md").write_text(text)
+    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(Markdown(text))
 
 

@@ -494,7 +494,7 @@ def main():
                 with options.output.open("a") as file:
                     file.write(json.dumps(record) + "\n")
     text = report(done.values())
-    options.output.with_suffix(".md").write_text(text)
+    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
     Console().print(Markdown(text))
 
 

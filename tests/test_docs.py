@@ -14,7 +14,7 @@ BLOCKS = [
     pytest.param(block, id=f"{path.stem}-{number}")
     for path in PAGES
     for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
     )
 ]
 
