@@ -17,6 +17,8 @@ FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL
 SHIM = "https://unpkg.com/iframe-worker/shim"
 # From one notebook to another. The plugin leaves it as it is, to the file.
 NOTEBOOK_LINK = re.compile(r'(<a href="\w+)\.ipynb(?=["#])')
+# What Jupyter writes beside a cell, and on its copy button.
+BESIDE_CELL = re.compile(r'<(?=(?:div class="jp-\w+Prompt|span class="notice"))(\w+)')
 DOWNLOAD = '<p><a href="{}.ipynb" download>Download this notebook, with its checks</a></p>'
 # What stands for the text of a picture that has none.
 NO_TEXT = "No description has been provided for this image"
@@ -30,6 +32,11 @@ def on_files(files: Files, config) -> Files:
         urls = config.use_directory_urls
         files.append(File(name, str(ROOT), config.site_dir, urls))
     return files
+
+
+def on_page_content(html: str, page, config, files) -> str:
+    """A search finds what a notebook says, not its cells' numbers and copy buttons."""
+    return BESIDE_CELL.sub(r"<\1 data-search-exclude", html)
 
 
 @event_priority(-100)  # after it

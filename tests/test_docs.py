@@ -97,6 +97,14 @@ def test_notebooks_link_to_pages():
         assert files == [f"{path.stem}.ipynb"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site")
+def test_search_leaves_out_what_stands_beside_cells():
+    index = (SITE / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "Why initialization matters" in index
+    assert not re.findall(r"Copied!|(?:In|Out)\\u00a0\[", index)
+
+
 class TestFromDisk:
     pytestmark = built
 
