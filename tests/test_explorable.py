@@ -257,8 +257,8 @@ likely in the whole table where nothing is wrong.
 *idle* is the share of saturated or of dead units; only some activations have it. *between*
 is the share of the variance that is between the examples of the batch.
 
-| setting | activation | initializer | depth | width | gain | residual | {quantities} |
-|---|---|---|--:|--:|--:|---|{columns}
+| setting | depth | width | {quantities} |
+|---|--:|--:|{columns}
 """
 
 
@@ -272,17 +272,17 @@ def heading():
     )
 
 
-def table_row(name, settings, found):
+def table_row(settings, found):
+    words = [settings["activation"], settings["initializer"]]
+    words += [f"gain {settings['gain']:g}"] * (settings["gain"] != 1)
+    words += ["residual"] * settings["residual"]
     worst = [
         max((error for quantity, _, error in found if quantity == each), default=None)
         for each in QUANTITIES
     ]
     cells = [
-        name,
-        f"`{settings['activation']}`",
-        f"`{settings['initializer']}`",
-        f"{settings['depth']} | {settings['width']} | {settings['gain']:g}",
-        "yes" if settings["residual"] else "no",
+        ", ".join(words).replace("_", " "),
+        f"{settings['depth']} | {settings['width']}",
         *("" if error is None else f"{error:.2f}" for error in worst),
     ]
     return f"| {' | '.join(cells)} |\n"
@@ -297,7 +297,7 @@ def test_numbers_are_those_of_propagate(browser, truth, request):
     text, worst = heading(), {}
     for name, settings in SETTINGS.items():
         found = differences(numbers_of_page(page, settings), truth(name), settings["depth"])
-        text += table_row(name, settings, found)
+        text += table_row(settings, found)
         worst[name] = max(error for _, _, error in found)
     close(page)
     assert max(worst.values()) < limit(), worst
