@@ -18,9 +18,8 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 def main(backends):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[
-        :3
-    ]
+    text = README.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)[:3]
     code = "\n".join(blocks)
     lines = sum(1 for line in code.splitlines() if line.strip() and line.strip()[0] != "#")
     for backend in backends:
