@@ -190,7 +190,8 @@ class GlorotUniform(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type.
+        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
+            argument of another name (`**unknown` is there to say what is meant).
 
     Example:
 
@@ -238,7 +239,8 @@ class GlorotNormal(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type.
+        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
+            argument of another name (`**unknown` is there to say what is meant).
 
     Example:
 
