@@ -172,7 +172,7 @@ def program_of_state(initializer, shape, dtype):
 def test_a_program_draws_the_same_bits(cls, dtype, shape, compiled):
     if compiled and BACKEND != "tensorflow":
         pytest.skip("one way to trace")
-    for seed in (5, -(2**70)):
+    for seed in (5, -(2**70)) if dtype == "float32" else (5,):
         wanted = array_of(cls(seed=seed)(shape, dtype))
         drawn = program(lambda seed=seed: cls(seed=seed)(shape, dtype), compiled)()
         assert array_of(drawn).tobytes() == wanted.tobytes()

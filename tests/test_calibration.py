@@ -312,7 +312,7 @@ class Residual(layers.Layer):
         (lambda x, branch: x + branch, None),
     ],
 )
-@pytest.mark.parametrize("blocks", [4, 12])
+@pytest.mark.parametrize("blocks", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_residual_streams_are_bounded(add, normalize, blocks):
     """Few blocks together by 1.15; many by a quarter for each; the last holds the ends."""
     model, x = residual(blocks, add, normalize), data(16, 6, 32)
@@ -369,6 +369,7 @@ def test_what_follows_a_kernel_is_no_sum(stem):
     assert others[1] < 0.4  # the end of a block
 
 
+@pytest.mark.slow
 def test_residual_streams_are_bounded_where_an_activation_follows_the_sum():
     model, x = residual(48, add, activate=layers.ReLU), data(16, 6, 32)
     calibrate(model, x)
@@ -376,6 +377,7 @@ def test_residual_streams_are_bounded_where_an_activation_follows_the_sum():
     assert max(sums[:-1]) < 2 * max(1, sums[0])  # to the last, more is added
 
 
+@pytest.mark.slow
 def test_residual_streams_of_subclassed_blocks_are_bounded():
     blocks = [Residual() for _ in range(24)]
     final = layers.LayerNormalization(name="norm")

@@ -94,8 +94,20 @@ def optimizer_state(optimizer):
     return states
 
 
-@pytest.mark.parametrize("wrapped", WRAPPED)
-@pytest.mark.parametrize("kind", all_optimizers(), ids=lambda kind: kind.__name__)
+# What each optimizer keeps, and what each way to wrap one keeps; all pairs are slow.
+@pytest.mark.parametrize(
+    ("kind", "wrapped"),
+    [
+        pytest.param(
+            kind,
+            wrapped,
+            marks=[] if wrapped == "plain" or kind is optimizers.Adam else pytest.mark.slow,
+            id=f"{kind.__name__}-{wrapped}",
+        )
+        for kind in all_optimizers()
+        for wrapped in WRAPPED
+    ],
+)
 def test_every_optimizer_of_keras_is_as_new(kind, wrapped):
     if (kind.__name__, BACKEND) == ("Muon", "tensorflow") and keras.__version__ < "3.11":
         pytest.skip("Keras 3.10's Muon can't train on TensorFlow")
