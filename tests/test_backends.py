@@ -168,7 +168,7 @@ def program_of_state(initializer, shape, dtype):
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (5, 20011), (1,), (0, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_draws_the_same_bits(cls, dtype, shape, compiled):
     if compiled and BACKEND != "tensorflow":
         pytest.skip("one way to trace")

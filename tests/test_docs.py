@@ -19,6 +19,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(block, capsys):
     """Each runs alone, and prints what its comments say."""
