@@ -261,7 +261,7 @@ class Measurement:
             if is_normalization(layer):
                 observe = functools.partial(self._observe_normalization, layer)
                 wrappers[id(layer)] = observe
-            elif not direct_sublayers(layer):
+            elif not (self.additions or direct_sublayers(layer)):
                 wrappers[id(layer)] = functools.partial(self._observe_single, layer)
         for layer in self.tables:
             wrappers[id(layer)] = self._observe_table
@@ -293,8 +293,9 @@ class Measurement:
     def _note_others(self, outputs: Any) -> None:
         self.others |= {id(tensor): tensor for tensor in tree.flatten(outputs)}
 
-    def _may_be_sum(self, tensor: Tensor) -> bool:
-        return id(tensor) not in self.outputs and id(tensor) not in self.others
+    def _may_be_sum(self, tensor: Tensor | None) -> bool:
+        known = id(tensor) in self.outputs or id(tensor) in self.others
+        return tensor is not None and not known
 
     def _observe_addition(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
@@ -309,7 +310,7 @@ class Measurement:
         first = _first_float((args, kwargs))
         if id(first) in self.outputs:
             self.normalized.add(self.outputs[id(first)][1])
-        elif first is not None and not (self.additions or _is_batch(layer)):
+        elif self._may_be_sum(first) and not (self.additions or _is_batch(layer)):
             last, _ = next(reversed(self.outputs.values()), (first, None))
             self._note_sum(first, _std(last))
         outputs = call(*args, **kwargs)
@@ -318,7 +319,7 @@ class Measurement:
 
     def _note_sum(self, total: Tensor, added: Tensor, start: Tensor | None = None) -> None:
         """The output of the site that was called last is taken for what is added."""
-        if id(total) in self.sums or not self._may_be_sum(total):
+        if id(total) in self.sums:
             return
         if not self.sums and start is not None:
             self.sums[id(start)] = _Sum(start, start, None, start)
