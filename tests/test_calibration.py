@@ -339,6 +339,19 @@ def test_the_ends_of_residual_networks_hold():
     assert "unreached" not in codes(table)
 
 
+def test_no_output_is_further_off_than_the_ends_need():
+    """Seven gates let the gradient grow so much that both bounds can just be met."""
+    inputs = x = keras.Input((32,))
+    for _ in range(7):
+        x = layers.Multiply()([layers.Dense(32, "silu")(x), layers.Dense(32)(x)])
+    model, x = fill(keras.Model(inputs, layers.Dense(3)(x))), data(64, 32)
+    stds = np.array([row["std"] for row in calibrate(model, x)][:-1])
+    forward, backward, _ = calibration.measure_ends(model, x)
+    assert 0.5 < forward * backward < 2
+    assert forward / backward < 0.01
+    assert np.abs(np.log(stds / np.median(stds))).max() < math.log(4)
+
+
 class Patches(layers.Layer):
     """As where SegFormer cuts them."""
 
