@@ -62,9 +62,16 @@ def best_fit(
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
-    ranks = [_FAULTS.index(fault) for fault in faults]
-    distances = [abs(each.std - statistics.std) for each in plausible]
-    best = min(range(len(plausible)), key=lambda i: (ranks[i], distances[i]))
+    known = any(_has_form(statistics, distribution) for distribution in plausible)
+
+    def rank(index: int) -> tuple[bool, int, float]:
+        # The std of a form that the values have is the fault, not a form that they don't.
+        fault, distribution = faults[index], plausible[index]
+        is_foreign = known and index > 0 and fault == "form"
+        distance = abs(distribution.std - statistics.std)
+        return is_foreign, _FAULTS.index(fault), distance
+
+    best = min(range(len(plausible)), key=rank)
     return plausible[best], faults[best]
 
 
@@ -248,13 +255,18 @@ def _is_other_form(
     """Whether the values have the std and bounds of a distribution, but not its form."""
     if distribution.form == "orthogonal":
         return not _is_orthogonal(weight, distribution)
+    return _has_form(statistics, distribution) is False
+
+
+def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None:
+    """Whether the kurtosis is that of a distribution, at any scale; None: it can't tell."""
     variance = _KURTOSIS_VARIANCE.get(distribution.form)
     if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
-        return False
+        return None
     # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.
     spread = math.sqrt(variance / statistics.size) / distribution.kurtosis
     ratio = distribution.kurtosis / statistics.kurtosis
-    return abs(ratio - 1) > max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
+    return abs(ratio - 1) <= max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
 
 
 def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
