@@ -220,7 +220,7 @@ def _seed_deriver(
 
     def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
         layer_path = layer_paths.get(id(owner), "")
-        path = f"{layer_path}/{keras_bridge.canonical_name(variable)}"
+        path = f"{layer_path}/{keras_bridge.canonical_name(variable, owner)}"
         counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1

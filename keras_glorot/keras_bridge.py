@@ -324,7 +324,7 @@ def sublayer_paths(layer: keras.Layer) -> dict[int, str]:
     Unlike Keras's own `path`, this does not depend on how and when a layer was built.
     """
 
-    def names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
+    def names(holders: list[keras.Layer], children: list[keras.Layer]) -> list[str]:
         return [child.name for child in children]
 
     return {**_tree_paths(layer, names), id(layer): layer.name}
@@ -335,48 +335,75 @@ def canonical_paths(layer: keras.Layer) -> dict[int, str]:
 
     Automatic names are replaced by the order of occurrence in the parent: `dense#2` is
     the second Dense. The name of `layer` itself is left out, and that of a parent at the
-    start of its sublayers' names: it can be automatic.
+    start of its sublayers' names, with or without what Keras counts in it: the author of
+    `Encoder` can name a sublayer `f"{self.name}_proj"` or `"encoder_proj"`.
     """
     return _tree_paths(layer, _canonical_names)
 
 
 def _tree_paths(
-    layer: keras.Layer, names: Callable[[keras.Layer, list[keras.Layer]], list[str]]
+    layer: keras.Layer,
+    names: Callable[[list[keras.Layer], list[keras.Layer]], list[str]],
 ) -> dict[int, str]:
+    """`names` takes the layers from `layer` down to a parent, and the parent's children."""
     paths = {id(layer): ""}
 
-    def walk(parent: keras.Layer, prefix: str) -> None:
-        children = list(_children(parent))
-        for child, name in zip(children, names(parent, children), strict=True):
+    def walk(holders: list[keras.Layer], prefix: str) -> None:
+        children = list(_children(holders[-1]))
+        for child, name in zip(children, names(holders, children), strict=True):
             if id(child) not in paths:
                 paths[id(child)] = prefix + name
-                walk(child, f"{prefix}{name}/")
+                walk([*holders, child], f"{prefix}{name}/")
 
-    walk(layer, "")
+    walk([layer], "")
     return paths
 
 
-def _canonical_names(parent: keras.Layer, children: list[keras.Layer]) -> list[str]:
+def _canonical_names(holders: list[keras.Layer], children: list[keras.Layer]) -> list[str]:
     counts = Counter()
     names = []
     for child in children:
-        kind = re.sub(r"_\d+$", "", child.name)
-        # `Bidirectional` puts its own word in front of the automatic name.
-        plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
-        if plain == type(child).__name__.replace("_", "").lower():
+        kind = _automatic_kind(child)
+        if kind is not None:
             counts[kind] += 1
             names.append(f"{kind}#{counts[kind]}")
         else:
-            names.append(child.name.removeprefix(f"{parent.name}_"))
+            parent = _automatic_kind(holders[-1]) or holders[-1].name
+            names.append(_without_counts(child.name, holders).removeprefix(f"{parent}_"))
     return names
 
 
-def canonical_name(variable: keras.Variable) -> str:
-    """The variable's name, without what Keras counts in an automatic one."""
-    plain = re.sub(r"_\d+$", "", variable.name)
+def _automatic_kind(layer: keras.Layer) -> str | None:
+    """An automatic name without what Keras counts in it; None if the name was chosen."""
+    kind = _without_count(layer.name)
+    # `Bidirectional` puts its own word in front of the automatic name.
+    plain = re.sub("^(forward|backward)_", "", kind).replace("_", "")
+    is_automatic = plain == type(layer).__name__.replace("_", "").lower()
+    return kind if is_automatic else None
+
+
+def _without_counts(name: str, holders: Iterable[keras.Layer]) -> str:
+    """A name that was chosen, without what Keras counts in a holder's name in front.
+
+    A letter or a separator follows there: `encoder_1` can be the first of an author's own.
+    """
+    for holder in holders:
+        kind = _automatic_kind(holder)
+        if kind is not None:
+            name = re.sub(f"^{re.escape(holder.name)}(?=\\D)", kind, name)
+    return name
+
+
+def _without_count(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
+
+
+def canonical_name(variable: keras.Variable, owner: keras.Layer | None = None) -> str:
+    """The variable's name, without what Keras counts in it or in its owner's name."""
+    plain = _without_count(variable.name)
     if plain.replace("_", "") == type(variable).__name__.lower():
         return "variable"  # JAX's class has another name
-    return variable.name
+    return _without_counts(variable.name, [] if owner is None else [owner])
 
 
 def copy_mask(source: Any, target: Any) -> None:
@@ -746,7 +773,7 @@ def _variable_pairs(
 
 def _signature(variable: keras.Variable) -> tuple[Any, ...]:
     # An automatic name ends in a number, counted anew.
-    return re.sub(r"_\d+$", "", variable.name), tuple(variable.shape), variable.dtype
+    return _without_count(variable.name), tuple(variable.shape), variable.dtype
 
 
 def optimizer_values(

@@ -1,6 +1,7 @@
 """Fresh means: what building the model again would give. What is not, is said."""
 
 import math
+import re
 import warnings
 from typing import Any
 
@@ -680,6 +681,23 @@ def named_after_parent():
     return keras.Sequential([keras.Input((4,)), NamedAfterParent(), NamedAfterParent()])
 
 
+@keras.saving.register_keras_serializable("keras_glorot_tests")
+class Encoder(layers.Layer):
+    """The name that its author chose begins with an automatic one."""
+
+    def build(self, shape):
+        self.inner = layers.Dense(4, name="encoder_proj")
+        self.inner.build(shape)
+        self.w = self.add_weight(shape=(4,), initializer="normal", name=f"{self.name}_w")
+
+    def call(self, x):
+        return self.inner(x) * self.w
+
+
+def named_by_its_author():
+    return keras.Sequential([keras.Input((4,)), Encoder(), Encoder()])
+
+
 def tied():
     x = keras.Input((4,), dtype="int32")
     embedding = layers.Embedding(6, 6)
@@ -695,6 +713,7 @@ def tied():
         nested_functional,
         early,
         named_after_parent,
+        named_by_its_author,
         tied,
         convnet,
     ],
@@ -720,6 +739,78 @@ def test_the_same_model_gets_the_same_weights_whatever_its_history(make, tmp_pat
         initialize(other, seed=3)
         for mine, its in zip(weights, values(other.weights), strict=True):
             np.testing.assert_array_equal(mine, its, err_msg=history)
+
+
+# Names that an author can give to a sublayer or a weight: `own` is the name of the layer
+# that makes it, `kind` is that name when it is the first of its class.
+NAMINGS = {
+    "fixed": lambda own, kind, word: f"{kind}_{word}",
+    "own": lambda own, kind, word: f"{own}_{word}",
+    "own, numbered": lambda own, kind, word: f"{own}_{len(word)}",
+    "fixed, numbered": lambda own, kind, word: f"{kind}_{len(word)}",
+    "own, another separator": lambda own, kind, word: f"{own}-{word}",
+    "unlike": lambda own, kind, word: word,
+    "automatic": lambda own, kind, word: None,
+}
+
+
+def generated_block(rng):
+    """A class of blocks with names of all these kinds, at two depths."""
+
+    def some_word(least):
+        return "".join(rng.choice(list("abcdeopst"), rng.integers(least, 9)))
+
+    class_name = "".join(some_word(1).title() for _ in range(rng.integers(1, 4)))
+    chosen = [NAMINGS[key] for key in rng.choice(list(NAMINGS), 8)]
+    words = [f"{some_word(3)}{number}" for number in range(8)]
+
+    class Inner(layers.Layer):
+        def __init__(self, outer_name, kind, **kwargs):
+            super().__init__(**kwargs)
+            name = chosen[6](outer_name, kind, words[6])
+            self.inner = layers.Dense(4, name=name)
+
+        def call(self, x):
+            return self.inner(x)
+
+    def init(self, **kwargs):
+        layers.Layer.__init__(self, **kwargs)
+        kind = re.sub(r"_\d+$", "", self.name)
+        named = [
+            name(self.name, kind, word)
+            for name, word in zip(chosen[:5], words[:5], strict=True)
+        ]
+        self.dense = [layers.Dense(4, name=name) for name in named]
+        self.nested = Inner(self.name, kind, name=chosen[5](self.name, kind, words[5]))
+        name = chosen[7](self.name, kind, words[7])
+        self.w = self.add_weight(shape=(4,), initializer="normal", name=name)
+
+    def call(self, x):
+        for dense in self.dense:
+            x = dense(x)
+        return self.nested(x) * self.w
+
+    return type(class_name, (layers.Layer,), {"__init__": init, "call": call})
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_block_gets_the_same_weights_whatever_its_number(number):
+    """The first of a class is `encoder`, the second `encoder_1`, the twelfth `encoder_11`.
+
+    One name can't be told apart: `encoder_1_proj` in `encoder_1` is taken for its own.
+    """
+    rng = np.random.default_rng(number)
+    block = generated_block(rng)
+    blocks = [block() for _ in range(12)]
+    drawn = []
+    for each in (blocks[0], blocks[1], blocks[-1]):
+        model = keras.Sequential([keras.Input((4,)), each])
+        initialize(model, seed=3)
+        drawn.append(values(model.weights))
+    names = [weight.path for weight in describe(blocks[1])]
+    for other in drawn[1:]:
+        for mine, its, name in zip(drawn[0], other, names, strict=True):
+            np.testing.assert_array_equal(mine, its, err_msg=name)
 
 
 def test_a_loaded_weight_keeps_its_maker(tmp_path):
@@ -758,7 +849,7 @@ def test_applications_built_again_or_from_config_get_the_same_seeds(name):
         owned = keras_bridge.owned_variables(model)
         paths = keras_bridge.canonical_paths(model)
         return [
-            f"{paths[id(owner)]}/{keras_bridge.canonical_name(variable)}"
+            f"{paths[id(owner)]}/{keras_bridge.canonical_name(variable, owner)}"
             for owner, variable in owned
         ]
 
