@@ -21,7 +21,7 @@ from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import WEIGHT_DTYPES
 from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
-from keras_glorot.variables import Weight, describe, distribution_of
+from keras_glorot.variables import Weight, describe
 
 __all__ = ["initialize", "select_layers"]
 
@@ -243,7 +243,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     if getattr(initializer, "gain", None) == "auto":
         gain = activation_gain(weight.activation)
         initializer = _with_config(initializer, gain=gain)
-    distribution = distribution_of(initializer, weight.shape, weight.fans, weight.site)
+    distribution = weight.distribution_of(initializer)
     if distribution is not None:
         row["std"] = distribution.std or None
     row["done"] = _describe_initializer(initializer)
@@ -256,7 +256,7 @@ def _plan_built(
 ) -> _Assignment:
     """First as declared: what the layer assigns can depend on it, or on other weights."""
     declared = built.declared
-    distribution = distribution_of(declared, weight.shape, weight.fans, weight.site)
+    distribution = weight.distribution_of(declared)
     new_value = _value_factory(declared, distribution, weight.variable, seed)
     row["done"] = "assigned in build"
     return _Assignment(weight.variable, new_value, row, built)

@@ -14,6 +14,7 @@ __all__ = [
     "fans_by_rule",
     "following_activation",
     "has_registered_rule",
+    "is_bias",
     "is_relu_like",
     "kernel_activation",
     "kernel_fans",
@@ -109,7 +110,7 @@ def fans_by_rule(
     shape: tuple[int, ...], layer: keras.Layer | None, variable: keras.Variable | None
 ) -> Fans | None:
     """Fans by the rule of the layer's class; None where there is none or it passes."""
-    if layer is None or _is_bias(layer, variable):
+    if layer is None or is_bias(layer, variable):
         return None
     for layer_class in type(layer).__mro__:
         if layer_class in _SEPARABLE and not _is_depthwise_half(layer, variable):
@@ -120,10 +121,10 @@ def fans_by_rule(
     return None
 
 
-def has_registered_rule(layer: keras.Layer, variable: keras.Variable) -> bool:
+def has_registered_rule(layer: keras.Layer | None, variable: keras.Variable) -> bool:
     """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
     ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
-    if ruled is None or ruled in _KERAS_RULES:
+    if ruled is None or _RULES[ruled] is _KERAS_RULES.get(ruled):
         return False
     return fans_by_rule(tuple(variable.shape), layer, variable) is not None
 
@@ -268,7 +269,7 @@ _RULES: dict[type, Rule] = {
 }
 
 
-def _is_bias(layer: keras.Layer, variable: keras.Variable | None) -> bool:
+def is_bias(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
     return variable is not None and variable is getattr(layer, "bias", None)
 
 
@@ -279,4 +280,4 @@ def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> b
 
 
 # A rule that the user registers says more than these: that the weight is a kernel.
-_KERAS_RULES = frozenset(_RULES)
+_KERAS_RULES = dict(_RULES)

@@ -1,5 +1,6 @@
 """The survey of a model: every weight, and what the model says about it."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,12 @@ from keras_glorot.layers import (
     fans_by_rule,
     following_activation,
     has_registered_rule,
+    is_bias,
 )
 
 __all__ = ["Weight", "describe", "distribution_of", "layer_fans", "unique_paths"]
+
+Axes = tuple[Sequence[int], Sequence[int]]
 
 # `kernel_initializer` and the like are the arguments for kernels.
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
@@ -34,7 +38,11 @@ class Weight(NamedTuple):
         variable: The variable.
         path: Its path from the model down, unique in the model.
         owner: The layer that made it; None if Keras does not tell.
-        fans: Its connection counts; None if it has none (a bias).
+        fans: Its connection counts; None if it has none (a bias). By a rule of
+            `register_fans`, else by `axes`, else by the rule of Keras's class, else by its
+            shape.
+        axes: The input and output axes that its initializer declares, unless there is a
+            rule of `register_fans`; None if it declares none.
         initializer: What it was made with; None if that is not known.
         reason: Why the initializer is not known, else "".
         distribution: What the initializer draws from, with the layer's fans; None if
@@ -50,6 +58,7 @@ class Weight(NamedTuple):
     path: str
     owner: keras.Layer | None
     fans: Fans | None
+    axes: Axes | None
     initializer: Any
     reason: str
     distribution: Distribution | None
@@ -63,6 +72,10 @@ class Weight(NamedTuple):
     @property
     def site(self) -> CallSite:
         return CallSite(self.owner, self.variable)
+
+    def distribution_of(self, initializer: Any) -> Distribution | None:
+        """What another initializer would draw this weight from."""
+        return distribution_of(initializer, self.shape, self.fans, self.site, self.axes)
 
 
 def describe(model: keras.Layer, argument: str = "model") -> list[Weight]:
@@ -92,7 +105,8 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     Kernels are the weights of rank 2 or more, and vectors that are einsum kernels; other
     vectors, such as biases, have no connections to count. A quantized kernel has the fans
     of the kernel that it stands for. The two factors of a layer with LoRA have fans of
-    their own.
+    their own. `input_axes` and `output_axes` of the layer's own initializer, Keras's or
+    ours, come before the rule of Keras's class, and a rule of `register_fans` before both.
 
     Args:
         layer: A built layer or model. Sublayers and nested models are included.
@@ -122,11 +136,24 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
 
 
 def distribution_of(
-    initializer: Any, shape: Sequence[int], fans: Fans | None, site: CallSite
+    initializer: Any,
+    shape: Sequence[int],
+    fans: Fans | None,
+    site: CallSite,
+    axes: Axes | None = None,
 ) -> Distribution | None:
-    """What an initializer of Keras or of ours draws from; None for everyone else's."""
+    """What an initializer of Keras or of ours draws from; None for everyone else's.
+
+    The axes that it declares come before `axes`, those that its weight is known to have.
+    """
+    own = _declared_axes(initializer)
     if isinstance(initializer, GlorotUniform | GlorotNormal):
+        if own is None and axes is not None:
+            initializer = copy.copy(initializer)
+            initializer.input_axes, initializer.output_axes = axes
         return initializer.distribution(tuple(shape), site)
+    if own is not None:
+        fans = compute_fans(shape, *own)
     return keras_distribution(initializer, shape, fans)
 
 
@@ -182,8 +209,9 @@ class _Survey:
     def describe(
         self, owner: keras.Layer | None, variable: keras.Variable, path: str
     ) -> Weight:
-        fans = _fans(owner, variable)
         origin = self._origin(owner, variable)
+        axes = _axes(owner, variable, origin.initializer)
+        fans = _fans(owner, variable, axes)
         is_kernel = (
             origin.is_for_kernels
             and fans is not None
@@ -191,13 +219,14 @@ class _Survey:
             and not re.search("embedding|recurrent", variable.name)
         )
         site = CallSite(owner, variable)
-        distribution = distribution_of(origin.initializer, variable.shape, fans, site)
+        distribution = distribution_of(origin.initializer, variable.shape, fans, site, axes)
         activation = following_activation(owner, variable, self.layer_ids)
         return Weight(
             variable,
             path,
             owner,
             fans,
+            axes,
             origin.initializer,
             origin.reason,
             distribution,
@@ -263,15 +292,40 @@ class _Survey:
             self.errors[id(layer)] = error
 
 
-def _fans(owner: keras.Layer | None, variable: keras.Variable) -> Fans | None:
+def _fans(
+    owner: keras.Layer | None, variable: keras.Variable, axes: Axes | None
+) -> Fans | None:
     weight: Any = variable
     if owner is not None and owner.quantization_mode is not None:
         # Two four-bit weights share a byte; the property of the same name unpacks.
         weight = getattr(owner, variable.name, variable)
+    if axes is not None:
+        return compute_fans(weight.shape, *axes)
     fans = fans_by_rule(weight.shape, owner, variable)
     if fans is None and len(weight.shape) >= 2:
         return compute_fans(weight.shape)
     return fans
+
+
+def _axes(
+    owner: keras.Layer | None, variable: keras.Variable, initializer: Any
+) -> Axes | None:
+    """The axes that its initializer declares, if they decide the fans of a weight."""
+    if is_bias(owner, variable) or has_registered_rule(owner, variable):
+        return None
+    return _declared_axes(initializer)
+
+
+def _declared_axes(initializer: Any) -> Axes | None:
+    """The input and output axes that an initializer of Keras or of ours has, if any."""
+    if isinstance(initializer, BuildValue):
+        initializer = initializer.declared
+    if not isinstance(initializer, _SCALED_BY_FANS):
+        return None
+    # Keras has them since 3.15, and looks at them only if both are there.
+    inputs = getattr(initializer, "input_axes", None)
+    outputs = getattr(initializer, "output_axes", None)
+    return None if inputs is None or outputs is None else (tuple(inputs), tuple(outputs))
 
 
 def _origin_by_name(owner: keras.Layer, variable: keras.Variable) -> _Origin | None:

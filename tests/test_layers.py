@@ -1,5 +1,9 @@
 """Rules that count connections, built in and registered, and `layer_fans`."""
 
+import inspect
+import itertools
+import math
+from collections import Counter
 from typing import Any
 
 import keras
@@ -7,7 +11,16 @@ import numpy as np
 import pytest
 from drawn import assert_drawn
 
-from keras_glorot import Fans, GlorotUniform, compute_fans, layer_fans, register_fans
+from keras_glorot import (
+    Fans,
+    GlorotNormal,
+    GlorotUniform,
+    audit,
+    compute_fans,
+    initialize,
+    layer_fans,
+    register_fans,
+)
 from keras_glorot import layers as glorot_layers
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -92,6 +105,113 @@ def test_subclasses_of_keras_layers_inherit_their_rules():
     assert_drawn(layer.mix, 64, 32)
     assert_drawn(layer.kernel, 9, 9)
     assert layer_fans(layer) == {"mine/mix": (64, 32), "mine/kernel": (9, 9)}
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_rule_registered_for_a_class_of_keras_is_the_users():
+    register_fans(layers.Dense)(lambda layer, shape: (3, 5))
+    register_fans(layers.Conv1D)(lambda layer, shape: (3, 5))
+    init = GlorotUniform(input_axes=[-2], output_axes=[-1])
+    for layer in (
+        layers.Dense(4, kernel_initializer=init, name="layer"),
+        layers.Conv1D(4, 3, kernel_initializer=init, name="layer"),
+    ):
+        layer.build((None, 8, 4))
+        assert layer_fans(layer) == {"layer/kernel": (3, 5)}
+
+
+# Axes that the layer's initializer declares
+
+
+def declaring_initializers(**axes):
+    """Ours, and Keras's since 3.15."""
+    yield GlorotUniform(seed=1, **axes)
+    yield GlorotNormal(seed=1, **axes)
+    if "input_axes" in inspect.signature(keras.initializers.GlorotUniform).parameters:
+        yield keras.initializers.GlorotUniform(seed=1, **axes)
+
+
+class Declaring(layers.Layer):
+    """Its initializer is an argument for kernels by name, or found by rebuilding alone."""
+
+    def __init__(self, shape, initializer, name):
+        super().__init__(name="layer")
+        self.shape, self.weight_name = shape, name
+        setattr(self, {"kernel": "kernel_initializer"}.get(name, "start"), initializer)
+        self.initializer = initializer
+
+    def build(self, shape):
+        self.w = self.add_weight(
+            shape=self.shape, initializer=self.initializer, name=self.weight_name
+        )
+
+    def call(self, x):
+        return x
+
+
+def generated_contraction(rng):
+    """A kernel's shape and axes, and its fans, counted.
+
+    Counted one input after the other, with a kernel of ones: nothing here multiplies sizes.
+    """
+    letters = iter("abcdefgh")
+    counts = {"batch": (0, 1), "input": (1, 2), "output": (0, 2), "window": (0, 2)}
+    roles = {
+        role: [next(letters) for _ in range(rng.integers(least, most + 1))]
+        for role, (least, most) in counts.items()
+    }
+    kernel = [
+        str(letter) for letter in rng.permutation([*itertools.chain(*roles.values())])
+    ]
+    sizes = {letter: int(rng.integers(2, 5)) for letter in kernel}
+    axes = {
+        f"{role}_axes": [
+            axis - len(kernel) if rng.random() < 0.5 else axis
+            for axis, letter in enumerate(kernel)
+            if letter in roles[role] + roles["window"]
+        ]
+        for role in ("input", "output")
+    }
+    shape = tuple(sizes[letter] for letter in kernel)
+    # Windows slide: an output position sums over those of its inputs.
+    inputs = roles["batch"] + roles["input"]
+    outputs = roles["batch"] + roles["output"]
+    window = tuple(sizes[letter] for letter in roles["window"])
+    reach = tuple(2 * size - 1 for size in window)
+    x_shape = (*reach, *(sizes[letter] for letter in inputs))
+    positions = "".join("xyz"[: len(window)])
+    left = "".join([positions, *inputs, *roles["window"]])
+    equation = f"{left},{''.join(kernel)}->{positions}{''.join(outputs)}"
+    rows, columns = Counter(), 0
+    for index in np.ndindex(x_shape):
+        x = np.zeros(x_shape)
+        x[index] = 1
+        for axis, size in enumerate(window):
+            x = np.lib.stride_tricks.sliding_window_view(x, size, axis)
+        reached = np.flatnonzero(np.einsum(equation, x, np.ones(shape)))
+        rows.update(reached.tolist())
+        columns = max(columns, reached.size)
+    return shape, axes, (max(rows.values()), columns)
+
+
+@pytest.mark.parametrize("number", range(25))
+def test_declared_axes_are_the_fans(number):
+    shape, axes, counted = generated_contraction(np.random.default_rng(number))
+    std = math.sqrt(2 / sum(counted))
+    for name in ("kernel", "experts"):
+        for init in declaring_initializers(**axes):
+            layer = Declaring(shape, init, name)
+            layer.build((None, 1))
+            (fans,) = layer_fans(layer).values()
+            assert fans == counted
+            (row,) = audit(layer)
+            assert row["expected_std"] == pytest.approx(std)
+            assert not audit(layer).findings
+            for other in ("xavier_uniform", "glorot_normal"):
+                (row,) = initialize(layer, other, seed=number)
+                assert (row["fan_in"], row["fan_out"]) == counted
+                assert row["std"] == pytest.approx(std)
+                assert not audit(layer).findings
 
 
 # layer_fans
