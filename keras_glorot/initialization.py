@@ -29,13 +29,15 @@ __all__ = ["initialize", "select_layers"]
 class _Assignment(NamedTuple):
     """A variable with what makes its new value (None: it is not changed), and its row.
 
-    `built` is what its layer then assigns to it in `build`, if it does.
+    `built` is what its layer then assigns to it in `build`, if it does; `is_data` whether
+    it is left on purpose.
     """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
     built: keras_bridge.BuildValue | None = None
+    is_data: bool = False
 
 
 def initialize(
@@ -96,7 +98,8 @@ def initialize(
 
     Warns:
         UserWarning: If something can't be reset. (Data statistics of a `Normalization`
-            layer are left on purpose: a finding, and no warning.)
+            layer, and frozen vectors that an `Embedding` may have got as `weights`, are
+            left on purpose: a finding, and no warning.)
 
     Raises:
         ValueError: If the model is not built, an initializer does not fit a weight, or
@@ -161,8 +164,7 @@ def initialize(
 
 def _explain_skipped(assignment: _Assignment) -> Finding:
     row = assignment.row
-    is_meant = row["layer"] == "Normalization"
-    severity = "info" if is_meant else "warning"
+    severity = "info" if assignment.is_data else "warning"
     advice = "Reset it manually if needed."
     return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
 
@@ -233,7 +235,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     row = _empty_row(weight.path, weight.owner, weight.variable)
     if weight.reason:
         row["done"] = f"not changed: {weight.reason}"
-        return _Assignment(weight.variable, None, row)
+        return _Assignment(weight.variable, None, row, is_data=weight.is_data)
     initializer = weight.initializer
     if isinstance(initializer, keras_bridge.BuildValue):
         return _plan_built(weight, initializer, row, seed)

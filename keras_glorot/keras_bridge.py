@@ -54,6 +54,7 @@ __all__ = [
     "initial_state",
     "is_shape_inference",
     "may_assign",
+    "may_hold_given_vectors",
     "metrics",
     "optimizer_values",
     "optimizers",
@@ -457,6 +458,19 @@ def metrics(layer: keras.Layer) -> list[keras.metrics.Metric]:
         metric for member in sublayers(layer) for metric in getattr(member, "_metrics", ())
     ]
     return _unique([*layer.metrics, *own])
+
+
+def may_hold_given_vectors(layer: keras.Layer, variable: keras.Variable) -> bool:
+    """Whether an `Embedding` may have got these values as its argument `weights`.
+
+    Keras keeps no trace of the argument, but it makes the layer build itself at once: no
+    shape is known then, and no other layer is being built.
+    """
+    return (
+        isinstance(layer, keras.layers.Embedding)
+        and variable.path == f"{layer.name}/embeddings"
+        and layer.get_build_config() == {"shapes_dict": {}}
+    )
 
 
 def untracked_variables(layer: keras.Layer) -> list[tuple[keras.Layer, keras.Variable]]:

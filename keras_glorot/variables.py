@@ -45,6 +45,7 @@ class Weight(NamedTuple):
             rule of `register_fans`; None if it declares none.
         initializer: What it was made with; None if that is not known.
         reason: Why the initializer is not known, else "".
+        is_data: Whether it holds what the user gave and training does not change.
         distribution: What the initializer draws from, with the layer's fans; None if
             that is not known.
         is_kernel: Whether Glorot's derivation holds for it: it has fans, and something says
@@ -61,6 +62,7 @@ class Weight(NamedTuple):
     axes: Axes | None
     initializer: Any
     reason: str
+    is_data: bool
     distribution: Distribution | None
     is_kernel: bool
     activation: Activation | None
@@ -187,6 +189,7 @@ class _Origin(NamedTuple):
     initializer: Any = None
     is_for_kernels: bool = False
     reason: str = ""
+    is_data: bool = False
 
 
 class _Survey:
@@ -229,6 +232,7 @@ class _Survey:
             axes,
             origin.initializer,
             origin.reason,
+            origin.is_data,
             distribution,
             is_kernel,
             activation,
@@ -245,10 +249,14 @@ class _Survey:
         if owner.quantization_mode is not None:
             return _Origin(reason="its layer is quantized")
         if isinstance(owner, keras.layers.Normalization):
-            return _Origin(reason="it holds statistics of a data set, from `adapt`")
+            reason = "it holds statistics of a data set, from `adapt`"
+            return _Origin(reason=reason, is_data=True)
         source = self.sources.get(id(variable))
         if isinstance(source, BuildValue):
             return _Origin(source)
+        if keras_bridge.may_hold_given_vectors(owner, variable):
+            reason = "it may hold vectors given as `weights`, which Keras does not keep"
+            return _Origin(reason=reason, is_data=not variable.trainable)
         origin = _origin_by_name(owner, variable)
         if origin is None:
             origin = self._origin_by_rebuilding(owner, variable)

@@ -11,7 +11,7 @@ import pytest
 import rich.progress
 from models import convnet
 
-from keras_glorot import initialize, keras_bridge, layer_fans, register_fans
+from keras_glorot import audit, initialize, keras_bridge, layer_fans, register_fans
 from keras_glorot.variables import describe
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -558,6 +558,57 @@ def test_a_rule_or_a_name_makes_a_kernel():
     blur.build((None, 3))
     initialize(blur)  # a constant filter stays
     np.testing.assert_allclose(blur.kernel, np.full((3, 3), 1 / 9))
+
+
+# Vectors given to an Embedding
+
+
+def with_vectors(trainable, vectors):
+    given = layers.Embedding(50, 8, weights=[vectors], trainable=trainable, name="given")
+    return keras.Sequential(
+        [keras.Input((3,), dtype="int32"), given, layers.Flatten(), layers.Dense(2)]
+    )
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_given_vectors_stay_and_are_listed(trainable, tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype("float32")
+    model = with_vectors(trainable, vectors)
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        assert "std" not in {finding.code for finding in audit(each).findings}
+        if trainable:  # they may have been trained
+            with pytest.warns(UserWarning, match="did not reset given/embeddings"):
+                table = initialize(each, seed=0)
+        else:
+            table = initialize(each, seed=0)
+        (finding,) = table.findings
+        assert finding.path == "given/embeddings"
+        assert finding.severity == ("warning" if trainable else "info")
+        assert "vectors given as `weights`" in finding.message
+        np.testing.assert_array_equal(each.layers[0].embeddings, vectors)
+        assert not audit(each).findings
+
+
+def test_embeddings_without_vectors_are_drawn():
+    class Outer(layers.Layer):
+        """Builds it without a shape, as some of KerasHub's layers do."""
+
+        def __init__(self):
+            super().__init__()
+            self.queries = layers.Embedding(50, 8)
+
+        def build(self, shape):
+            self.queries.build()
+
+        def call(self, x):
+            return self.queries(x)
+
+    outer = Outer()
+    outer(np.zeros((1, 2), "int32"))
+    disturb(outer.weights)
+    assert not initialize(outer, seed=0).findings
+    assert 0.02 < std(outer.weights[0]) < 0.04
 
 
 # Initializers
