@@ -228,7 +228,10 @@ def _probe() -> bool:
 
     try:
         model = _LateModel(initializer)
-        entry = keras.layers.InputLayer(batch_shape=(1, 1), name="probe_input")
+        # Of the model's own dtype, whatever floatx is: a cast would come between them.
+        entry = keras.layers.InputLayer(
+            batch_shape=(1, 1), dtype="float32", name="probe_input"
+        )
         model(entry.output)
         dropout, kernel = model.dropout, model.inner.weights[0]
         found = (

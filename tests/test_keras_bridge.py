@@ -1,5 +1,7 @@
 """Whose weight is being drawn: found however and wherever Keras builds a layer."""
 
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -220,6 +222,34 @@ def test_keras_has_the_names_that_the_bridge_relies_on():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert keras_bridge._is_keras_as_expected()
+
+
+FLOATX = ["float16", "bfloat16", "float64"]
+
+
+@pytest.mark.parametrize("floatx", FLOATX)
+def test_keras_has_these_names_whatever_floatx(floatx):
+    keras.config.set_floatx(floatx)
+    try:
+        test_keras_has_the_names_that_the_bridge_relies_on()
+    finally:
+        keras.config.set_floatx("float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("floatx", FLOATX)
+def test_fans_of_a_process_with_another_floatx(floatx):
+    code = (
+        f"import keras; keras.config.set_floatx({floatx!r}); import keras_glorot\n"
+        "layer = keras.layers.DepthwiseConv2D(\n"
+        "    3, depthwise_initializer='xavier_uniform', name='layer'\n"
+        ")\n"
+        "layer.build((None, 8, 8, 64))\n"
+        "print(keras_glorot.layer_fans(layer))"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "{'layer/kernel': Fans(fan_in=9, fan_out=9)}\n"
 
 
 def test_without_these_names_the_shape_decides_and_one_warning_says_so(monkeypatch):
