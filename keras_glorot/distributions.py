@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.sampling import TRUNCATED_STD, Bounds, draw
 
-__all__ = ["Distribution", "Form", "keras_distribution"]
+__all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
 
 Form = Literal["constant", "uniform", "truncated_normal", "normal", "orthogonal"]
+
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Distribution(NamedTuple):
@@ -50,6 +53,21 @@ class Distribution(NamedTuple):
     def kurtosis(self) -> float:
         """The fourth central moment over the squared variance."""
         return _FORMS[self.form].kurtosis
+
+    def range_fault(self, dtype: str) -> str | None:
+        """How the values must be instead, if a dtype can't hold them: not nan, nor
+        infinite, nor all zeros."""
+        if math.isnan(self.std) or math.isnan(self.mean):
+            return "numbers, not nan"
+        if not self.std:
+            return None
+        limits = ml_dtypes.finfo(dtype)
+        largest, smallest = float(limits.max), float(limits.smallest_subnormal)
+        if largest < self.bound < math.inf:
+            return f"smaller for weights of {dtype}, which end at {largest:g}"
+        if self.std < smallest:
+            return f"larger for weights of {dtype}, which begin at {smallest:g}"
+        return None
 
     def draw(
         self,

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
-import ml_dtypes
 import numpy as np
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import Distribution
+from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot.gains import activation_gain
-from keras_glorot.initializers import WEIGHT_DTYPES
 from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe
@@ -317,18 +315,9 @@ def _value_factory(
 def _check_range(
     distribution: Distribution, initializer: Any, variable: keras.Variable
 ) -> None:
-    """Whether the dtype can hold what is drawn: not nan, not infinite, not all zeros."""
-    std, bound, dtype = distribution.std, distribution.bound, variable.dtype
-    fault = None
-    if math.isnan(std) or math.isnan(distribution.mean):
-        fault = "a mean and a std that are numbers, not nan"
-    elif std and WEIGHT_DTYPES[dtype] < bound < math.inf:
-        fault = f"a smaller gain for weights of {dtype}"
-    elif std and std < float(ml_dtypes.finfo(dtype).smallest_subnormal):
-        fault = f"a larger gain for weights of {dtype}, in which all values would be 0"
-    if fault:
+    if fault := distribution.range_fault(variable.dtype):
         raise ValueError(
-            f"Argument `initializer` must have {fault}. "
+            f"Argument `initializer` must give values that are {fault}. "
             f"Received: initializer={initializer} for {variable.path}"
         )
 

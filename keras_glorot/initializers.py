@@ -11,10 +11,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
 import keras
-import ml_dtypes
 
 from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import Distribution
+from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.keras_bridge import CallSite
@@ -25,11 +24,6 @@ __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
 _NO_LAYER = CallSite()
-# The dtypes that can hold a weight, and the largest that each can.
-WEIGHT_DTYPES = {
-    dtype: float(ml_dtypes.finfo(dtype).max)
-    for dtype in ("float16", "bfloat16", "float32", "float64")
-}
 
 
 class _Glorot(keras.initializers.Initializer):
@@ -69,8 +63,8 @@ class _Glorot(keras.initializers.Initializer):
 
         Raises:
             ValueError: If the shape is not fully defined, axes do not fit it, the dtype
-                can't hold a weight, the bounds lie beyond the dtype's range, or there is
-                a layout on another backend than JAX.
+                can't hold a weight, the values lie beyond the dtype's range or vanish in
+                it, or there is a layout on another backend than JAX.
             TypeError: If the shape does not hold integers, or the layout is none.
         """
         shape = standardize_shape(shape)
@@ -81,10 +75,10 @@ class _Glorot(keras.initializers.Initializer):
                 f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
         distribution = self.distribution(shape, keras_bridge.current_call_site(self))
-        if 2 * distribution.scale > WEIGHT_DTYPES[dtype]:
+        if fault := distribution.range_fault(dtype):
             raise ValueError(
-                f"Argument `gain` must be smaller for weights of {dtype}, which end at "
-                f"{WEIGHT_DTYPES[dtype]:g}. Received: gain={self.gain} for shape={shape}"
+                f"Argument `gain` must be {fault}. "
+                f"Received: gain={self.gain} for shape={shape}"
             )
         if keras_bridge.is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values

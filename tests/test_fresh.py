@@ -639,7 +639,7 @@ def test_initializers_that_return_scalars_and_arrays():
         (keras.initializers.RandomNormal(stddev=math.nan), "numbers, not nan"),
         (keras.initializers.RandomUniform(math.nan, 1.0), "numbers, not nan"),
         (keras.initializers.Constant(math.nan), "numbers, not nan"),
-        (keras.initializers.RandomNormal(stddev=1e-60), "all values would be 0"),
+        (keras.initializers.RandomNormal(stddev=1e-60), "must give values that are larger for"),
         (lambda shape, dtype: ops.full(shape, math.nan, dtype), "returned nan"),
         (lambda shape, dtype: 1.0, "a tensor of shape"),
     ],
@@ -657,7 +657,7 @@ def test_a_gain_too_small_for_the_dtype():
 
     layer = layers.Dense(8, dtype="float16")
     layer.build((None, 8))
-    with pytest.raises(ValueError, match="larger gain for weights of float16"):
+    with pytest.raises(ValueError, match="larger for weights of float16"):
         initialize(layer, GlorotUniform(gain=1e-9))
 
 

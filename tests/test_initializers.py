@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from scipy import stats
@@ -325,6 +326,16 @@ def test_bounds_beyond_the_dtype():
     with pytest.raises(ValueError, match=r"Argument `gain` must be smaller.*float16"):
         GlorotUniform(gain=1e6)((2, 2), dtype="float16")
     assert to_numpy(GlorotUniform(gain=1e4)((2, 2), dtype="float16")).max() < 65504
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_values_that_would_vanish_in_the_dtype(cls, dtype):
+    smallest = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    # In this shape the std is the gain over 8.
+    with pytest.raises(ValueError, match=rf"Argument `gain` must be larger.*{dtype}"):
+        cls(gain=7 * smallest)((64, 64), dtype)
+    assert to_numpy(cls(gain=9 * smallest)((64, 64), dtype)).any()
 
 
 @BOTH
