@@ -483,7 +483,7 @@ def _has_strays(subject: _Measured) -> bool:
 
 def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, _optimizers(model)), default=0)
+    steps = max(map(_count_steps, keras_bridge.optimizers(model)), default=0)
     kernels = [
         each
         for each in measured
@@ -512,13 +512,6 @@ def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | No
         return None
     advice = "Audit it before training, or after `initialize`."
     return Finding("info", "trained", model.name, message, advice)
-
-
-def _optimizers(model: keras.Layer) -> list[keras.optimizers.Optimizer]:
-    values = [
-        value for layer in keras_bridge.sublayers(model) for value in vars(layer).values()
-    ]
-    return [value for value in values if isinstance(value, keras.optimizers.Optimizer)]
 
 
 def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:

@@ -427,6 +427,17 @@ def test_trained_models_get_one_sentence():
     assert not audit(model).findings
 
 
+@pytest.mark.parametrize("kept", ["list", "dictionary"])
+def test_optimizers_of_a_model_with_its_own_step_are_seen(kept):
+    model = fresh()
+    optimizer = keras.optimizers.SGD(0.0)
+    model.steppers = [optimizer] if kept == "list" else {"generator": optimizer}
+    optimizer.build(model.trainable_variables)
+    assert not found("trained", model)
+    optimizer.apply([0 * weight for weight in model.trainable_variables])
+    assert found("trained", model)
+
+
 def test_a_model_without_an_optimizer_can_look_trained():
     model = fresh()
     rng = np.random.default_rng(0)
