@@ -7,12 +7,13 @@ from typing import Any, Literal, NamedTuple
 import keras
 import numpy as np
 
+from keras_glorot import backends
 from keras_glorot.gains import activation_growth
 from keras_glorot.initialization import select_layers
 from keras_glorot.keras_bridge import sublayers
 from keras_glorot.progress import progress
 from keras_glorot.recording import Batch
-from keras_glorot.scaling import Measured, Measurement, Site, find_sites, write_factors
+from keras_glorot.scaling import Measured, Measurement, Site, find_sites, scaled
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe
 
@@ -155,10 +156,21 @@ def calibrate(
             f"and was not made constant. Received: model={model}"
         )
     with progress("calibrate", verbose) as advance:
-        measure = Measurement(model, batch, sites, training)
+        measure = Measurement(model, batch, weights, sites, training)
         result = _solve(measure, mode, advance)
-    write_factors(sites, result.after.factors)
-    return _table(result, left)
+    table = _table(result, left)
+    before: list[tuple[keras.Variable, np.ndarray]] = []
+    try:
+        for site, factor in zip(sites, result.after.factors, strict=True):
+            for weight in site.kernels:
+                old = backends.to_array(weight.variable)
+                before.append((weight.variable, old))
+                backends.assign(weight.variable, scaled(old, factor, site))
+        return table  # within, so that an interrupt in this last moment is caught too
+    except BaseException:
+        for variable, old in before:
+            backends.assign(variable, old)
+        raise
 
 
 def measure_ends(
@@ -168,8 +180,9 @@ def measure_ends(
 
     `on_path` is what an earlier call returned, to measure between the same two kernels.
     """
-    sites, _ = find_sites(model, describe(model), None)
-    seen = Measurement(model, Batch.check(x), sites, training)(None)
+    weights = describe(model)
+    sites, _ = find_sites(model, weights, None)
+    seen = Measurement(model, Batch.check(x), weights, sites, training)(None)
     on_path = _on_path(sites, seen) if on_path is None else on_path
     return (*_ends(seen, on_path), on_path)
 

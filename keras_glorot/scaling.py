@@ -28,9 +28,9 @@ from keras_glorot.recording import (
     moments,
     replaced_attribute,
 )
-from keras_glorot.variables import Weight, describe
+from keras_glorot.variables import Weight
 
-__all__ = ["Measured", "Measurement", "Site", "find_sites", "write_factors"]
+__all__ = ["Measured", "Measurement", "Site", "find_sites", "scaled"]
 
 ops: Any = keras.ops
 tree: Any = keras.tree
@@ -156,12 +156,19 @@ class _Sum(NamedTuple):
 class Measurement:
     """Passes over the model in which each kernel is scaled as its layer is called."""
 
-    def __init__(self, model: keras.Layer, batch: Batch, sites: list[Site], training: bool):
+    def __init__(
+        self,
+        model: keras.Layer,
+        batch: Batch,
+        weights: list[Weight],
+        sites: list[Site],
+        training: bool,
+    ):
         self.model, self.batch, self.sites, self.training = model, batch, sites, training
         self.differentiate = differentiator(self._run)
         self.additions = additions(model)
         loops = loops_around(model)
-        owners = [weight.owner for weight in describe(model) if _is_table(weight)]
+        owners = [weight.owner for weight in weights if _is_table(weight)]
         self.tables = [owner for owner in owners if id(owner) not in loops]
         self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
@@ -470,18 +477,9 @@ def _std(tensor: Tensor) -> Tensor:
     return ops.std(values / scale) * scale
 
 
-def write_factors(sites: list[Site], factors: np.ndarray) -> None:
-    """Writes the scaled kernels; puts the old ones back if that fails."""
-    done: list[tuple[keras.Variable, np.ndarray]] = []
-    try:
-        for site, factor in zip(sites, factors, strict=True):
-            for weight in site.kernels:
-                old = backends.to_array(weight.variable)
-                done.append((weight.variable, old))
-                power = float(factor) ** (1 / len(site.kernels))
-                new = old.astype(np.promote_types(old.dtype, np.float32)) * power
-                backends.assign(weight.variable, new.astype(old.dtype))
-    except BaseException:
-        for variable, old in done:
-            backends.assign(variable, old)
-        raise
+def scaled(kernel: np.ndarray, factor: float, site: Site) -> np.ndarray:
+    """A kernel times its part of the site's factor."""
+    power = float(factor) ** (1 / len(site.kernels))
+    return (kernel.astype(np.promote_types(kernel.dtype, np.float32)) * power).astype(
+        kernel.dtype
+    )

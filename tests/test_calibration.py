@@ -1,7 +1,9 @@
 """`calibrate`: signal and gradient hold, by hand-made backpropagation too; only factors."""
 
+import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import keras
@@ -10,8 +12,16 @@ import pytest
 from keras import layers
 from test_propagation import CASES, data, fill, mlp
 
-from keras_glorot import backends, calibrate, calibration, propagate, scaling
+from keras_glorot import (
+    backends,
+    calibrate,
+    calibration,
+    keras_bridge,
+    propagate,
+    scaling,
+)
 
+PACKAGE = Path(calibration.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "calibrate.json"
 
 
@@ -559,6 +569,57 @@ def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch
         calibrate(model, x, *arguments)
     assert count >= 1
     assert snapshot(model) == before
+
+
+def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatch):
+    model, x = CASES["convnet"]()
+    before, results = snapshot(model), []
+
+    def solve(*arguments):
+        if not results:
+            results.append(original(*arguments))
+        sys.settrace(trace)
+        sys._getframe(1).f_trace = trace  # of `calibrate` itself, which runs already
+        return results[0]
+
+    def trace(frame, event, _):
+        nonlocal left
+        if PACKAGE not in Path(frame.f_code.co_filename).parents:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    original, tracer = calibration._solve, sys.gettrace()
+    monkeypatch.setattr(calibration, "_solve", solve)
+    for line in itertools.count(1):
+        left = line
+        try:
+            calibrate(model, x)
+        except KeyboardInterrupt:
+            assert snapshot(model) == before
+        else:
+            break
+        finally:
+            sys.settrace(tracer)
+    assert line > 50
+    assert snapshot(model) != before
+
+
+def test_the_weights_of_a_model_are_surveyed_once(monkeypatch):
+    model, x = CASES["convnet"]()
+    surveyed = []
+    owners = keras_bridge.owned_variables
+    monkeypatch.setattr(
+        keras_bridge,
+        "owned_variables",
+        lambda model: surveyed.append(model) or owners(model),
+    )
+    calibrate(model, x)
+    assert surveyed == [model]
 
 
 @pytest.mark.parametrize(

@@ -639,7 +639,10 @@ def test_initializers_that_return_scalars_and_arrays():
         (keras.initializers.RandomNormal(stddev=math.nan), "numbers, not nan"),
         (keras.initializers.RandomUniform(math.nan, 1.0), "numbers, not nan"),
         (keras.initializers.Constant(math.nan), "numbers, not nan"),
-        (keras.initializers.RandomNormal(stddev=1e-60), "must give values that are larger for"),
+        (
+            keras.initializers.RandomNormal(stddev=1e-60),
+            "must give values that are larger for",
+        ),
         (lambda shape, dtype: ops.full(shape, math.nan, dtype), "returned nan"),
         (lambda shape, dtype: 1.0, "a tensor of shape"),
     ],
