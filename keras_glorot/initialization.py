@@ -53,9 +53,12 @@ def initialize(
     statistics, recurrent kernels, embeddings, ... What a layer assigns to a variable in
     `build` is assigned again, from the new weights. Seed generators, metrics, the states of
     recurrent layers and the state of every optimizer among the attributes of the model and
-    of its layers are reset too; learning rates are not. What can't be reset stays as it
-    is: a finding in the result says why, and a warning points to it. Dtype, sharding and
-    device stay.
+    of its layers are reset too. What can't be reset stays as it is: a finding in the result
+    says why, and a warning points to it. Dtype, sharding and device stay.
+
+    A learning rate goes back to the one that the optimizer had when `initialize` saw it
+    before its first step. If it never did, the learning rate stays: a finding says so, and
+    a warning if a callback of the last `fit` logs learning rates.
 
     Each variable has its own seed, made from `seed` and its place: the names of the layers
     from the model down, and its own. A name that Keras made up, of the form `dense` or
@@ -145,7 +148,8 @@ def initialize(
             assignments.append(_plan_untracked(layer, variable, path))
 
     _assign_all(assignments, verbose)
-    findings = _reset_optimizers(model)
+    unknown_rates = _reset_learning_rates(model)  # while the optimizers know their steps
+    findings = _reset_optimizers(model) + unknown_rates
     for metric in keras_bridge.metrics(model):
         with backends.writable(metric.variables):
             metric.reset_state()
@@ -360,6 +364,22 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
     values = keras_bridge.build_values(built)
     for source, value in zip(built, values, strict=True):
         backends.assign(source.variable, value)
+
+
+def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
+    """To those before the first step. Keras's callbacks that set one log it."""
+    log = getattr(getattr(model, "history", None), "history", {})
+    severity = "warning" if any("learning_rate" in name for name in log) else "info"
+    findings = []
+    for optimizer, rate, first in keras_bridge.used_learning_rates(model):
+        if first is not None:
+            backends.assign(rate, first)
+            continue
+        present = float(keras.ops.convert_to_numpy(rate))
+        message = f"Its learning rate stays {present:.3g}: the first one is not known."
+        advice = "Set it if training has changed it."
+        findings.append(Finding(severity, "optimizer", optimizer.name, message, advice))
+    return findings
 
 
 def _reset_optimizers(model: keras.Layer) -> list[Finding]:

@@ -65,6 +65,7 @@ __all__ = [
     "sublayer_paths",
     "sublayers",
     "untracked_variables",
+    "used_learning_rates",
     "without_colors",
     "without_remat",
 ]
@@ -846,3 +847,29 @@ def _optimizer_state(optimizer: Any) -> list[keras.Variable]:
         for variable in _unique([*held, *optimizer._variables])
         if id(variable) not in foreign
     ]
+
+
+# By optimizer, the learning rate that it had when it was seen before its first step.
+_first_rates: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+
+
+def used_learning_rates(
+    layer: keras.Layer,
+) -> list[tuple[keras.optimizers.Optimizer, keras.Variable, float | None]]:
+    """The learning rate of each optimizer that has made steps, with its first value.
+
+    An optimizer does not keep that value: it is None if no call saw the optimizer before
+    its first step.
+    """
+    found = []
+    for optimizer in optimizers(layer):
+        rate: Any = getattr(optimizer, "_learning_rate", None)
+        if not isinstance(rate, keras.Variable):
+            continue  # a schedule, which follows the steps
+        if _attributes(optimizer, keras.optimizers.Optimizer):
+            continue  # the inner ones have it
+        if int(keras.ops.convert_to_numpy(optimizer.iterations)):
+            found.append((optimizer, rate, _first_rates.get(optimizer)))
+        else:
+            _first_rates[optimizer] = float(keras.ops.convert_to_numpy(rate))
+    return found

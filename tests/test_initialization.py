@@ -277,7 +277,7 @@ def test_k_folds_are_reproducible():
     ],
     ids=lambda optimizer: optimizer.name,
 )
-def test_optimizer_is_as_new_but_for_its_learning_rate(optimizer):
+def test_optimizer_is_as_new_but_for_a_learning_rate_that_is_not_known(optimizer):
     config = optimizer.get_config()
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
     model.compile(optimizer, "mse")
@@ -287,10 +287,44 @@ def test_optimizer_is_as_new_but_for_its_learning_rate(optimizer):
     for variable in optimizer.variables:
         if variable.name == "learning_rate":
             variable.assign(0.05)
-    assert not initialize(model).findings
+    findings = initialize(model).findings
+    is_constant = "learning_rate" in {each.name for each in optimizer.variables}
+    assert [(each.code, each.severity) for each in findings] == (
+        [("optimizer", "info")] if is_constant else []
+    )
     for mine, its in zip(optimizer.variables, fresh.variables, strict=True):
         expected = 0.05 if mine.name == "learning_rate" else its
         np.testing.assert_allclose(mine, np.asarray(expected))
+
+
+def trained_by_a_callback(optimizer, before=lambda model: None):
+    """A model whose learning rate a callback has lowered to 1e-5."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.compile(optimizer, "mse")
+    before(model)
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 1e-5)
+    model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0, callbacks=[lower])
+    assert float(array(model.optimizer.learning_rate)) == pytest.approx(1e-5)
+    return model
+
+
+def test_a_learning_rate_goes_back_to_the_one_before_the_first_step():
+    def set_and_initialize(model):
+        model.optimizer.learning_rate = 0.02
+        assert not initialize(model).findings
+
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    for optimizer in "adam", scaled:
+        model = trained_by_a_callback(optimizer, set_and_initialize)
+        assert not initialize(model).findings
+        assert float(array(model.optimizer.learning_rate)) == pytest.approx(0.02)
+
+
+def test_a_learning_rate_that_is_not_known_is_warned_about():
+    model = trained_by_a_callback(keras.optimizers.Adam(0.01))
+    with pytest.warns(UserWarning, match="did not reset adam.*learning rate stays 1e-05"):
+        (finding,) = initialize(model).findings
+    assert (finding.code, finding.path) == ("optimizer", model.optimizer.name)
 
 
 def test_metrics_are_reset():
