@@ -24,6 +24,7 @@
 
 enum { BATCH = 128 };          /* Philox blocks worked on at a time */
 enum { WORDS = 4 * BATCH };    /* 32-bit words of so many blocks */
+enum { MOST_AXES = 64 };       /* as in NumPy */
 enum { KNOTS = (1 << 12) + 1, SHIFT = 19, POSITION = (1 << SHIFT) - 1 };
 
 /* Philox4x32: the multipliers, and what is added to the key in each round. */
@@ -47,7 +48,7 @@ typedef struct {
     const int32_t *knots;
     const double *rational; /* 10 coefficients of the numerator, 9 of the denominator */
     uint64_t first, last, base, run;
-    const uint64_t *steps;
+    uint64_t steps[2 * MOST_AXES]; /* a copy: aligned, and nobody else writes to it */
     size_t rank;
 } Job;
 
@@ -317,26 +318,37 @@ static PyObject *philox(PyObject *self, PyObject *args) {
     return Py_BuildValue("IIII", counter[0], counter[1], counter[2], counter[3]);
 }
 
+static int is_aligned(const void *pointer, size_t boundary) {
+    return (uintptr_t)pointer % boundary == 0;
+}
+
+/* Copies the steps, and returns whether they are some that can be counted with. */
+static int read_steps(Job *job, const Py_buffer *steps) {
+    if (steps->len % 16 || (size_t)steps->len > sizeof job->steps) return 0;
+    job->rank = (size_t)steps->len / 16;
+    memcpy(job->steps, steps->buf, (size_t)steps->len);
+    for (size_t i = 0; i < job->rank; i++)
+        if (!job->steps[2 * i]) return 0;
+    return 1;
+}
+
 static PyObject *fill(PyObject *self, PyObject *args) {
+    PyObject *target;
     Py_buffer out, knots, rational, steps;
     int dtype, form, clone;
     unsigned int k0, k1;
     unsigned long long first, last, base, run;
     double scale;
-    if (!PyArg_ParseTuple(args, "iw*ii(II)dy*y*KKKKy*", &clone, &out, &dtype, &form, &k0,
+    if (!PyArg_ParseTuple(args, "iOii(II)dy*y*KKKKy*", &clone, &target, &dtype, &form, &k0,
                           &k1, &scale, &knots, &rational, &first, &last, &base, &run,
                           &steps))
         return NULL;
-    const size_t item = dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
-    if (clone < 0) clone += clone_count; /* -1: the best */
-    int right = clone >= 0 && clone < clone_count && dtype >= FLOAT16 && dtype <= FLOAT64
-                && (form == UNIFORM || form == TRUNCATED_NORMAL) && first <= last && run
-                && (unsigned long long)out.len / item >= last
-                && knots.len == KNOTS * (Py_ssize_t)sizeof(int32_t)
-                && rational.len == 19 * (Py_ssize_t)sizeof(double) && steps.len % 16 == 0;
+    /* With its format: bytes, and not the references of an array of objects. */
+    int right = !PyObject_GetBuffer(target, &out, PyBUF_WRITABLE | PyBUF_FORMAT | PyBUF_ND);
     if (right) {
+        const size_t item = dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
         Job job = {
-            .out = (char *)out.buf + first * item,
+            .out = (char *)out.buf,
             .dtype = (Dtype)dtype,
             .form = (Form)form,
             .key = {k0, k1},
@@ -347,20 +359,30 @@ static PyObject *fill(PyObject *self, PyObject *args) {
             .last = last,
             .base = base,
             .run = run,
-            .steps = steps.buf,
-            .rank = (size_t)steps.len / 16,
         };
-        if (last - first <= 4096) { /* the lock's hand-over would take longer */
-            clones[clone].fill(&job);
+        if (clone < 0) clone += clone_count; /* -1: the best */
+        right = clone >= 0 && clone < clone_count && dtype >= FLOAT16 && dtype <= FLOAT64
+                && (form == UNIFORM || form == TRUNCATED_NORMAL) && first <= last && run
+                && out.format && !strcmp(out.format, "B")
+                && (unsigned long long)out.len / item >= last
+                && knots.len == KNOTS * (Py_ssize_t)sizeof(int32_t)
+                && is_aligned(knots.buf, sizeof(int32_t))
+                && rational.len == 19 * (Py_ssize_t)sizeof(double)
+                && is_aligned(rational.buf, sizeof(double)) && read_steps(&job, &steps);
+        if (!right) {
+            PyErr_SetString(PyExc_ValueError, "arguments that sampling.py would not give");
         } else {
-            Py_BEGIN_ALLOW_THREADS
-            clones[clone].fill(&job);
-            Py_END_ALLOW_THREADS
+            job.out += first * item;
+            if (last - first <= 4096) { /* the lock's hand-over would take longer */
+                clones[clone].fill(&job);
+            } else {
+                Py_BEGIN_ALLOW_THREADS
+                clones[clone].fill(&job);
+                Py_END_ALLOW_THREADS
+            }
         }
-    } else {
-        PyErr_SetString(PyExc_ValueError, "arguments that sampling.py would not give");
+        PyBuffer_Release(&out);
     }
-    PyBuffer_Release(&out);
     PyBuffer_Release(&knots);
     PyBuffer_Release(&rational);
     PyBuffer_Release(&steps);
