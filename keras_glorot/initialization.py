@@ -17,6 +17,7 @@ import numpy as np
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot.gains import activation_gain
+from keras_glorot.initializers import find_initializer
 from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Row, Table
 from keras_glorot.variables import Weight, describe
@@ -118,7 +119,7 @@ def initialize(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
     """
     weights = describe(model)
-    kernel_initializer = keras.initializers.get(initializer)
+    kernel_initializer = find_initializer(initializer)
     if not callable(kernel_initializer):
         raise TypeError(
             "Argument `initializer` must be an initializer or the name of one, such as "

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import keras
 
@@ -251,9 +251,22 @@ class GlorotNormal(_Glorot):
         return Distribution.from_std("truncated_normal", gain * math.sqrt(2 / fan_sum))
 
 
-# `initializers.get` looks strings up here; Keras itself has no name "xavier".
-keras.saving.get_custom_objects()["xavier_uniform"] = GlorotUniform
-keras.saving.get_custom_objects()["xavier_normal"] = GlorotNormal
+# Keras itself has no name "xavier". Strings can have the registered names, too.
+_NAMES: dict[str, Any] = {
+    "xavier_uniform": GlorotUniform,
+    "xavier_normal": GlorotNormal,
+    "keras_glorot>GlorotUniform": GlorotUniform,
+    "keras_glorot>GlorotNormal": GlorotNormal,
+}
+for _table in keras_bridge.initializer_tables():
+    _table.update(_NAMES)
+
+
+def find_initializer(identifier: Any) -> Any:
+    """As `keras.initializers.get`; our names are known even if Keras does not know them."""
+    if isinstance(identifier, str):
+        identifier = _NAMES.get(identifier, identifier)
+    return keras.initializers.get(identifier)
 
 
 @contextlib.contextmanager
@@ -265,7 +278,8 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
     models keep the initializers they were saved with. Scopes nest. A scope holds for the
     thread or the asyncio task that opened it, and for tasks that are created inside it;
     `keras.utils.clear_session` does not end it. An object that a
-    `keras.saving.custom_object_scope` has under one of these names comes first.
+    `keras.saving.custom_object_scope` has under one of these names comes first, where
+    Keras looks there: for configs, and up to Keras 3.15 for strings.
 
     Args:
         gain: The gain of every initializer made in the scope, as in `GlorotUniform`.
@@ -276,6 +290,7 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
     Raises:
         ValueError: If the gain is not positive and finite or not a known name.
         TypeError: If the gain is of a wrong type.
+        RuntimeError: If this Keras, newer than those tested, looks names up elsewhere.
 
     Example:
 
@@ -315,51 +330,66 @@ _defaults: ContextVar[_Defaults | None] = ContextVar(
 )
 
 
-class _Detour(NamedTuple):
+class _Detour:
     """Stands under one of Keras's names and asks the innermost scope of the caller."""
 
-    name: str
     ordinary: Any
 
-    def from_config(self, config: Mapping[str, Any]) -> Any:
-        make = (_defaults.get() or {}).get(self.name)
+    def __new__(cls) -> Any:
+        return cls.from_config({})  # Keras 3.16 calls the class that a string names
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Any:
+        make = (_defaults.get() or {}).get(cls.__name__)
         if make is not None:
             return make(config)
         # Another thread or task, without a scope. Its user may have registered a function.
-        if not hasattr(self.ordinary, "from_config"):
-            return self.ordinary
-        return self.ordinary.from_config(config)
+        if not hasattr(cls.ordinary, "from_config"):
+            return cls.ordinary
+        return cls.ordinary.from_config(config)
 
 
 class _Redirection:
-    """Keeps detours in Keras's global table of names while a scope is open anywhere.
+    """Keeps detours in Keras's tables of names while a scope is open anywhere.
 
-    Keras's own `custom_object_scope` would hold for all tasks of a thread alike.
+    Keras's own `custom_object_scope` would hold for all tasks of a thread alike, end with
+    `clear_session`, and not reach the strings of Keras 3.16.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.open_scopes = 0
-        self.replaced: dict[str, Any] = {}
+        self.replaced: list[tuple[dict[str, Any], str, Any]] = []
 
     def __enter__(self) -> None:
         with self.lock:
+            if not self.open_scopes:
+                self._replace()
             self.open_scopes += 1
-            if self.open_scopes > 1:
-                return
-            table = keras.saving.get_custom_objects()
-            for name in ("glorot_uniform", "glorot_normal", "VarianceScaling"):
-                self.replaced[name] = table.get(name)
-                ordinary = table.get(name, getattr(keras.initializers, name))
-                table[name] = _Detour(name, ordinary)
+
+    def _replace(self) -> None:
+        tables = keras_bridge.initializer_tables()
+        if not tables:
+            raise RuntimeError(
+                f"`as_default` can't change the names of Keras {keras.__version__}. Use "
+                "`keras_glorot.initialize(model)`, or install a Keras version that "
+                "keras_glorot was tested with."
+            )
+        self.replaced = [
+            (table, name, table.get(name))
+            for table in tables
+            for name in ("glorot_uniform", "glorot_normal", "VarianceScaling")
+        ]
+        for table, name, previous in self.replaced:
+            ordinary = getattr(keras.initializers, name) if previous is None else previous
+            table[name] = type(name, (_Detour,), {"ordinary": ordinary})
 
     def __exit__(self, *error: object) -> None:
         with self.lock:
             self.open_scopes -= 1
             if self.open_scopes:
                 return
-            table = keras.saving.get_custom_objects()
-            for name, previous in self.replaced.items():
+            for table, name, previous in reversed(self.replaced):
                 table.pop(name, None)
                 if previous is not None:
                     table[name] = previous

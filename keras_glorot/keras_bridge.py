@@ -40,6 +40,11 @@ try:
 except ImportError:
     get_keras_mask = set_keras_mask = None
 
+try:
+    from keras.src.initializers import ALL_OBJECTS_DICT
+except ImportError:
+    ALL_OBJECTS_DICT: dict[str, Any] = {}  # where Keras finds nothing
+
 
 __all__ = [
     "BuildValue",
@@ -52,6 +57,7 @@ __all__ = [
     "direct_sublayers",
     "downstream_operations",
     "initial_state",
+    "initializer_tables",
     "is_shape_inference",
     "may_assign",
     "may_hold_given_vectors",
@@ -264,6 +270,47 @@ class _LateModel(keras.Layer):
 
     def call(self, x: Any) -> Any:
         return self.dropout(self.inner(x))
+
+
+@functools.cache
+def initializer_tables() -> list[dict[str, Any]]:
+    """Where Keras looks for an initializer by name. Empty if that can't be found out.
+
+    Keras 3.16 looks for strings in a table of its own alone; for configs it looks first,
+    as before, among the registered objects.
+    """
+    registered = keras.saving.get_custom_objects()
+    if _is_searched(registered):
+        return [registered]
+    if _is_searched(ALL_OBJECTS_DICT):
+        return [registered, ALL_OBJECTS_DICT]
+    warnings.warn(
+        f"keras_glorot can't tell Keras {keras.__version__} what its strings such as "
+        '"xavier_uniform" stand for, and `as_default` does not work. Write '
+        "`GlorotUniform()` and `GlorotNormal()` in their place, or install a Keras version "
+        "that this version of keras_glorot was tested with.",
+        stacklevel=2,
+    )
+    return []
+
+
+def _is_searched(table: dict[str, Any]) -> bool:
+    """Tries if Keras takes an initializer from a table, even in place of its own."""
+    name = "STFTInitializer"  # of Keras's own names one that hardly anyone uses
+    previous = table.get(name)
+    table[name] = _probe_initializer
+    try:
+        return keras.initializers.get(name) is _probe_initializer
+    except Exception:  # whatever a change inside Keras brings about
+        return False
+    finally:
+        table.pop(name)
+        if previous is not None:
+            table[name] = previous
+
+
+def _probe_initializer(shape: Any, dtype: Any = None) -> Any:
+    return keras.ops.zeros(shape, dtype)
 
 
 def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | Any:

@@ -21,6 +21,7 @@ from keras_glorot import (
     as_default,
     calculate_gain,
     compute_fans,
+    keras_bridge,
 )
 from keras_glorot.arguments import check_choice
 from keras_glorot.sampling import TRUNCATED_STD
@@ -198,8 +199,9 @@ def test_as_default_keeps_the_custom_objects_around_it():
     class Halves(keras.initializers.Ones):
         pass
 
+    halves = {"class_name": "halves", "config": {}}  # no string: Keras 3.16 takes none
     with keras.saving.custom_object_scope({"halves": Halves}), as_default():
-        layer = keras.layers.Dense(1, bias_initializer="halves")
+        layer = keras.layers.Dense(1, bias_initializer=halves)
     assert type(layer.bias_initializer) is Halves
     assert type(layer.kernel_initializer) is GlorotUniform
 
@@ -438,6 +440,12 @@ def is_stock():
     return type(default_kernel()) is keras.initializers.GlorotUniform
 
 
+# Where Keras looks for objects that users registered: strings, up to Keras 3.15 only.
+NAMED: list = [{"class_name": "glorot_uniform", "config": {}}]
+if len(keras_bridge.initializer_tables()) == 1:
+    NAMED.append("glorot_uniform")
+
+
 def test_as_default_holds_for_its_own_task():
     seen = {}
 
@@ -490,22 +498,24 @@ def test_as_default_puts_everything_back():
 @pytest.mark.parametrize(
     "mine", [keras.initializers.Ones, lambda shape, dtype=None: np.ones(shape)]
 )
-def test_as_default_leaves_registered_objects_to_other_threads(mine, monkeypatch):
+@pytest.mark.parametrize("named", NAMED)
+def test_as_default_leaves_registered_objects_to_other_threads(named, mine, monkeypatch):
     table = keras.saving.get_custom_objects()
-    monkeypatch.setitem(table, "glorot_normal", mine)
+    monkeypatch.setitem(table, "glorot_uniform", mine)
     with as_default(), ThreadPoolExecutor(1) as pool:
-        other = pool.submit(keras.initializers.get, "glorot_normal").result()
-        assert type(keras.initializers.get("glorot_normal")) is GlorotNormal
-    assert table["glorot_normal"] is mine
+        other = pool.submit(keras.initializers.get, named).result()
+        assert type(keras.initializers.get(named)) is GlorotUniform
+    assert table["glorot_uniform"] is mine
     assert mine in (type(other), other)
 
 
-def test_an_explicit_custom_object_comes_first():
+@pytest.mark.parametrize("named", NAMED)
+def test_an_explicit_custom_object_comes_first(named):
     mine = {"glorot_uniform": keras.initializers.Ones}
     with keras.saving.custom_object_scope(mine), as_default():
-        assert type(default_kernel()) is keras.initializers.Ones
+        assert type(keras.initializers.get(named)) is keras.initializers.Ones
     with as_default(), keras.saving.custom_object_scope(mine):
-        assert type(default_kernel()) is keras.initializers.Ones
+        assert type(keras.initializers.get(named)) is keras.initializers.Ones
 
 
 def test_as_default_in_many_threads_at_once():
@@ -520,6 +530,45 @@ def test_as_default_in_many_threads_at_once():
         for done in [pool.submit(work, float(i)) for i in range(1, 9)]:
             done.result()
     assert "glorot_uniform" not in keras.saving.get_custom_objects()
+
+
+def test_saved_initializers_are_left_alone_by_as_default():
+    saved = keras.initializers.serialize(keras.initializers.VarianceScaling(2.0))
+    with as_default("relu", variance_scaling=True):
+        loaded = keras.initializers.deserialize(saved)
+    assert type(loaded) is keras.initializers.VarianceScaling
+
+
+# On a Keras that looks for strings where nobody knows -----------------------------------
+
+
+@pytest.fixture
+def bridge_without_tables(monkeypatch):
+    """A bridge that finds no table of names that Keras would look into."""
+    monkeypatch.setattr(keras_bridge, "_is_searched", lambda table: False)
+    keras_bridge.initializer_tables.cache_clear()
+    with pytest.warns(UserWarning, match="strings such as"):
+        keras_bridge.initializer_tables()
+    yield
+    keras_bridge.initializer_tables.cache_clear()
+
+
+@pytest.mark.usefixtures("bridge_without_tables")
+def test_as_default_says_that_it_has_no_effect():
+    with pytest.raises(RuntimeError, match="`as_default` can't change the names"):
+        with as_default():
+            pass
+    assert is_stock()
+
+
+def test_initialize_does_not_need_keras_to_know_our_names(monkeypatch):
+    for table in keras_bridge.initializer_tables():
+        monkeypatch.delitem(table, "xavier_uniform")
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    with pytest.raises((TypeError, ValueError), match="xavier_uniform"):
+        keras.initializers.get("xavier_uniform")
+    assert keras_glorot.initialize(layer).rows[0]["done"] == "GlorotUniform"
 
 
 # More bad input --------------------------------------------------------------------------

@@ -283,6 +283,9 @@ def test_loading_without_the_import(tmp_path):
     command = [sys.executable, "-c", WITHOUT_IMPORT, *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     results = json.loads(done.stdout)
+    if isinstance(results[0], str):  # Keras 3.16 asks for the import
+        assert all("Could not locate class 'Glorot" in result for result in results)
+        return
     for layer, (is_stock, total) in zip(layers, results[: len(LOADED)], strict=False):
         assert is_stock
         kernel = keras.ops.convert_to_numpy(layer.kernel)
