@@ -555,9 +555,9 @@ def bridge_without_tables(monkeypatch):
 
 @pytest.mark.usefixtures("bridge_without_tables")
 def test_as_default_says_that_it_has_no_effect():
-    with pytest.raises(RuntimeError, match="`as_default` can't change the names"):
-        with as_default():
-            pass
+    message = "`as_default` can't change the names"
+    with pytest.raises(RuntimeError, match=message), as_default():
+        pass
     assert is_stock()
 
 
