@@ -2,7 +2,11 @@
 
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,29 @@ def test_the_tested_versions_are_those_of_the_pins(name):
     ]
     assert listed is not None
     assert set(listed[1].split(", ")) == set(pins)
+
+
+@pytest.mark.slow
+def test_a_wheel_without_the_kernel_is_for_any_python(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "keras_glorot", source / "keras_glorot")
+    for each in (source / "keras_glorot").glob("_native.*"):
+        each.unlink()  # also the source: no compiler finds it
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
+        cwd=source,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = (name for name in names if name.endswith("/WHEEL"))
+        assert b"Root-Is-Purelib: true" in archive.read(about)
+    assert "keras_glorot/sampling.py" in names
+    assert not any("_native" in name for name in names)
 
 
 def test_actions_are_pinned_by_hash():
