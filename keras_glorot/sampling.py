@@ -59,6 +59,7 @@ import importlib
 import math
 import os
 import struct
+import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,22 +112,29 @@ _DENOMINATOR = (
 _RATIONAL = np.array([*_NUMERATOR, *_DENOMINATOR])
 
 
-def _load_native() -> Any:
-    """The compiled kernel, or None where there is none or it is switched off."""
+def _load_native() -> tuple[Any, str]:
+    """The compiled kernel; or None, and the reason why NumPy draws in its place."""
     if os.environ.get("KERAS_GLOROT_NATIVE") == "0":
-        return None
+        return None, "the native kernel is switched off by KERAS_GLOROT_NATIVE=0"
     try:
-        return importlib.import_module("keras_glorot._native")
-    except ImportError:  # built without a compiler, or for another Python
-        return None
+        return importlib.import_module("keras_glorot._native"), ""
+    except ModuleNotFoundError:
+        # Python 3.15 alone has a stable ABI (abi3t, PEP 803) for those without the lock.
+        free = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+        python = "this free-threaded Python" if free else "this Python"
+        return None, f"the native kernel was not built for {python}"
+    except ImportError as error:  # built for another machine
+        return None, f"the native kernel can't be loaded: {error}"
 
 
-_native = _load_native()
+_native, _reason = _load_native()
 
 
 def native_name() -> str:
-    """What draws in this process: the native kernel's instruction set, or NumPy."""
-    return "NumPy" if _native is None else f"native kernel, {_native.CLONES[-1]}"
+    """What draws here: the native kernel with its instruction set, or NumPy, and why."""
+    if _native is None:
+        return f"NumPy ({_reason})"
+    return f"native kernel, {_native.CLONES[-1]}"
 
 
 def draw(

@@ -1,12 +1,14 @@
 """The stream: frozen bits, the right distribution, independent of who draws it."""
 
 import hashlib
+import importlib
 import math
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import types
@@ -580,10 +582,31 @@ def test_knows_nothing_of_keras():
 
 def test_the_native_kernel_can_be_switched_off():
     source = "print(sampling.native_name())"
-    assert run_python(source, KERAS_GLOROT_NATIVE="0") == "NumPy"
+    off = "NumPy (the native kernel is switched off by KERAS_GLOROT_NATIVE=0)"
+    assert run_python(source, KERAS_GLOROT_NATIVE="0") == off
     if NATIVE is not None:
         best = f"native kernel, {NATIVE.CLONES[-1]}"
         assert run_python(source, KERAS_GLOROT_NATIVE="1") == best
+
+
+@pytest.mark.parametrize(
+    ("missing", "free_threaded", "reason"),
+    [
+        (ModuleNotFoundError(), 0, "was not built for this Python"),
+        (ModuleNotFoundError(), 1, "was not built for this free-threaded Python"),
+        (ImportError("wrong ELF class"), 0, "can't be loaded: wrong ELF class"),
+    ],
+)
+def test_it_is_said_why_numpy_draws(missing, free_threaded, reason, monkeypatch):
+    def import_module(name):
+        raise missing
+
+    monkeypatch.delenv("KERAS_GLOROT_NATIVE", raising=False)
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: free_threaded)
+    native, said = sampling._load_native()
+    assert native is None
+    assert said == f"the native kernel {reason}"
 
 
 @pytest.mark.skipif(NATIVE is None, reason="about the native kernel")
