@@ -133,10 +133,17 @@ class _ShowVersions(argparse.Action):
         super().__init__(*names, nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        versions = {name: importlib.metadata.version(name) for name in (PROGRAM, "keras")}
-        print(f"{PROGRAM} {versions[PROGRAM]}, drawing with {_drawing()}")
-        print(f"Keras {versions['keras']}, backend {_backend()}")
+        version = importlib.metadata.version(PROGRAM)
+        print(f"{PROGRAM} {version}, drawing with {_drawing()}")
+        print(f"Keras {_keras_version()}, backend {_backend()}")
         parser.exit()
+
+
+def _keras_version() -> str:
+    try:
+        return importlib.metadata.version("keras")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version("keras-nightly")
 
 
 def _drawing() -> str:

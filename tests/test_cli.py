@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for whatever is wrong, and no half file."""
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -459,6 +460,20 @@ def test_the_backend_of_the_version_is_that_of_keras_own_file(
         with pytest.raises(SystemExit):
             main(["--version"])
         assert capsys.readouterr().out.endswith(f", backend {backend}\n")
+
+
+def test_the_version_of_a_nightly(monkeypatch, capsys):
+    versions = {"keras-glorot": "1", "keras-nightly": "3.16.0.dev1"}  # there is no keras
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert "\nKeras 3.16.0.dev1, backend " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
