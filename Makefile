@@ -24,7 +24,7 @@ ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
 
 # What a new Keras can change: names, files, whose weight is drawn, how it is rebuilt.
 ON_KERAS := $(foreach name,initializers round_trips private_names keras_bridge layers \
-	fresh stock_keras,tests/test_$(name).py)
+	fresh initialization propagation,tests/test_$(name).py)
 
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.
 ON_NONE := $(foreach name,docs release sampling shapeset structure symmetry tables, \
