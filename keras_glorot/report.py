@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot.auditing import audit
+from keras_glorot.files import drafted
 from keras_glorot.plots import OFF_COLOR, drawable_rows, plot_histograms
 from keras_glorot.propagation import propagate
 from keras_glorot.tables import Table, cell, findings_html, is_number, printable
@@ -69,8 +70,7 @@ def report(
 
     Raises:
         ImportError: If matplotlib, itables or pandas is not installed.
-        ValueError: If `path` is a folder or its folder does not exist; else as `audit` and
-            `propagate`.
+        ValueError: If `path` can't be written as a file; else as `audit` and `propagate`.
         TypeError: As `audit` and `propagate`.
 
     Example:
@@ -141,13 +141,14 @@ def write_page(
         facts="".join(rows),
         off=OFF_COLOR,
     )
-    path.write_text(page, encoding="utf-8")
+    with drafted(path, "Argument `path`") as put:
+        put(lambda draft: draft.write_text(page, encoding="utf-8"))
     return path
 
 
 def _check_path(path: str | PathLike) -> Path:
     checked = Path(path).resolve()
-    if not checked.parent.is_dir() or checked.is_dir():
+    if not checked.parent.is_dir() or (checked.exists() and not checked.is_file()):
         raise ValueError(
             f"Argument `path` must be a file in an existing folder. Received: path={path}"
         )

@@ -4,8 +4,11 @@ Run with `-s` for how long ten thousand rows take, and `--basetemp DIR` for the 
 their screenshots.
 """
 
+import errno
+import os
 import sys
 import time
+from pathlib import Path
 
 import browser as chromium
 import keras
@@ -95,6 +98,21 @@ def test_a_model_without_weights(tmp_path):
     layer = keras.layers.ReLU()
     layer.build((None, 3))
     assert report(layer, path=tmp_path / "report.html").exists()
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def fail(draft, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(draft))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match=rf"Received: {path} \(No space left"):
+        page_of(audit(net()), path)
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.html"]
 
 
 def test_the_path_is_checked_before_the_work(tmp_path):

@@ -1,0 +1,59 @@
+"""Files appear whole or not at all, and nothing is left beside them."""
+
+import os
+
+import pytest
+
+from keras_glorot.files import drafted
+
+NAME = ".keras-glorot-0123456789abcdef"
+
+
+def write(text):
+    return lambda path: path.write_text(text)
+
+
+def test_the_file_is_replaced_at_the_end(tmp_path):
+    target = tmp_path / "page.html"
+    target.write_text("old")
+    with drafted(target, "Argument `path`") as put:
+        assert target.read_text() == "old"
+        put(write("new"))
+        assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt, MemoryError])
+def test_after_an_error_the_old_file_is_there(error, tmp_path):
+    target = tmp_path / "page.html"
+    target.write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise error
+
+    expected = ValueError if isinstance(error, OSError) else error
+    with pytest.raises(expected), drafted(target, "Argument `path`") as put:
+        put(fail)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_the_folder_of_a_killed_process_is_removed(tmp_path):
+    left = tmp_path / NAME
+    left.mkdir()
+    (left / "draft.keras").write_text("half")
+    with drafted(tmp_path / "out.keras", "-o"):
+        assert not left.exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_of_others_stay(tmp_path):
+    own = tmp_path / f"{NAME}-mine"
+    own.mkdir()
+    with drafted(tmp_path / "out.keras", "-o") as put:
+        with drafted(tmp_path / "other.keras", "-o") as put_other:
+            put_other(write("other"))
+        put(write("out"))
+    assert sorted(os.listdir(tmp_path)) == [own.name, "other.keras", "out.keras"]
