@@ -1,11 +1,8 @@
 """Glorot (Xavier) initialization that is right in every Keras layer."""
 
-from keras_glorot import cli as _cli
+from keras_glorot import installed as _installed
 
-# Run as a program, `--help` need not wait for the seconds in which Keras is imported.
-if _cli.is_starting():
-    _cli.start()
-elif _missing := _cli.missing_backend():
+if _missing := _installed.missing_backend():
     raise ModuleNotFoundError(_missing)
 
 from importlib.metadata import version as _version

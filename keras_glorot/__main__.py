@@ -1,7 +1,7 @@
-"""`python -m keras_glorot`: the command line."""
+"""`python -m keras_glorot`: as `keras-glorot`, but Keras is imported before all else."""
 
 import sys
 
-from keras_glorot.cli import main
+from keras_glorot_cli import main
 
 sys.exit(main())

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import keras_glorot
-from keras_glorot.cli import main
+from keras_glorot import cli
+from keras_glorot_cli import main
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 
@@ -148,6 +149,16 @@ def test_bad_files_are_one_line(kind, command, model_file, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["bad.keras", "out.keras"]
 
 
+def test_a_config_of_gigabytes_is_not_read(tmp_path, capsys):
+    bomb = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr("config.json", b" " * (cli.LARGEST_JSON + 1))
+    assert main(["audit", str(bomb)]) == 2
+    message = capsys.readouterr().err
+    assert "must not have JSON of more than 100,000,000 bytes" in message
+    assert str(bomb) in message
+
+
 @pytest.mark.parametrize("name", ["NoSuchModel", "missing.keras", "vgg16", "__doc__", ""])
 def test_unknown_models_are_one_line(name, capsys):
     assert main(["audit", name]) == 2
@@ -209,6 +220,7 @@ def test_help_says_it_all(command, capsys):
 
 @pytest.mark.slow
 def test_as_a_process(model_file):
+    # With `-m`, which the other processes here are started without.
     command = [sys.executable, "-m", "keras_glorot", "audit", model_file, "--json"]
     done = subprocess.run(
         [*command, "--fail-on", "warning"], capture_output=True, text=True
@@ -316,6 +328,18 @@ def test_a_directory_as_output_fails_before_the_work(model_file, tmp_path, no_wo
     assert f"must be a file, not a directory. Received: {tmp_path}" in message
 
 
+@pytest.mark.parametrize(
+    ("place", "fault"), [("folder", "not a directory"), ("no/page.html", "existing folder")]
+)
+def test_a_page_that_can_not_be_written_fails_before_the_work(
+    place, fault, model_file, tmp_path, no_work, capsys
+):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        main(["audit", model_file, "--html", str(tmp_path / place)])
+    assert fault in capsys.readouterr().err
+
+
 def test_an_unwritable_folder_fails_before_the_work(
     model_file, tmp_path, no_work, monkeypatch, capsys
 ):
@@ -398,6 +422,23 @@ def test_a_reader_that_has_gone(extra, severity, code, model_file, monkeypatch, 
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+@pytest.mark.parametrize(("severity", "code"), [("error", 0), ("warning", 1)])
+def test_a_closed_stdout(extra, severity, code, model_file, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["audit", model_file, "--fail-on", severity, *extra]) == code
+    monkeypatch.undo()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_stderr(model_file, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["audit", "NoSuchModel"]) == 2
+    assert main(["audit", model_file, "--json"]) == 0
+    monkeypatch.undo()
+    json.loads(capfd.readouterr().out)
+
+
 @pytest.mark.slow
 def test_head(model_file):
     command = f"{sys.executable} -m keras_glorot audit {model_file} --json | head -1"
@@ -411,13 +452,10 @@ def test_head(model_file):
 
 # Before Keras is imported ----------------------------------------------------------------
 
-AS_SCRIPT = (
-    "import sys; sys.argv[0] = '/bin/keras-glorot'; from keras_glorot.cli import main"
-)
-PROGRAMS = {"module": ["-m", "keras_glorot"], "script": ["-c", f"{AS_SCRIPT}; main()"]}
+# As the script does that an installation makes.
+SCRIPT = ["-c", "import sys; from keras_glorot_cli import main; sys.exit(main())"]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -427,11 +465,11 @@ PROGRAMS = {"module": ["-m", "keras_glorot"], "script": ["-c", f"{AS_SCRIPT}; ma
         (["--version"], 0, f"keras-glorot {keras_glorot.__version__}, drawing with "),
         (["--version"], 0, f"Keras {keras.__version__}, backend {keras.backend.backend()}"),
         (["paint"], 2, "invalid choice: 'paint'"),
-        (["init", "x", "-o", "y"], 2, "ends in .keras"),
+        (["init", "x", "-o", "y"], 2, "must end in .keras"),
     ],
 )
-def test_no_import_of_keras_and_no_log_line(program, arguments, code, text):
-    command = [sys.executable, "-X", "importtime", *PROGRAMS[program], *arguments]
+def test_no_import_of_keras_and_no_log_line(arguments, code, text):
+    command = [sys.executable, "-X", "importtime", *SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     times = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     rest = [line for line in done.stderr.splitlines() if line not in times]
@@ -442,6 +480,21 @@ def test_no_import_of_keras_and_no_log_line(program, arguments, code, text):
     if arguments != ["--version"]:  # which asks what draws
         slow.add("numpy")
     assert {line.split("|")[-1].strip() for line in times}.isdisjoint(slow)
+
+
+@pytest.mark.slow
+def test_the_import_looks_at_no_command_line(tmp_path):
+    """Of another program, which may have our name among its own arguments."""
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__init__.py").write_text("import keras_glorot\n")
+    (tmp_path / "tool" / "run.py").write_text("import sys; print(sys.argv[1:])\n")
+    command = [sys.executable, "-m", "tool.run", "--package", "keras_glorot"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout == "['--package', 'keras_glorot']\n"
+    assert done.returncode == 0
 
 
 def test_the_backend_of_the_version_is_that_of_keras_own_file(
@@ -498,8 +551,8 @@ def test_the_version_of_a_nightly(monkeypatch, capsys):
         ),
     ],
 )
-@pytest.mark.parametrize("program", [None, "module"])
-def test_a_missing_backend_is_one_line(backend, there, ways, program, tmp_path):
+@pytest.mark.parametrize("is_program", [False, True])
+def test_a_missing_backend_is_one_line(backend, there, ways, is_program, tmp_path):
     # A finder that knows of no backend but those that are there, in place of a machine.
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\n"
@@ -511,16 +564,16 @@ def test_a_missing_backend_is_one_line(backend, there, ways, program, tmp_path):
         "importlib.util.find_spec = find_spec\n"
     )
     command = [sys.executable, "-c", "import keras_glorot"]
-    if program:
-        command = [sys.executable, *PROGRAMS[program], "audit", "MobileNetV2"]
+    if is_program:
+        command = [sys.executable, *SCRIPT, "audit", "MobileNetV2"]
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment
     )
-    assert done.returncode == (2 if program else 1)
+    assert done.returncode == (2 if is_program else 1)
     text = f"Keras's backend {backend!r} is not installed: {ways}"
     assert done.stderr.splitlines()[-1].endswith(f"rror: {text}")
-    if program:
+    if is_program:
         assert done.stderr.count("\n") == 1
 
 

@@ -9,7 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_glorot"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FILES = {
+    path.stem: path
+    for path in [ROOT / "keras_glorot_cli.py", *PACKAGE.glob("*.py")]
+    if path.stem != "__init__"
+}
+MODULES = sorted(FILES)
 
 
 def layers():
@@ -20,14 +25,14 @@ def layers():
 
 def imports(module):
     """The modules of the package that a module imports, also inside functions."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.module == "keras_glorot":
             found |= {alias.name for alias in node.names}
-        elif node.module and node.module.startswith("keras_glorot."):
+        elif node.module:
             found.add(node.module.removeprefix("keras_glorot."))
     return found & set(MODULES)
 
@@ -45,6 +50,12 @@ def test_imports_point_downwards():
         if module == "tables":
             upward -= {"plots"}
         assert not upward, f"{module} imports {sorted(upward)}, which stand above it"
+
+
+def test_an_import_looks_at_no_command_line():
+    """The program that imports this package has arguments of its own."""
+    for module in FILES.keys() - {"keras_glorot_cli"}:
+        assert "argv" not in FILES[module].read_text(encoding="utf-8")
 
 
 def test_only_public_names_are_visible():
