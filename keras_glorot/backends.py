@@ -1,7 +1,8 @@
 """From a NumPy array to a tensor of TensorFlow, JAX or PyTorch, where it must live."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ __all__ = [
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
+    "unmoved_generators",
     "untouched",
     "writable",
 ]
@@ -184,6 +186,47 @@ def outside_traces(function: Callable[..., _Result], *arguments: Any) -> _Result
         except RuntimeError:  # no more threads, or the interpreter is shutting down
             call = None
     return function(*arguments) if call is None else call.result()
+
+
+@contextlib.contextmanager
+def unmoved_generators() -> Iterator[None]:
+    """Puts back the backend's global generators of random numbers: JAX has none."""
+    match keras.backend.backend():
+        case "tensorflow":
+            with _unmoved_tensorflow_generators():
+                yield
+        case "torch":
+            import torch
+
+            # Devices that are not in use yet have nothing to put back.
+            in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+            devices = range(torch.cuda.device_count() if in_use else 0)
+            with torch.random.fork_rng(list(devices)):
+                yield
+        case _:
+            yield
+
+
+@contextlib.contextmanager
+def _unmoved_tensorflow_generators() -> Iterator[None]:
+    """For operations without a seed of their own, after `set_random_seed`.
+
+    Each gets a seed, and a kernel for it that also has a state. So seeds inside come from
+    another generator: the kernels of the seeds to come stay as they are.
+    """
+    try:
+        from tensorflow.python.eager.context import context
+
+        holder: Any = vars(context())
+        generator = holder["_rng"]
+    except (ImportError, KeyError):  # nobody has set a seed
+        yield
+        return
+    holder["_rng"] = random.Random(0)
+    try:
+        yield
+    finally:
+        holder["_rng"] = generator
 
 
 def untouched(function: Callable) -> Callable:

@@ -12,6 +12,7 @@ call was seen in.
 import contextlib
 import functools
 import inspect
+import random
 import re
 import threading
 import warnings
@@ -28,11 +29,17 @@ from keras_glorot import backends
 
 # `_is_keras_as_expected` notices what is missing, and warns.
 try:
-    from keras.src.backend.common.global_state import get_global_attribute
+    from keras.src.backend.common.global_state import (
+        get_global_attribute,
+        set_global_attribute,
+    )
 except ImportError:
 
     def get_global_attribute(name, default=None, set_to_default=False) -> Any:
         return None
+
+    def set_global_attribute(name, value) -> None:
+        pass
 
 
 try:
@@ -70,6 +77,7 @@ __all__ = [
     "seed_words",
     "sublayer_paths",
     "sublayers",
+    "unmoved_generators",
     "untracked_variables",
     "used_learning_rates",
     "without_colors",
@@ -327,6 +335,33 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | An
     if words.dtype == np.int32:
         words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
     return tuple(words.tolist())
+
+
+@contextlib.contextmanager
+def unmoved_generators() -> Iterator[None]:
+    """Puts back whatever global generators of numbers and of names were moved inside.
+
+    They are those of Python, NumPy, the backend and Keras; of Keras's, this thread's.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    names = dict(get_global_attribute("object_name_uids") or {})
+    generator = get_global_attribute("global_seed_generator")
+    drawn = None if generator is None else np.array(backends.to_array(generator.state))
+    try:
+        with backends.unmoved_generators():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        counts = get_global_attribute("object_name_uids")
+        if counts is not None:
+            counts.clear()
+            counts.update(names)
+        if generator is not None:
+            backends.assign(generator.state, drawn)
+        elif get_global_attribute("global_seed_generator") is not None:
+            # Made inside, of a seed that the user has not drawn.
+            set_global_attribute("global_seed_generator", None)
 
 
 def is_shape_inference() -> bool:
@@ -686,7 +721,8 @@ class _Rebuild:
 
     def _build(self, scope: "_ReplayScope"):
         # What the layer warns of, it has said of the original.
-        with scope, warnings.catch_warnings(action="ignore"):
+        ignored = warnings.catch_warnings(action="ignore")
+        with unmoved_generators(), scope, ignored:
             copy = self.copy(self.original)
         created = list(get_global_attribute("uninitialized_variables") or ())
         pairs = []
