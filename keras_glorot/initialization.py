@@ -1,5 +1,6 @@
 """`initialize`: every weight of a model back to a fresh start, in place."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -119,7 +120,10 @@ def initialize(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
     """
     weights = describe(model)
-    kernel_initializer = find_initializer(initializer)
+    # An initializer without a seed makes one up.
+    is_seeded = seed is not None
+    with keras_bridge.unmoved_generators() if is_seeded else contextlib.nullcontext():
+        kernel_initializer = find_initializer(initializer)
     if not callable(kernel_initializer):
         raise TypeError(
             "Argument `initializer` must be an initializer or the name of one, such as "
@@ -284,7 +288,8 @@ def _describe_initializer(initializer: Any) -> str:
 
 
 def _with_config(initializer: Any, **changes: Any) -> Any:
-    return type(initializer).from_config({**initializer.get_config(), **changes})
+    with keras_bridge.unmoved_generators():
+        return type(initializer).from_config({**initializer.get_config(), **changes})
 
 
 def _value_factory(

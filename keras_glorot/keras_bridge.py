@@ -910,11 +910,12 @@ def _first_value(copy: keras.Variable, scope: keras.StatelessScope | None) -> An
 
 
 def _rebuild_optimizer(original: Any, scope: Any) -> Any:
-    copy = type(original).from_config(original.get_config())
-    # A LossScaleOptimizer does not always keep its own list.
-    source = getattr(original, "inner_optimizer", original)
-    with scope:
-        copy.build(source._trainable_variables)
+    with unmoved_generators():
+        copy = type(original).from_config(original.get_config())
+        # A LossScaleOptimizer does not always keep its own list.
+        source = getattr(original, "inner_optimizer", original)
+        with scope:
+            copy.build(source._trainable_variables)
     return copy
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import math
+import random
 import sys
 from typing import Any
 
@@ -235,6 +236,53 @@ def test_seed_none_follows_set_random_seed():
     of_initializer = values(model)[0]
     initialize(model, seed=9)
     np.testing.assert_array_equal(of_initializer, values(model)[0])
+
+
+class Noisy(keras.optimizers.SGD):
+    """Makes up a seed, a name and numbers of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = keras.random.SeedGenerator()
+        self.noise = np.random.random()  # noqa: NPY002 - the global one
+
+
+def global_draws():
+    """The next number of each global generator, and the next name."""
+    return [
+        random.random(),
+        np.random.random(),  # noqa: NPY002
+        float(array(keras.random.uniform(()))),
+        layers.Dense(1).name,
+    ]
+
+
+@pytest.mark.parametrize(
+    "initializer", ["xavier_uniform", "he_normal", "orthogonal", GlorotUniform("auto")]
+)
+def test_with_a_seed_nothing_global_moves(initializer):
+    model = convnet()
+    model.compile(Noisy(momentum=0.9), "mse")
+    model.fit(np.ones((2, 8, 8, 3)), np.ones((2, 4)), verbose=0)
+    drawn = []
+    for tool in (lambda: None, lambda: initialize(model, initializer, seed=1)):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(1)
+        tool()
+        drawn.append(global_draws())
+    assert drawn[0] == drawn[1]
+
+
+def test_without_a_seed_one_is_drawn_whatever_the_model():
+    """So the next model gets the same weights after a large one as after a small one."""
+    small = layers.Dense(2)
+    small.build((None, 2))
+    drawn = []
+    for model in (convnet(), small):
+        random.seed(1)
+        initialize(model, GlorotUniform("auto", seed=None))
+        drawn.append(random.random())
+    assert drawn[0] == drawn[1]
 
 
 def history(model, k):
