@@ -27,7 +27,7 @@ ON_KERAS := $(foreach name,initializers round_trips private_names keras_bridge l
 	fresh initialization propagation,tests/test_$(name).py)
 
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.
-ON_NONE := $(foreach name,docs release sampling shapeset structure symmetry tables, \
+ON_NONE := $(foreach name,docs files native release sampling shapeset structure symmetry tables, \
 	--ignore=tests/test_$(name).py)
 
 # Node, as pyright brings it.
@@ -45,7 +45,10 @@ test: $(VENV)/test
 test-all: slow jax oldest torch lint nightly
 
 jax torch: $(VENV)/all
-	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_NONE)
+	KERAS_BACKEND=$@ $(VENV)/$(BIN)/python $(PYTEST) -m "not slow" $(ON_NONE) $(ORDER)
+
+# No test may need another one before it. The order of a day can be had again.
+torch: ORDER := --shuffle $(shell date +%j)
 
 slow: $(VENV)/all $(OLDEST)/all docs browser
 	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/$(BIN)/python \

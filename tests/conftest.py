@@ -1,6 +1,7 @@
 """One process, one backend: TensorFlow unless KERAS_BACKEND says otherwise."""
 
 import os
+import random
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,3 +16,22 @@ def pytest_addoption(parser):
         action="store_true",
         help="write the golden outputs of tests/golden anew",
     )
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="run the files, and the tests in each file, in a random order",
+    )
+
+
+def pytest_report_header(config):
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"order: --shuffle {seed}"
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        rng = random.Random(seed)
+        place = {path: rng.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: (place[item.path], rng.random()))
