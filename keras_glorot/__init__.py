@@ -11,10 +11,10 @@ from keras_glorot.auditing import audit
 from keras_glorot.calibration import calibrate
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
+from keras_glorot.histograms import plot_histograms
 from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
 from keras_glorot.layers import register_fans
-from keras_glorot.plots import plot_histograms
 from keras_glorot.propagation import propagate
 from keras_glorot.report import report
 from keras_glorot.tables import Finding, Table

@@ -27,7 +27,8 @@ from keras_glorot.symmetry import (
     find_repeats,
     relation,
 )
-from keras_glorot.tables import Finding, Row, Severity, Table
+from keras_glorot.tables import Finding, Layout, Row, Severity, Table
+from keras_glorot.tables.plots import RATIOS
 from keras_glorot.variables import Weight, describe, distribution_of
 
 __all__ = ["CODES", "audit"]
@@ -109,7 +110,8 @@ def audit(model: keras.Layer) -> Table:
         "initializer",
     )
     rows = [_row(subject) for subject in measured]
-    return Table("audit", rows, findings, columns, _note(measured, findings))
+    layout = Layout("fan_in", can_be_sound=True, is_brief=True, picture=RATIOS)
+    return Table("audit", rows, findings, columns, _note(measured, findings), layout)
 
 
 def _note(measured: list["_Measured"], findings: list[Finding]) -> str:

@@ -14,7 +14,8 @@ from keras_glorot.keras_bridge import sublayers
 from keras_glorot.progress import progress
 from keras_glorot.recording import Batch
 from keras_glorot.scaling import Measured, Measurement, Site, find_sites, scaled
-from keras_glorot.tables import Finding, Row, Table
+from keras_glorot.tables import Finding, Layout, Row, Table
+from keras_glorot.tables.plots import STDS_BY_KERNEL
 from keras_glorot.variables import Weight, describe
 
 __all__ = ["calibrate", "measure_ends"]
@@ -420,7 +421,9 @@ def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
     ]
     columns = ("path", "factor", "std_before", "std", "gradient_std", "target", "shape",
                "share", "layer")  # fmt: skip
-    return Table("calibrate", rows, findings + _findings(result), columns, _note(result))
+    findings += _findings(result)
+    layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
+    return Table("calibrate", rows, findings, columns, _note(result), layout)
 
 
 def _note(result: _Result) -> str:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import keras
 import numpy as np
-from rich.console import Console
+import rich
 
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.auditing import CODES, audit
@@ -154,9 +154,9 @@ def _check_sizes(name: str) -> None:
 
 def _render(table: Table, all: bool = False) -> str:
     """The table as this terminal shows it."""
-    console = Console()
-    with console.capture() as captured:
-        console.print(table.view(all))
+
+    with rich.get_console().capture() as captured:
+        table.show(all)
     return captured.get()
 
 

@@ -20,7 +20,7 @@ from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import find_initializer
 from keras_glorot.progress import progress
-from keras_glorot.tables import Finding, Row, Table
+from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.variables import Weight, describe
 
 __all__ = ["initialize", "select_layers"]
@@ -166,7 +166,7 @@ def initialize(
     count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
     note = f"Reinitialized {count} variables (seed {root})."
     rows = [assignment.row for assignment in assignments]
-    return Table("initialize", rows, findings, columns, note)
+    return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
 
 
 def _explain_skipped(assignment: _Assignment) -> Finding:

@@ -11,7 +11,8 @@ from keras_glorot.gains import activation_growth
 from keras_glorot.layers import is_normalization
 from keras_glorot.progress import progress
 from keras_glorot.recording import LOOPS, Batch, Call, Moments, moments, record
-from keras_glorot.tables import Finding, Row, Table
+from keras_glorot.tables import Finding, Layout, Row, Table
+from keras_glorot.tables.plots import STDS_BY_CALL
 
 __all__ = ["propagate"]
 
@@ -20,6 +21,13 @@ __all__ = ["propagate"]
 _COLUMNS = ("path", "std", "forward_gain", "gradient_std", "backward_gain", "saturated",
             "dead", "between_examples", "shape", "kernel_gradient_std", "mean",
             "layer")  # fmt: skip
+_LAYOUT = Layout(
+    kernel_key="kernel_gradient_std",
+    has_total=True,
+    is_sequence=True,
+    can_be_sound=True,
+    picture=STDS_BY_CALL,
+)
 
 
 def propagate(
@@ -100,7 +108,7 @@ def propagate(
             f"output, and the gradient there must not be zero. Received: model={model}"
         )
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
-    return Table("propagate", rows, _findings(calls, rows), filled)
+    return Table("propagate", rows, _findings(calls, rows), filled, layout=_LAYOUT)
 
 
 def _rows(calls: list[Call]) -> list[Row]:

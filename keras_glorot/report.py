@@ -1,10 +1,10 @@
-"""`report`: a page that holds what there is to see of a model, and needs nothing else.
+"""`report`: one HTML page about a model that needs nothing else.
 
-The rows, findings and pictures are those of the tables. The package itables brings the
-table that sorts and filters; its code is copied into the page.
+The rows, findings and pictures are those of the tables.
 """
 
 import html
+import importlib.util
 import io
 import platform
 import re
@@ -20,26 +20,22 @@ import keras
 
 from keras_glorot.auditing import audit
 from keras_glorot.files import drafted
-from keras_glorot.plots import OFF_COLOR, drawable_rows, plot_histograms
+from keras_glorot.histograms import plot_histograms
 from keras_glorot.propagation import propagate
-from keras_glorot.tables import Table, cell, findings_html, is_number, printable
+from keras_glorot.tables import Table, printable
+from keras_glorot.tables.html import STYLE, findings_html, rows_html
+from keras_glorot.tables.plots import OFF_COLOR
+from keras_glorot.tables.view import View
 
-__all__ = ["Picture", "Section", "audit_section", "report", "write_page"]
-
-
-class Picture(NamedTuple):
-    """What to draw: `draw` returns Axes of the figure."""
-
-    label: str
-    draw: Callable[[], Any]
+__all__ = ["Section", "audit_section", "report", "write_page"]
 
 
 class Section(NamedTuple):
-    """A table with its pictures."""
+    """A table, and by their labels functions that draw a picture and return its `Axes`."""
 
     title: str
     table: Table
-    pictures: Sequence[Picture]
+    pictures: dict[str, Callable[[], Any]]
 
 
 def report(
@@ -69,18 +65,17 @@ def report(
         The path of the file.
 
     Raises:
-        ImportError: If matplotlib, itables or pandas is not installed.
+        ImportError: If matplotlib is not installed.
         ValueError: If `path` can't be written as a file; else as `audit` and `propagate`.
         TypeError: As `audit` and `propagate`.
 
     Example:
 
     >>> import tempfile
-    >>> report(model, x, tempfile.mkdtemp() + "/report.html").name
+    >>> report(model, x, path=tempfile.mkdtemp() + "/report.html").name
     'report.html'
     """
-    _check_path(path)
-    _import_table_library()
+    _check(path)
     sections = [audit_section(audit(model))]
     command = "keras_glorot.report(model)"
     if x is not None:
@@ -92,22 +87,21 @@ def report(
 
 def audit_section(table: Table) -> Section:
     """What `audit` found, with a picture if there is a kernel to draw."""
-    label = "The std of each kernel over the expected one"
-    return Section("Weights", table, _picture_of(table, label))
+    return Section("Weights", table, _picture_of(table))
 
 
-def _picture_of(table: Table, label: str) -> list[Picture]:
-    return [Picture(label, table.plot)] if drawable_rows(table) else []
+def _picture_of(table: Table) -> dict[str, Callable[[], Any]]:
+    picture = table.layout.picture
+    return {picture.label: table.plot} if picture and picture.select(table) else {}
 
 
 def _signal_section(model: keras.Layer, x: Any, y: Any, loss: Any, seed: int) -> Section:
     table = propagate(model, x, y, loss, seed)
-    pictures = _picture_of(table, "The std of signal and gradient by depth")
+    pictures = _picture_of(table)
     kernels = [row for row in table.rows[:-1] if row["kernel_gradient_std"] is not None]
     if len(kernels) > 1:
         label = "The distributions of activations and of gradients, layer by layer"
-        draw = plot_histograms
-        pictures.append(Picture(label, lambda: draw(model, x, y, loss, seed)[0]))
+        pictures[label] = lambda: plot_histograms(model, x, y, loss, seed)[0]
     return Section("Signal and gradient", table, pictures)
 
 
@@ -119,8 +113,7 @@ def write_page(
     seed: int | None = None,
 ) -> Path:
     """Writes the page of a model called `name`."""
-    path = _check_path(path)
-    library = _import_table_library()
+    path = _check(path)
     facts = {"seed of the gradient": seed, **_versions()}
     rows = [
         f'<tr><th scope="row">{key}</th><td>{html.escape(str(value))}</td></tr>'
@@ -129,14 +122,9 @@ def write_page(
     ]
     page = string.Template(_PAGE).substitute(
         name=html.escape(printable(name)),
-        library=library.javascript.generate_init_offline_itables_html(
-            library.options.dt_bundle
-        ),
-        verdicts="".join(_verdict_html(section) for section in sections),
-        sections="".join(
-            _section_html(section, f"section-{number}")
-            for number, section in enumerate(sections, 1)
-        ),
+        style=STYLE,
+        verdicts="".join(map(_verdict_html, sections)),
+        sections="".join(map(_section_html, sections)),
         command=html.escape(printable(command)),
         facts="".join(rows),
         off=OFF_COLOR,
@@ -146,26 +134,16 @@ def write_page(
     return path
 
 
-def _check_path(path: str | PathLike) -> Path:
+def _check(path: str | PathLike) -> Path:
+    """The whole path of a file that can be written, with pictures."""
     checked = Path(path).resolve()
     if not checked.parent.is_dir() or (checked.exists() and not checked.is_file()):
         raise ValueError(
             f"Argument `path` must be a file in an existing folder. Received: path={path}"
         )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("Reports need matplotlib: `pip install keras-glorot[report]`.")
     return checked
-
-
-def _import_table_library() -> Any:
-    try:
-        import itables
-        import itables.javascript
-        import matplotlib  # noqa: F401
-        import pandas  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"Reports need {error.name}: `pip install keras-glorot[report]`."
-        ) from None
-    return itables
 
 
 def _versions() -> dict[str, str | None]:
@@ -187,69 +165,21 @@ def _version_of(package: str) -> str:
 
 
 def _verdict_html(section: Section) -> str:
-    view = section.table.view()
-    worst = view.groups[0].severity if view.groups else "sound"
+    view = View(section.table)
+    worst = view.groups[0].first.severity if view.groups else "sound"
     return f'<p class="verdict {worst}">{html.escape(printable(view.verdict))}</p>'
 
 
-def _section_html(section: Section, identifier: str) -> str:
-    view = section.table.view(all=True)
+def _section_html(section: Section) -> str:
+    view = View(section.table, all=True)
     figures = "".join(
-        f'<figure><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{picture.label}">{_svg(picture, f"{identifier}-{number}")}</div>'
-        f"<figcaption>{picture.label}</figcaption></figure>"
-        for number, picture in enumerate(section.pictures, 1)
+        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
+        f"{_svg(draw, label)}</div><figcaption>{label}</figcaption></figure>"
+        for label, draw in section.pictures.items()
     )
     return (
-        f'<section aria-labelledby="{identifier}">'
-        f'<h2 id="{identifier}">{section.title}</h2>'
-        f'<div class="keras-glorot">{findings_html(view.groups)}</div>{figures}'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{section.title}: all '
-        f'rows">{_table_html(section.table, f"{identifier}-table")}</div></section>'
-    )
-
-
-def _table_html(table: Table, identifier: str) -> str:
-    """All rows, those with a finding first: to be sorted, and filtered by any word."""
-    import itables
-    import pandas
-
-    if not table.rows:
-        return ""
-    view = table.view(all=True)
-    codes: dict[str, str] = {}
-    for finding in table.findings:
-        before = codes.get(finding.path)
-        codes[finding.path] = f"{before}, {finding.code}" if before else finding.code
-    path, *others = view.columns
-    rows = sorted(view.shown, key=lambda row: row[path] not in codes)
-    # Text: a data frame would not tell None from nan.
-    content = {path: [printable(row[path]) for row in rows]}
-    if codes:
-        content["finding"] = [codes.get(row[path], "") for row in rows]
-    for key in others:
-        content[key.replace("_", " ")] = [cell(row[key]) for row in rows]
-    numbers = [
-        position
-        for position, name in enumerate(content)
-        if is_number(name.replace(" ", "_"), view.shown)
-    ]
-    return itables.to_html_datatable(
-        pandas.DataFrame(content),
-        connected=False,
-        table_id=identifier,
-        classes="compact",
-        style="width:100%",
-        showIndex=False,
-        maxBytes=0,
-        deferRender=True,
-        autoWidth=False,
-        order=[],
-        text_in_header_can_be_selected=False,  # a click there sorts
-        columnDefs=[{"targets": numbers, "type": "num", "className": "dt-right"}],
-        layout={"topStart": "search", "topEnd": "pageLength"},
-        language={"search": "Filter rows:"},
-        lengthMenu=[25, 100, 1000],
+        f"<section><h2>{section.title}</h2>{findings_html(view.groups)}{figures}"
+        f"{rows_html(view)}</section>"
     )
 
 
@@ -257,7 +187,7 @@ def _table_html(table: Table, identifier: str) -> str:
 _INK = "#010203"
 
 
-def _svg(picture: Picture, identifier: str) -> str:
+def _svg(draw: Callable[[], Any], label: str) -> str:
     """The picture as SVG in the colors of the page."""
     from matplotlib import pyplot, style
 
@@ -266,10 +196,10 @@ def _svg(picture: Picture, identifier: str) -> str:
         "axes.facecolor": "none",
         "legend.framealpha": 0,
         "svg.fonttype": "none",
-        "svg.hashsalt": identifier,  # makes the identifiers inside unique in the page
+        "svg.hashsalt": label,  # makes the identifiers inside unique in the page
     }
     with style.context(["default", options]), pyplot.ioff():
-        figure = picture.draw().figure
+        figure = draw().figure
         figure.patch.set_visible(False)
         buffer = io.StringIO()
         with warnings.catch_warnings():
@@ -282,7 +212,7 @@ def _svg(picture: Picture, identifier: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = text.replace(_INK, "currentColor").replace(OFF_COLOR, "var(--off)")
-    return text.replace("<svg", f'<svg role="img" aria-label="{picture.label}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 _PAGE = """\
@@ -293,53 +223,37 @@ _PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-  style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:">
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Initialization of $name</title>
-<script>
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const follow = () => document.documentElement.classList.toggle("dark", dark.matches);
-dark.addEventListener("change", follow);
-follow();
-</script>
-$library
 <style>
-:root { color-scheme: light dark; --off: $off; --line: #8886;
-  --error: #d13438; --warning: #e8a33d; --info: #2a6fbb; --sound: #2e9e5b;
-  font: 1rem/1.5 system-ui, sans-serif; background: #fff; color: #1b1b1b; }
-:root.dark { --off: #ff8a80; background: #161616; color: #eee; }
+$style
+:root { color-scheme: light dark; --off: $off; background: #fff; color: #1b1b1b;
+  font: 1rem/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  :root { --off: #ff8a80; background: #161616; color: #eee; } }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; }
 code, pre { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; border: 1px solid var(--line); padding: 0.5rem; }
-.verdict { font-weight: bold; border-left: 0.4rem solid var(--sound);
+pre { white-space: pre-wrap; border: 1px solid #8886; padding: 0.5rem; }
+.verdict { font-weight: bold; border-left: 0.4rem solid #2e9e5b;
   padding: 0.25rem 0.75rem; overflow-wrap: anywhere; }
-.verdict.error { border-color: var(--error); }
-.verdict.warning { border-color: var(--warning); }
-.verdict.info { border-color: var(--info); }
-ul { list-style: none; padding: 0; overflow-wrap: anywhere; }
-li { margin: 0.5rem 0; padding-left: 0.75rem; border-left: 0.25rem solid var(--line); }
+li { margin: 0.5rem 0; }
 figure { margin: 1rem 0; } figcaption { font-size: 0.875rem; }
-.scroll { overflow-x: auto; } .scroll > svg { display: block; min-width: 36rem;
-  max-width: 100%; height: auto; }
-.scroll td { font-size: 0.875rem; }
-.scroll td:first-child { overflow-wrap: anywhere; min-width: 12rem; }
-@media (min-width: 60rem) { .scroll td:first-child { min-width: 20rem; } }
-.scroll input, .scroll select { font: inherit; max-width: 12rem; }
-table.facts { border-collapse: collapse; }
-.facts th, .facts td { text-align: left; font-weight: normal; padding: 0.1rem 1rem 0.1rem 0;
-  border-bottom: 1px solid var(--line); }
+.keras-glorot figure .scroll { max-height: none; }
+.scroll > svg { display: block; min-width: 36rem; max-width: 100%; height: auto; }
+th[scope=row] { font-weight: normal; }
 :focus-visible { outline: 2px solid; outline-offset: 1px; }
 </style>
 </head>
 <body>
-<main>
+<main class="keras-glorot">
 <h1>Initialization of $name</h1>
 $verdicts
 $sections
-<section aria-labelledby="reproduce">
-<h2 id="reproduce">Reproduce</h2>
+<section>
+<h2>Reproduce</h2>
 <pre tabindex="0"><code>$command</code></pre>
-<table class="facts">$facts</table>
+<table>$facts</table>
 </section>
 </main>
 </body>

@@ -14,6 +14,7 @@ from models import BY_KIND, convolutional, dense, lstm, mobile
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
 from keras_glorot.keras_bridge import owned_variables
+from keras_glorot.tables.view import View
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 
@@ -517,7 +518,7 @@ def test_biases_of_rank_two_are_no_kernels():
     gru.build((None, 5, 3))
     for layer, kernels in (attention, 4), (gru, 2):
         table = audit(layer)
-        shown = table.view().shown if table.findings else []
+        shown = View(table).rows if table.findings else []
         with_fans = [row["path"] for row in table if row["fan_in"] is not None]
         assert len(with_fans) == kernels
         assert not [path for path in with_fans if "bias" in path]

@@ -8,8 +8,7 @@ import pytest
 
 import keras_glorot
 
-matplotlib = pytest.importorskip("matplotlib")  # one example draws
-pytest.importorskip("itables")  # and one writes a page
+matplotlib = pytest.importorskip("matplotlib")  # two examples draw
 matplotlib.use("agg")
 
 # What an example may use without making it.

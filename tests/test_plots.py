@@ -5,15 +5,17 @@
 
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from keras_glorot import audit, initialize, plots, propagate
+from keras_glorot import audit, initialize, plot_histograms, propagate
 from keras_glorot.sampling import draw
-from keras_glorot.tables import Finding, Table
+from keras_glorot.tables import Finding, Layout, Table
+from keras_glorot.tables.plots import RATIOS, STDS_BY_CALL
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
@@ -42,11 +44,14 @@ def net(depth=4, width=30):
 
 HIDDEN = ["h0", "h1", "h2", "h3"]
 X = draw("truncated_normal", (50, 9), 1.0, "float32", (7,))
+AUDIT = Layout(picture=RATIOS)
+PROPAGATE = Layout(picture=STDS_BY_CALL, has_total=True, can_be_sound=True)
 
 
 TABLE = Table(
     "propagate",
     [{"path": path, "std": 0.5, "gradient_std": 0.1} for path in (*HIDDEN, "out", "model")],
+    layout=PROPAGATE,
 )
 
 
@@ -111,7 +116,7 @@ def test_audit_shows_kernels_without_a_ratio_at_the_edges():
 def test_draws_on_the_axes_that_it_is_given():
     _, (ax, *axes) = pyplot.subplots(1, 3)
     assert TABLE.plot(ax=ax) is ax
-    assert plots.plot_histograms(net(1), X, layers=["out"], axes=axes) is axes
+    assert plot_histograms(net(1), X, layers=["out"], axes=axes) is axes
     assert len(pyplot.get_fignums()) == 1
     assert names(axes[0]) == ["out"]
 
@@ -127,7 +132,7 @@ def ratios(count):
     for row in rows[3::7]:
         row["ratio"] *= 0.2
         found.append(Finding("warning", "std", row["path"], "It is off.", "Fix it."))
-    return Table("audit", rows, found)
+    return Table("audit", rows, found, layout=AUDIT)
 
 
 def stds(count):
@@ -140,7 +145,7 @@ def stds(count):
         }
         for i in range(count + 1)
     ]
-    return Table("propagate", rows)
+    return Table("propagate", rows, layout=PROPAGATE)
 
 
 def test_names_do_not_overlap():
@@ -148,14 +153,28 @@ def test_names_do_not_overlap():
     assert stds(300).plot().get_xlabel() == "call of a layer, input to output"
 
 
+def test_long_names_are_whole_and_do_not_overlap():
+    block = "encoder_stage_residual_bottleneck_block"
+    rows = [{"path": f"{block}_{i}/pointwise_projection/kernel", "fan_in": 1, "ratio": 0.1}
+            for i in range(300)]  # fmt: skip
+    found = [Finding("warning", "std", row["path"], "", "") for row in rows]
+    ax = Table("audit", rows, found, layout=AUDIT).plot()
+    paths = [row["path"] for row in rows]
+    assert all(name.replace("\n", "") in paths for name in names(ax))
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_yticklabels()]
+    assert len(boxes) > 10
+    assert all(low.y1 < high.y0 for high, low in pairwise(boxes))
+
+
 def test_names_are_no_formulas():
     found = [Finding("warning", "std", "a_$x^$_{", "", "")]
     rows = [{"path": "a_$x^$_{", "fan_in": 1, "ratio": 0.1}]
-    ax = Table("audit", rows, found).plot()
+    ax = Table("audit", rows, found, layout=AUDIT).plot()
     ax.figure.canvas.draw()
     assert names(ax) == ["a_$x^$_{"]
     row = {"path": "a_$x^$_{", "std": 0.5, "gradient_std": 0.1}
-    Table("propagate", [row, row]).plot().figure.canvas.draw()
+    Table("propagate", [row, row], layout=PROPAGATE).plot().figure.canvas.draw()
 
 
 def test_a_table_without_stds_is_refused():
@@ -168,7 +187,7 @@ def test_histograms_are_those_of_the_activations_and_gradients():
     outputs = [layer.output for layer in model.layers[:-1]]
     activations = keras.Model(model.inputs, outputs).predict(X, verbose=0)
     table = propagate(model, X)
-    axes = plots.plot_histograms(model, X)
+    axes = plot_histograms(model, X)
     assert names(axes[0]) == HIDDEN
     for ax, key in zip(axes, ("std", "gradient_std"), strict=True):
         mesh = ax.collections[0]
@@ -189,9 +208,9 @@ def test_histograms_are_those_of_the_activations_and_gradients():
 def test_histograms_of_signals_that_are_zero_or_not_finite():
     model = net()
     model.layers[1].kernel.assign(0 * model.layers[1].kernel.numpy())
-    plots.plot_histograms(model, X)[0].figure.canvas.draw()
+    plot_histograms(model, X)[0].figure.canvas.draw()
     model.layers[1].kernel.assign(model.layers[1].kernel.numpy() + np.inf)
-    plots.plot_histograms(model, X)[0].figure.canvas.draw()
+    plot_histograms(model, X)[0].figure.canvas.draw()
 
 
 PICTURES = {
@@ -200,8 +219,8 @@ PICTURES = {
     "audit_300": lambda: ratios(300).plot(),
     "propagate_6": lambda: stds(6).plot(),
     "propagate_300": lambda: stds(300).plot(),
-    "histograms_5": lambda: plots.plot_histograms(net(5), X)[0],
-    "histograms_53": lambda: plots.plot_histograms(net(53, 12), X)[0],
+    "histograms_5": lambda: plot_histograms(net(5), X)[0],
+    "histograms_53": lambda: plot_histograms(net(53, 12), X)[0],
 }
 
 
@@ -220,7 +239,7 @@ def test_pictures(name, request, tmp_path):
 
 def test_histograms_of_layers_that_are_not_there():
     with pytest.raises(ValueError, match="Argument `layers`"):
-        plots.plot_histograms(net(1), X, layers=["h9"])
+        plot_histograms(net(1), X, layers=["h9"])
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -1,24 +1,31 @@
 """Imports point downwards, and what is public is what is exported.
 
-`python tests/test_structure.py` prints who imports whom.
+A room is a module or a folder of modules. `python tests/test_structure.py` prints who
+imports whom.
 """
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_glorot"
 FILES = {
-    path.stem: path
-    for path in [ROOT / "keras_glorot_cli.py", *PACKAGE.glob("*.py")]
-    if path.stem != "__init__"
+    "keras_glorot_cli": ROOT / "keras_glorot_cli.py",
+    **{
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    },
 }
-MODULES = sorted(FILES)
+ROOMS = sorted({name.split(".")[0] for name in FILES})
 
 
-def layers():
-    """The modules as CONTRIBUTING.md lists them, from the top down."""
+def rooms():
+    """Those that CONTRIBUTING.md lists, from the top down."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
 
@@ -28,27 +35,24 @@ def imports(module):
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.module == "keras_glorot":
-            found |= {alias.name for alias in node.names}
-        elif node.module:
-            found.add(node.module.removeprefix("keras_glorot."))
-    return found & set(MODULES)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            source = node.module.removeprefix("keras_glorot.")
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}".removeprefix("keras_glorot.")
+                found.add(name if name in FILES else source)
+    return found & set(FILES)
 
 
-def test_the_map_has_every_module_once():
-    assert sorted(layers()) == MODULES
+def test_the_map_has_every_room_once():
+    assert sorted(rooms()) == ROOMS
 
 
 def test_imports_point_downwards():
-    order = layers()
-    for module in order:
-        below = set(order[order.index(module) + 1 :])
-        upward = imports(module) - below
-        # A table draws itself: matplotlib is imported when it is asked for a picture.
-        if module == "tables":
-            upward -= {"plots"}
+    order = rooms()
+    for module in FILES:
+        room = module.split(".")[0]
+        reached = {name.split(".")[0] for name in imports(module)} - {room}
+        upward = reached - set(order[order.index(room) + 1 :])
         assert not upward, f"{module} imports {sorted(upward)}, which stand above it"
 
 
@@ -56,6 +60,11 @@ def test_an_import_looks_at_no_command_line():
     """The program that imports this package has arguments of its own."""
     for module in FILES.keys() - {"keras_glorot_cli"}:
         assert "argv" not in FILES[module].read_text(encoding="utf-8")
+
+
+def test_no_circle():
+    """Not inside of a folder either."""
+    TopologicalSorter({module: imports(module) for module in FILES}).prepare()
 
 
 def test_only_public_names_are_visible():
@@ -67,5 +76,5 @@ def test_only_public_names_are_visible():
 
 
 if __name__ == "__main__":
-    for name in layers():
+    for name in sorted(FILES, key=lambda name: rooms().index(name.split(".")[0])):
         print(f"{name:16} imports {', '.join(sorted(imports(name))) or 'nothing'}")

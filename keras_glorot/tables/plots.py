@@ -1,0 +1,180 @@
+"""Pictures of tables. matplotlib is imported when one is drawn.
+
+Colors are told apart in grey too, and by their marks; text and axes have the colors of the
+user's style. Names of layers are drawn as they are: no `$` in them is a formula.
+"""
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from keras_glorot.tables.view import Picture, Row, fold, printable
+
+__all__ = [
+    "NAMES_DOWN",
+    "OFF_COLOR",
+    "RATIOS",
+    "STDS_BY_CALL",
+    "STDS_BY_KERNEL",
+    "fold_names",
+    "new_axes",
+]
+
+# Readable on light and on dark, and in grey.
+_SIGNAL, _GRADIENT, _SOUND = "#2a6fbb", "#f09a30", "#8a8a8a"
+OFF_COLOR = "#d13438"  # of what has a finding
+# More lines than that can't be read beside each other, or below each other.
+_NAMES_ACROSS, NAMES_DOWN = 24, 48
+
+
+def _ratio_rows(table: Any) -> list[Row]:
+    off = _off(table)
+    return [
+        row
+        for row in table.rows
+        if (row["fan_in"] is not None and row["ratio"] is not None) or row["path"] in off
+    ]
+
+
+def _std_rows(table: Any) -> list[Row]:
+    rows = table.rows[:-1] if table.layout.has_total else table.rows
+    return [row for row in rows if row["std"] or row["gradient_std"]]
+
+
+def _off(table: Any) -> dict[str, str]:
+    """By path of each row with a warning or an error, the code of the first one."""
+    found = [each for each in table.findings if each.severity != "info"]
+    return {finding.path: finding.code for finding in reversed(found)}
+
+
+def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
+    """A dot per kernel, in the order of the model from the top down.
+
+    Those with a finding are named; at the left edge stands what has no spread, at the right
+    edge what is not finite.
+    """
+    off = _off(table)
+    count = len(rows)
+    room = min(max(count, 10), NAMES_DOWN)  # for lines of names
+    ax = ax or new_axes((1, 1), (7, 1.2 + 0.14 * room))[0]
+    ratios = np.array([row["ratio"] or 0.0 for row in rows], float)
+    is_usual = np.isfinite(ratios) & (ratios > 0)
+    usual = ratios[is_usual]
+    # At least a factor of two to each side, so that chance looks as small as it is.
+    left, right = min(0.5, *usual, 1) / 1.3, max(2.0, *usual, 1) * 1.3
+    places = np.where(np.isnan(ratios), right, np.clip(ratios, left, right))
+    is_off = np.array([row["path"] in off for row in rows])
+    depth = np.arange(1, count + 1)
+
+    ax.axvline(1, color=_SOUND, linewidth=1)
+    size = 16 if count <= 100 else 5
+    ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND, rasterized=count > 1000)
+    ax.hlines(
+        depth[is_off], left, places[is_off], color=OFF_COLOR, alpha=0.3, linewidth=0.8
+    )
+    ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR, marker="D",
+               clip_on=False, zorder=3)  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xlim(left, right)
+    ax.set_ylim(count + 0.8, 0.2)
+    _plain_ticks(ax.xaxis, right / left)
+    ax.set_xlabel("std over expected std")
+    ax.set_ylabel("kernels, input to output")
+    weights = np.where(is_usual, np.abs(np.log(places)), math.inf)
+    paths = [row["path"] for row in rows]
+    names, lines = fold_names(paths, 48)
+    named = _spread(weights, is_off, lines * count / room)
+    codes = [off[paths[i]] for i in named]
+    names = [
+        names[i] if code == "std" else f"{names[i]} ({code})"
+        for i, code in zip(named, codes, strict=True)
+    ]
+    ax.set_yticks(depth[named], names, fontsize=7, color=OFF_COLOR, parse_math=False)
+    ax.tick_params("y", length=0)
+    ax.set_title(f"{is_off.sum()} of {count} have a finding", loc="left", fontsize=10)
+    return ax
+
+
+def _spread(weights: np.ndarray, allowed: np.ndarray, apart: float) -> list[int]:
+    """Positions to name: the heaviest first, none so near another that they overlap."""
+    named: list[int] = []
+    for i in sorted(np.flatnonzero(allowed), key=lambda i: -weights[i]):
+        if all(abs(i - other) >= apart for other in named):
+            named.append(int(i))
+    return sorted(named)
+
+
+def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> Any:
+    """Signal and gradient by depth.
+
+    They have no lines, for what stands side by side in the order of calls may belong to two
+    branches.
+    """
+    count = len(rows)
+    width = 4 + 0.14 * min(max(count, 6), 40)
+    ax = ax or new_axes((1, 1), (width, 3.8))[0]
+    depth = np.arange(1, count + 1)
+    size = 5 if count <= 40 else 3
+    series = (
+        ("std", "signal, forward", "o", _SIGNAL),
+        ("gradient_std", "gradient, backward", "s", _GRADIENT),
+    )
+    for key, label, marker, color in series:
+        stds = np.array([row[key] or math.nan for row in rows], float)
+        fill = color if marker == "o" else "none"
+        ax.plot(depth, stds, marker, color=color, markerfacecolor=fill, markersize=size,
+                markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 10 * low:  # what is level should look level
+        middle = math.sqrt(low * high)
+        low, high = middle / 10**0.5, middle * 10**0.5
+        ax.set_ylim(low, high)
+    _plain_ticks(ax.yaxis, high / low)
+    ax.set_ylabel("standard deviation")
+    ax.grid(axis="y", alpha=0.3)
+    names, lines = fold_names((row["path"] for row in rows), 36)
+    if count * lines <= _NAMES_ACROSS:
+        ax.set_xticks(depth, names, rotation=45, ha="right", rotation_mode="anchor",
+                      fontsize=8, parse_math=False)  # fmt: skip
+    else:
+        ax.set_xlabel(f"{thing}, input to output")
+    ax.set_title(table.summary or table.kind, loc="left", fontsize=10)
+    ax.legend(fontsize=8)
+    return ax
+
+
+_BY_DEPTH = "The std of signal and gradient by depth"
+RATIOS = Picture("The std of each kernel over the expected one", _ratio_rows, _draw_ratios)
+STDS_BY_CALL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="call of a layer"))
+STDS_BY_KERNEL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="kernel"))
+
+
+def fold_names(paths: Iterable[str], letters: int) -> tuple[list[str], int]:
+    """Whole names, and how many lines one may take."""
+    names = ["\n".join(fold(printable(path), letters)) for path in paths]
+    return names, 1 + max(name.count("\n") for name in names)
+
+
+def _plain_ticks(axis: Any, span: float) -> None:
+    """0.1, 0.2, 0.5, 1 and not powers of ten, where there is room."""
+    from matplotlib.ticker import LogLocator
+
+    steps = (1, 2, 5) if span < 1e3 else (1,)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
+def new_axes(shape: tuple[int, int], size: tuple[float, float]) -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError(
+            "Plots need matplotlib: `pip install keras-glorot[plot]`."
+        ) from None
+    _, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    return axes.ravel()
