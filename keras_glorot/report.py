@@ -41,10 +41,10 @@ class Section(NamedTuple):
 def report(
     model: keras.Layer,
     x: Any = None,
-    path: str | PathLike = "report.html",
-    *,
     y: Any = None,
     loss: Any = None,
+    *,
+    path: str | PathLike = "report.html",
     seed: int = 0,
 ) -> Path:
     """Writes a page about a model: findings, pictures, and a table to sort and to filter.
@@ -56,9 +56,9 @@ def report(
         model: A built Keras model or layer.
         x: A batch to call it on, as in `propagate`. Without one, the page shows the weights
             alone.
-        path: The file to write.
         y: As in `propagate`.
         loss: As in `propagate`.
+        path: The file to write.
         seed: As in `propagate`.
 
     Returns:
@@ -80,7 +80,7 @@ def report(
     command = "keras_glorot.report(model)"
     if x is not None:
         sections.append(_signal_section(model, x, y, loss, seed))
-        more = "" if loss is None else ", y=y, loss=loss"
+        more = "" if loss is None else ", y, loss"
         command = f"keras_glorot.report(model, x{more}, seed={seed})"
     return write_page(path, model.name, sections, command, None if x is None else seed)
 

@@ -121,6 +121,17 @@ def test_the_path_is_checked_before_the_work(tmp_path):
             report("no model", path=path)
 
 
+def test_targets_come_before_the_path(tmp_path, monkeypatch):
+    """As everywhere: a third argument is y, and not the name of a file."""
+    monkeypatch.chdir(tmp_path)
+    y = np.zeros((50, 3), "float32")
+    text = report(net(), X, y, "mse").read_text(encoding="utf-8")
+    assert "keras_glorot.report(model, x, y, loss, seed=0)" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(ValueError, match="loss"):
+        report(net(), X, "other.html")
+
+
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"keras-glorot\[report\]"):
