@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from keras_glorot.sampling import Bounds
 
 __all__ = [
     "assign",
+    "compiled_methods",
+    "current_trace",
     "is_symbolic",
     "is_tracing",
     "jax_sharding",
@@ -23,6 +26,7 @@ __all__ = [
     "to_tensor",
     "unmoved_generators",
     "untouched",
+    "without_compilation",
     "writable",
 ]
 
@@ -262,3 +266,78 @@ def is_tracing() -> bool:
                 return is_symbolic(jax.numpy.zeros(()))
             return not trace_state_clean()
     return False
+
+
+def current_trace() -> Any:
+    """What stays equal until the backend enters another trace, or leaves this one.
+
+    A traced loop, a vectorized function, a derivative on JAX, a compiled program and a call
+    that is made again on the way back (remat) are traces of their own. Without the private
+    names here fewer traces are told apart.
+    """
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            try:  # what is called again on the way back is recorded by no tape now
+                from tensorflow.python.eager.record import could_possibly_record
+            except ImportError:
+                return tf.executing_eagerly()
+            return tf.executing_eagerly(), could_possibly_record()
+        case "jax":
+            try:
+                from jax.extend.core import get_opaque_trace_state
+            except ImportError:  # before JAX 0.10
+                from jax.core import get_opaque_trace_state
+            return get_opaque_trace_state(convention="keras_glorot")
+        case "torch":
+            try:
+                from torch._C._autograd import _top_saved_tensors_default_hooks
+                from torch._C._functorch import maybe_current_level
+                from torch.autograd.forward_ad import _current_level
+            except ImportError:
+                return None
+            hooks = _top_saved_tensors_default_hooks(True)
+            return maybe_current_level(), _current_level, hooks
+    return None
+
+
+def compiled_methods(owner: Any) -> dict[str, Callable]:
+    """By name, the Python functions in what an object holds of `tf.function` or `jax.jit`.
+
+    Those of its class and its own attributes, but not of the classes of Keras.
+    """
+    kinds: tuple[type, ...] = ()
+    name = ""
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            kinds, name = (tf.types.experimental.PolymorphicFunction,), "python_function"
+        case "jax":
+            import jax
+
+            kinds, name = (type(jax.jit(len)),), "__wrapped__"
+    if not kinds:
+        return {}
+    methods = {}
+    for kind in reversed(type(owner).__mro__):
+        if not kind.__module__.startswith("keras."):
+            for key, value in vars(kind).items():
+                methods.pop(key, None)
+                if isinstance(value, kinds):
+                    methods[key] = types.MethodType(getattr(value, name), owner)
+    for key, value in vars(owner).items():
+        if isinstance(value, kinds):
+            methods[key] = getattr(value, name)
+    return methods
+
+
+def without_compilation() -> contextlib.AbstractContextManager[Any]:
+    """Where `torch.compile` leaves Python functions as they are."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if hasattr(torch.compiler, "set_stance"):  # since 2.6
+            return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

@@ -98,8 +98,9 @@ def calibrate(
     - A first kernel stays as it is if a learned table, as of positions, is added to its
       output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
-    - Constants, frozen layers, embeddings and recurrent kernels stay as they are; a
-      finding says so. A shared kernel has one factor, for the mean over its calls.
+    - Constants, frozen layers, embeddings, recurrent kernels, and layers that are called in
+      a loop, derivative or program that the backend traces stay as they are; a finding says
+      so. A shared kernel has one factor, for the mean over its calls.
     - s stays within a factor of 4 of the median, unless the ends can't hold otherwise.
     - From end to end nothing changes by more than a factor of about 1.2: not forward in
       mode `"forward"`, backward in `"backward"`, and the root of their product in
@@ -110,7 +111,7 @@ def calibrate(
 
     Args:
         model: A built Keras model or layer.
-        x: A batch like those it will be trained on: dozens of examples.
+        x: A batch like those it will be trained on, as in `propagate`: dozens of examples.
         y: Targets for `loss`. Give both or neither.
         loss: What is differentiated, as in `propagate`. Without one it is
             `sum(c * model(x))`, where c is random.
@@ -157,12 +158,14 @@ def calibrate(
             f"and was not made constant. Received: model={model}"
         )
     with progress("calibrate", verbose) as advance:
-        measure = Measurement(model, batch, weights, sites, training)
-        result = _solve(measure, mode, advance)
+        advance(0.0, "as it is")
+        measure, first = _first_pass(model, batch, weights, sites, training)
+        left += _unseen(sites, measure.sites)
+        result = _solve(measure, first, mode, advance)
     table = _table(result, left)
     before: list[tuple[keras.Variable, np.ndarray]] = []
     try:
-        for site, factor in zip(sites, result.after.factors, strict=True):
+        for site, factor in zip(result.sites, result.after.factors, strict=True):
             for weight in site.kernels:
                 old = backends.to_array(weight.variable)
                 before.append((weight.variable, old))
@@ -172,6 +175,36 @@ def calibrate(
         for variable, old in before:
             backends.assign(variable, old)
         raise
+
+
+def _first_pass(
+    model: keras.Layer,
+    batch: Batch,
+    weights: list[Weight],
+    sites: list[Site],
+    training: bool,
+) -> tuple[Measurement, Measured]:
+    """The pass before, over those sites of which each call is seen."""
+    measure = Measurement(model, batch, weights, sites, training)
+    before = measure(None)
+    unseen = {id(layer) for layer in measure.unseen}
+    seen = [site for site in sites if id(site.layer) not in unseen]
+    if len(seen) < len(sites):
+        measure = Measurement(model, batch, weights, seen, training)
+        before = measure(None)
+    if not before.order:
+        raise ValueError(
+            "Argument `model` must call a layer whose kernel may be scaled, outside of "
+            "loops, derivatives and programs that the backend traces. "
+            f"Received: model={model}"
+        )
+    return measure, before
+
+
+def _unseen(sites: list[Site], seen: list[Site]) -> list[tuple[Weight, str]]:
+    reason = "it is called in a loop, a derivative or a program that the backend traces"
+    missing = [site for site in sites if site not in seen]
+    return [(weight, reason) for site in missing for weight in site.kernels]
 
 
 def measure_ends(
@@ -220,11 +253,12 @@ class _Result(NamedTuple):
 
 
 def _solve(
-    measure: Measurement, mode: Mode, advance: Callable[[float, str], None]
+    measure: Measurement,
+    before: Measured,
+    mode: Mode,
+    advance: Callable[[float, str], None],
 ) -> _Result:
     """The objective at its least, on the level where the gradient changes least."""
-    advance(0.0, "as it is")
-    before = measure(None)
     level = _level(measure, before, advance)
     seen, on_path = _converge(measure, before, _GRADIENT_WEIGHT[mode], level, advance)
     return _Result(mode, measure.sites, before, seen, on_path, measure.passes)

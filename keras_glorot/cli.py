@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:  # a damaged file makes Keras raise anything
-            _complain("error", str(error) or type(error).__name__)
+            from keras_glorot.keras_bridge import error_reason
+
+            _complain("error", error_reason(error))
             return 2
 
 
@@ -154,7 +156,6 @@ def _check_sizes(name: str) -> None:
 
 def _render(table: Table, all: bool = False) -> str:
     """The table as this terminal shows it."""
-
     with rich.get_console().capture() as captured:
         table.show(all)
     return captured.get()

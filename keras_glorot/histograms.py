@@ -60,7 +60,7 @@ def plot_histograms(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
     batch = Batch.check(x, y, loss, seed)
-    calls = record(model, batch, of_tensor=_sample)[:-1]
+    calls = record(model, batch, of_tensor=_sample)[0][:-1]
     if layers is None:
         calls = [call for call in calls if call.weight is not None][:-1]
     else:

@@ -63,6 +63,7 @@ __all__ = [
     "current_call_site",
     "direct_sublayers",
     "downstream_operations",
+    "error_reason",
     "initial_state",
     "initializer_tables",
     "is_shape_inference",
@@ -80,7 +81,6 @@ __all__ = [
     "unmoved_generators",
     "untracked_variables",
     "used_learning_rates",
-    "without_colors",
     "without_remat",
 ]
 
@@ -514,9 +514,19 @@ def without_remat(layer: keras.Layer) -> Iterator[None]:
         attributes["_remat_mode"] = mode
 
 
-def without_colors(message: str) -> str:
-    """A message of Keras without the codes that print it bold."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", message)
+def error_reason(error: Exception) -> str:
+    """The message, without the text and the colors that Keras puts around the reason."""
+    # The text of a KeyError is a quoted one.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = text.rpartition("Exception encountered: ")[2]  # in loading
+    text = re.sub(r"\s*Exception encountered when calling .*\(\)\.\s+", "", text)
+    text = text.partition("\n\nArguments received by ")[0].strip()
+    if text.startswith("in user code:"):  # TensorFlow quotes it first
+        text = text.splitlines()[-1].strip()
+    if isinstance(error, LookupError) or not text:
+        return f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text
 
 
 def seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:

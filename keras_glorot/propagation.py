@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_glorot.gains import activation_growth
+from keras_glorot.keras_bridge import sublayer_paths
 from keras_glorot.layers import is_normalization
 from keras_glorot.progress import progress
 from keras_glorot.recording import LOOPS, Batch, Call, Moments, moments, record
@@ -50,6 +51,8 @@ def propagate(
     Args:
         model: A built Keras model or layer.
         x: A batch to call it on, an array or a structure of arrays: dozens of examples.
+            Where `call` requires several arguments, a list gives them in order; a
+            dictionary gives them by their names.
         y: Targets for `loss`. Give both or neither.
         loss: A Keras loss or its name, or a function of `(y, outputs)`.
         seed: An integer: the same one gives the same c.
@@ -60,7 +63,8 @@ def propagate(
     Returns:
         A `Table` with a row for each call of a layer, in order of execution, and a last
         one for the model. A layer that only returns the result of a layer inside it has no
-        row; a recurrent layer has one for all steps. Keys of a row:
+        row; a recurrent layer has one for all steps. A call in a loop, a derivative or a
+        program that the backend traces has none; a finding names it. Keys of a row:
 
         - `path`, `layer`, `shape`: the layer, its class, and the shape of its output.
         - `mean`, `std`, `gradient_std`: of the first float tensor of the output.
@@ -78,9 +82,9 @@ def propagate(
         become alike or unrelated, and where no scale of the kernels can change that.
 
     Raises:
-        ValueError: If the model is not built; `x` is empty, not finite or does not fit; `y`
-            does not fit, or comes without `loss`, or `loss` without it; or no gradient
-            reaches the layers.
+        ValueError: If the model is not built, can't be called on `x` or differentiated; `x`
+            is empty, not finite or does not fit; `y` does not fit, or comes without `loss`,
+            or `loss` without it; or no gradient reaches the layers.
         TypeError: If `model` is not a Keras layer, or `seed` not an integer.
 
     Example:
@@ -99,7 +103,7 @@ def propagate(
         return _summarize(layer, values, batch.size)
 
     with progress("propagate", verbose) as advance:
-        calls = record(model, batch, training, summarize, advance=advance)
+        calls, unseen = record(model, batch, training, summarize, advance=advance)
     rows = _rows(calls)
     inside = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None]
     if not any(row["gradient_std"] for row in inside or rows):
@@ -108,7 +112,8 @@ def propagate(
             f"output, and the gradient there must not be zero. Received: model={model}"
         )
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
-    return Table("propagate", rows, _findings(calls, rows), filled, layout=_LAYOUT)
+    found = _findings(calls, rows) + _unseen_findings(model, unseen)
+    return Table("propagate", rows, found, filled, layout=_LAYOUT)
 
 
 def _rows(calls: list[Call]) -> list[Row]:
@@ -232,6 +237,21 @@ def _findings(calls: list[Call], rows: list[Row]) -> list[Finding]:
             found += _trend(hidden[::-1], "gradient_std", "Gradient")
             found += _collapse(hidden)
     return found + _residual_growth(calls[:-1], rows) + _instability(calls)
+
+
+def _unseen_findings(model: keras.Layer, unseen: list[keras.Layer]) -> list[Finding]:
+    """Of the outermost layers: what is in them is not seen either."""
+    paths = sublayer_paths(model)
+    hidden = sorted(paths[id(layer)] for layer in unseen)
+    message = (
+        "Not seen: it is called in a loop, a derivative or a program that the backend "
+        "traces, so that call has no row."
+    )
+    return [
+        Finding("info", "not-seen", path, message, "")
+        for path in hidden
+        if not any(path.startswith(f"{other}/") for other in hidden)
+    ]
 
 
 def _unit_findings(row: Row) -> list[Finding]:

@@ -8,6 +8,7 @@ that returns the tensors, so that it compiles little more than autodiff's own pr
 
 import contextlib
 import functools
+import inspect
 import logging
 import math
 import numbers
@@ -19,13 +20,22 @@ from typing import Any, NamedTuple, Protocol
 import keras
 import numpy as np
 
-from keras_glorot import keras_bridge
+from keras_glorot import backends, keras_bridge
 from keras_glorot.keras_bridge import sublayers
 from keras_glorot.progress import Advance
 from keras_glorot.sampling import TRUNCATED_STD, draw
 from keras_glorot.variables import Weight, describe, unique_paths
 
-__all__ = ["NO_TENSOR", "Batch", "Call", "Moments", "Signal", "moments", "record"]
+__all__ = [
+    "NO_TENSOR",
+    "Batch",
+    "Call",
+    "Moments",
+    "Signal",
+    "intercepted_call",
+    "moments",
+    "record",
+]
 
 ops: Any = keras.ops  # Keras declares that many of these may return None
 tree: Any = keras.tree
@@ -141,14 +151,20 @@ class Batch(NamedTuple):
         return tree.flatten(self.x)[0].shape[0]
 
     def call(self, model: keras.Layer, x: Any) -> Any:
+        """The outputs of the model, or an error that begins with the reason."""
+        args, kwargs = _arguments(model, x)
         try:
-            return model(x, training=False)
+            return model(*args, training=False, **kwargs)
         except Exception as error:
             shapes = [tuple(tensor.shape) for tensor in tree.flatten(x)]
+            reason = _first_line(error)
+            received = f"Received: x of shape {str(shapes)[1:-1]}"
+            declared = [tuple(each.shape) for each in getattr(model, "inputs", None) or ()]
+            if not declared or _fit(shapes, declared):
+                raise ValueError(f"Calling `model` failed: {reason}. {received}") from error
             raise ValueError(
-                "Argument `x` must be a batch that the model can be called on. "
-                f"Received: x of shape {str(shapes)[1:-1]}. Calling the model failed: "
-                f"{_first_line(error)}"
+                "Argument `x` must be a batch that the model can be called on, of shape "
+                f"{str(declared)[1:-1]}. {received}. Calling `model` failed: {reason}"
             ) from error
 
     def objective(self, outputs: Any) -> Tensor:
@@ -180,6 +196,35 @@ class Batch(NamedTuple):
             ) from error
 
 
+def _arguments(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    """What `call` takes of a structure: all of it as one argument, or each part as one.
+
+    Models that know their inputs take it as it is. Other ones take the parts of a list if
+    their `call` requires several arguments, and those of a dictionary of such arguments.
+    """
+    if getattr(model, "inputs", None) or not isinstance(x, dict | list | tuple):
+        return (x,), {}
+    parameters = inspect.signature(model.call).parameters.values()
+    if isinstance(x, dict):
+        names = {each.name for each in parameters if each.kind is not each.POSITIONAL_ONLY}
+        return ((), x) if len(x) > 1 and names.issuperset(x) else ((x,), {})
+    required = [
+        each
+        for each in parameters
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        and each.default is each.empty
+    ]
+    return (x if len(required) > 1 else (x,)), {}
+
+
+def _fit(shapes: list[tuple[int, ...]], declared: list[tuple[int | None, ...]]) -> bool:
+    return len(shapes) == len(declared) and all(
+        len(shape) == len(wanted)
+        and all(size in (None, has) for has, size in zip(shape, wanted, strict=True))
+        for shape, wanted in zip(shapes, declared, strict=True)
+    )
+
+
 def record(
     model: keras.Layer,
     batch: Batch,
@@ -187,7 +232,7 @@ def record(
     of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
     of_tensor: Summary = moments,
     advance: Advance = lambda fraction, text: None,
-) -> list[Call]:
+) -> tuple[list[Call], list[keras.Layer]]:
     """Calls the model once and differentiates it once.
 
     Args:
@@ -199,12 +244,15 @@ def record(
         advance: Is told of progress.
 
     Returns:
-        The calls in order of execution; the last one is the model's.
+        The calls in order of execution; the last one is the model's. The layers that were
+        called where nothing is seen.
     """
     weights = describe(model)  # checks the model
     listener = _Listener(model, weights, of_output, of_tensor, advance)
+    unseen: list[keras.Layer] = []
 
-    def run(tap: Tap, values: list[Tensor], x: Any) -> tuple[Tensor, list[Tensor]]:
+    @contextlib.contextmanager
+    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[_Outcome]:
         listener.start(tap)
         state = dict(zip(map(id, model.variables), values, strict=True))
         for layer, weight in listener.kernels.items():
@@ -213,14 +261,14 @@ def record(
             listener.kernel_positions[layer] = position
         # What the model would change, such as a random state, stays in the scope.
         scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
-        with scope, intercept(model, listener.wrappers(), training):
-            outputs = batch.call(model, x)
-        advance(0.5, "gradients")
-        return batch.objective(outputs), []
+        call = intercepted_call(batch, model, x, listener.wrappers(), training)
+        with scope, call as (outputs, unseen[:]):
+            advance(0.5, "gradients")
+            yield batch.objective(outputs), []
 
     values = [variable.value for variable in model.variables]
     signals, _ = differentiator(run)(values, batch.x)
-    return listener.finish(signals)
+    return listener.finish(signals), unseen
 
 
 class _Note(NamedTuple):
@@ -289,9 +337,10 @@ class _Listener:
                 return outputs
             of_output = self.of_output and functools.partial(self.of_output, layer)
             outputs, position = self._tap_first(outputs, of_output or self.of_tensor)
-            shape = tuple(tree.flatten(outputs)[0].shape)
+            tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
+            shape = tuple(tensors[0].shape) if tensors else ()
             parents = (len(self.notes) - 1,) if inside else parents
-            for tensor in filter(ops.is_tensor, tree.flatten(outputs)):
+            for tensor in tensors:
                 self._remember(tensor, len(self.notes))
             self.notes.append(_Note(layer, shape, input_position, position, parents))
             return outputs
@@ -367,45 +416,100 @@ class _Listener:
         ]
 
 
-@contextlib.contextmanager
-def intercept(
-    model: keras.Layer, wrappers: dict[int, Callable], training: bool
-) -> Iterator[None]:
-    """Replaces the `call` of layers, in this thread, by `wrapper(call, *args, **kwargs)`.
+class _Place:
+    """Where calls of layers are seen: in one thread, one trace and one call of the model.
 
-    By `id` of each layer; classes stay as they are. Other threads may use the model
-    meanwhile. With `training`, BatchNormalization uses the statistics of the batch.
+    What is traced for itself has no values, or is called again on the way back.
     """
-    thread = threading.get_ident()
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.trace = backends.current_trace()
+        self.unseen: dict[int, keras.Layer] = {}
+        self.is_over = False
+
+    def is_other_thread(self, layer: Any = None) -> bool:
+        return threading.get_ident() != self.thread
+
+    def is_elsewhere(self, layer: Any) -> bool:
+        """Whether a call of the layer is not seen; notes it if it belongs to this one."""
+        if self.is_other_thread() or self.is_over:
+            return True
+        is_traced = backends.current_trace() != self.trace
+        if is_traced:
+            self.unseen[id(layer)] = layer
+        return is_traced
+
+
+@contextlib.contextmanager
+def intercepted_call(
+    batch: Batch,
+    model: keras.Layer,
+    x: Any,
+    wrappers: dict[int, Callable],
+    training: bool,
+) -> Iterator[tuple[Any, list[keras.Layer]]]:
+    """Calls the model while `wrapper(call, *args, **kwargs)` stands for `call` of layers.
+
+    By `id` of each layer, in this thread; classes stay as they are. Other threads may use
+    the model meanwhile. With `training`, BatchNormalization uses the statistics of the
+    batch. Compiled functions that layers hold are called as Python; `keras.remat` in a call
+    keeps the activations.
+
+    Yields:
+        The outputs, and the layers that were called where nothing is seen. Within the block
+        the layers are as in the call, so that what is called again gives the same.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_lock)
+        stack.enter_context(backends.without_compilation())
+        place = _Place()
+        stack.enter_context(_replaced_remat(place.is_other_thread))
         for layer in sublayers(model):
             stack.enter_context(keras_bridge.without_remat(layer))
+            for name, function in backends.compiled_methods(layer).items():
+                stack.enter_context(replaced_attribute(layer, name, function))
             wrapper = wrappers.get(id(layer))
             if training and isinstance(layer, keras.layers.BatchNormalization):
-                stack.enter_context(_replaced_call(layer, _call_in_training, thread))
+                stack.enter_context(
+                    _replaced_call(layer, _call_in_training, place.is_other_thread)
+                )
             if wrapper is not None:
-                stack.enter_context(_replaced_call(layer, wrapper, thread))
+                stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
         for addition in keras_bridge.additions(model):
             if id(addition) in wrappers and not isinstance(addition, keras.Layer):
                 wrapper = wrappers[id(addition)]
-                stack.enter_context(_replaced_call(addition, wrapper, thread))
-        yield
+                stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
+        outputs = batch.call(model, x)
+        place.is_over = True
+        yield outputs, list(place.unseen.values())
 
 
 @contextlib.contextmanager
-def _replaced_call(layer: Any, wrapper: Callable, thread: int) -> Iterator[None]:
+def _replaced_call(
+    layer: Any, wrapper: Callable, is_elsewhere: Callable[[Any], bool]
+) -> Iterator[None]:
     is_quantized = getattr(layer, "quantization_mode", None)
     name = "quantized_call" if is_quantized else "call"
     call = getattr(layer, name)
 
+    @functools.wraps(call)
     def replaced_call(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
+        if is_elsewhere(layer):
             return call(*args, **kwargs)
         return wrapper(call, *args, **kwargs)
 
     with replaced_attribute(layer, name, replaced_call):
         yield
+
+
+def _replaced_remat(is_other_thread: Callable[[], bool]) -> Any:
+    remat = keras.remat
+
+    def replaced_remat(function: Callable) -> Callable:
+        return remat(function) if is_other_thread() else function
+
+    return replaced_attribute(keras, "remat", replaced_remat)
 
 
 @contextlib.contextmanager
@@ -435,18 +539,20 @@ def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
     return loops
 
 
+def _first_line(error: Exception) -> str:
+    return keras_bridge.error_reason(error).splitlines()[0].removesuffix(".")
+
+
 def is_float(value: Any) -> bool:
     return ops.is_tensor(value) and "float" in keras.backend.standardize_dtype(value.dtype)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return keras_bridge.without_colors(lines[0]) if lines else type(error).__name__
-
-
-# One entry per backend: from `run(tap, *arguments) -> (objective, extras)` to a function of
-# the arguments that returns the signals of all taps, and the extras as arrays.
-Run = Callable[..., tuple[Tensor, list[Tensor]]]
+# One entry per backend: from `run(tap, *arguments)`, a context that gives the objective and
+# extras, to a function of the arguments that returns the signals of all taps, and the
+# extras as arrays. Eager backends differentiate in the context: there they may call layers
+# again.
+_Outcome = tuple[Tensor, list[Tensor]]
+Run = Callable[..., contextlib.AbstractContextManager[_Outcome]]
 Differentiator = Callable[..., tuple[list[Signal], list[np.ndarray]]]
 
 
@@ -455,7 +561,30 @@ def differentiator(run: Run) -> Differentiator:
     build = _DIFFERENTIATORS.get(keras.backend.backend())
     if build is None:
         raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
-    return build(run)
+    has_run = False
+
+    @contextlib.contextmanager
+    def noted_run(tap: Tap, *arguments: Any) -> Iterator[_Outcome]:
+        nonlocal has_run
+        has_run = False
+        with run(tap, *arguments) as outcome:
+            has_run = True
+            yield outcome
+
+    differentiate = build(noted_run)
+
+    def explained(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
+        try:
+            return differentiate(*arguments)
+        except Exception as error:
+            if not has_run:
+                raise
+            raise ValueError(
+                "Argument `model` must be differentiable. Differentiating it failed: "
+                f"{_first_line(error)}"
+            ) from error
+
+    return explained
 
 
 class _EagerSignals:
@@ -464,6 +593,7 @@ class _EagerSignals:
     def __init__(self) -> None:
         self.taps: list[tuple[Any, tuple[int, ...], Summary]] = []
         self.gradients: dict[int, Any] = {}
+        self.is_called = False  # before, gradients are those of derivatives in the model
 
     def see(self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary) -> int:
         value = of_value and of_value(to_numpy(tensor))
@@ -471,6 +601,8 @@ class _EagerSignals:
         return len(self.taps) - 1
 
     def see_gradient(self, position: int, gradient: Tensor) -> None:
+        if not self.is_called:
+            return
         of_gradient = self.taps[position][2]
         self.gradients[position] = of_gradient(to_numpy(gradient))
 
@@ -517,15 +649,18 @@ def _tensorflow(run: Run) -> Differentiator:
         sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
         sources = list(map(tf.convert_to_tensor, sources))
         quiet = _without_retracing_warnings(tf.get_logger())
-        with quiet, tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(sources)
-            flat = iter(sources)
-            watched = tree.map_structure(
-                lambda argument: next(flat) if is_float(argument) else argument, arguments
-            )
-            objective, extras = run(tap, *watched)
-        tape.gradient(objective, sources)
-        return seen.signals(), list(map(to_numpy, extras))
+        with quiet, contextlib.ExitStack() as stack:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(sources)
+                flat = iter(sources)
+                watched = tree.map_structure(
+                    lambda argument: next(flat) if is_float(argument) else argument,
+                    arguments,
+                )
+                objective, extras = stack.enter_context(run(tap, *watched))
+            seen.is_called = True
+            tape.gradient(objective, sources)
+            return seen.signals(), list(map(to_numpy, extras))
 
     return differentiate
 
@@ -533,26 +668,45 @@ def _tensorflow(run: Run) -> Differentiator:
 def _torch(run: Run) -> Differentiator:
     import torch
 
+    class Identity(torch.autograd.Function):
+        """Hangs on a leaf, whose gradient is asked for: so all of them are passed."""
+
+        @staticmethod
+        def forward(ctx: Any, tensor: Any, leaf: Any, see_gradient: Callable) -> Any:
+            ctx.see_gradient = see_gradient
+            return tensor.clone()  # the layer may work in place
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Any) -> Any:
+            ctx.see_gradient(*grad_outputs)
+            return *grad_outputs, None, None
+
     def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        seen, leaves = _EagerSignals(), []
+        seen = _EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
             position = seen.see(tensor.detach(), of_value, of_gradient)
-            if not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_()
-                leaves.append(tensor)
-            tapped = tensor.clone()  # the layer may work in place
-            tapped.register_hook(lambda gradient: seen.see_gradient(position, gradient))
-            return tapped, position
+            see_gradient = functools.partial(seen.see_gradient, position)
+            return Identity.apply(tensor, leaf, see_gradient), position
 
         def detach(argument: Any) -> Any:
-            return argument.detach() if is_float(argument) else argument
+            if not ops.is_tensor(argument):
+                return argument
+            # Those of inference mode can't be saved for the way back.
+            return argument.clone() if argument.is_inference() else argument.detach()
 
-        with torch.enable_grad():
-            objective, extras = run(tap, *tree.map_structure(detach, arguments))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            # Layers may be called again on the way back, where this thread's scopes hold.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            leaf = torch.zeros((), requires_grad=True)
+            detached = tree.map_structure(detach, arguments)
+            objective, extras = stack.enter_context(run(tap, *detached))
+            seen.is_called = True
             if objective.requires_grad:
-                torch.autograd.grad(objective, leaves, allow_unused=True)
-        return seen.signals(), list(map(to_numpy, extras))
+                torch.autograd.grad(objective, leaf, allow_unused=True)
+            return seen.signals(), list(map(to_numpy, extras))
 
     return differentiate
 
@@ -572,8 +726,8 @@ def _jax(run: Run) -> Differentiator:
             values.append(tensor if of_value else None)
             return tensor + next(left), len(taps) - 1
 
-        target, extras = run(tap, *arguments)
-        return target, (values, extras)
+        with run(tap, *arguments) as (target, extras):
+            return target, (values, extras)
 
     def shapes_of_taps(*arguments: Any) -> list[Any]:
         shapes = []
@@ -582,7 +736,11 @@ def _jax(run: Run) -> Differentiator:
             shapes.append((tensor.shape, tensor.dtype))
             return tensor + 0, len(shapes) - 1
 
-        jax.eval_shape(lambda *arguments: run(tap, *arguments)[0], *arguments)
+        def target(*arguments: Any) -> Any:
+            with run(tap, *arguments) as (target, _):
+                return target
+
+        jax.eval_shape(target, *arguments)
         return shapes
 
     def program(*arguments: Any) -> Any:

@@ -22,7 +22,7 @@ from keras_glorot.recording import (
     Tap,
     Tensor,
     differentiator,
-    intercept,
+    intercepted_call,
     is_float,
     loops_around,
     moments,
@@ -170,6 +170,7 @@ class Measurement:
         loops = loops_around(model)
         owners = [weight.owner for weight in weights if _is_table(weight)]
         self.tables = [owner for owner in owners if id(owner) not in loops]
+        self.unseen: list[keras.Layer] = []
         self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
 
@@ -225,6 +226,7 @@ class Measurement:
             signal, gradient, share, factors, order, self.stem, ends, start, stream
         )
 
+    @contextlib.contextmanager
     def _run(
         self,
         tap: Tap,
@@ -232,7 +234,7 @@ class Measurement:
         x: Any,
         targets: Tensor,
         free: Tensor,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         self.tap, self.targets, self.free = tap, targets, free
         # Of each call: the site, where its gradient is, how many values it has.
         self.calls: list[int] = []
@@ -249,18 +251,20 @@ class Measurement:
         self.normalized: set[int] = set()
         variables = self.model.variables
         self.scope = keras.StatelessScope(zip(variables, values, strict=True))
-        with self.scope, intercept(self.model, self._wrappers(), self.training):
-            outputs = self.batch.call(self.model, x)
-        one = ops.ones(())
-        factors = [self.factors.get(i, one) for i in range(len(self.sites))]
-        sums = list(self.sums.values()) or [_Sum(one, ops.zeros(()), None, one)]
-        self.added = [each.site for each in sums]
-        return self.batch.objective(outputs), [
-            ops.stack(self.stds),
-            ops.stack(factors),
-            ops.stack([each.std for each in sums]),
-            ops.stack([each.added for each in sums]),
-        ]
+        wrappers = self._wrappers()
+        call = intercepted_call(self.batch, self.model, x, wrappers, self.training)
+        with self.scope, call as (outputs, self.unseen):
+            one = ops.ones(())
+            factors = [self.factors.get(i, one) for i in range(len(self.sites))]
+            sums = list(self.sums.values()) or [_Sum(one, ops.zeros(()), None, one)]
+            self.added = [each.site for each in sums]
+            extras = [
+                ops.stack(self.stds or [one]),
+                ops.stack(factors),
+                ops.stack([each.std for each in sums]),
+                ops.stack([each.added for each in sums]),
+            ]
+            yield self.batch.objective(outputs), extras
 
     def _wrappers(self) -> dict[int, Callable]:
         wrappers: dict[int, Callable] = {}

@@ -97,6 +97,13 @@ def test_an_architecture_by_name(tmp_path, monkeypatch):
     assert main(["audit", "MobileNet", "--fail-on", "warning"]) == 1
 
 
+class Unknown(layers.Layer):
+    """Is registered nowhere."""
+
+    def call(self, x):
+        return x
+
+
 def damaged(path, kind, model_file):
     """Writes a file that is not what it should be."""
     content = Path(model_file).read_bytes()
@@ -121,6 +128,9 @@ def damaged(path, kind, model_file):
             config = {"module": "builtins", "class_name": "eval", "config": {}}
             with zipfile.ZipFile(path, "w") as file:
                 file.writestr("config.json", json.dumps(config))
+        case "unknown layer":
+            inner = keras.Sequential([keras.Input((2,)), Unknown()])
+            keras.Sequential([keras.Input((2,)), layers.Dense(2), inner]).save(path)
         case "folder":
             path.mkdir()
         case "unsafe":
@@ -129,7 +139,7 @@ def damaged(path, kind, model_file):
 
 
 KINDS = ["truncated", "foreign", "empty", "flipped", "other zip", "bad json",
-         "unknown class", "folder", "unsafe"]  # fmt: skip
+         "unknown class", "unknown layer", "folder", "unsafe"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,6 +155,8 @@ def test_bad_files_are_one_line(kind, command, model_file, tmp_path, capsys):
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("keras-glorot: error: ")
+    if kind == "unknown layer":  # the reason comes first, whatever stands around it
+        assert lines[0].startswith("keras-glorot: error: Could not locate class 'Unknown'")
     assert out.read_text() == "kept"
     assert sorted(os.listdir(tmp_path)) == ["bad.keras", "out.keras"]
 

@@ -15,7 +15,7 @@ from keras import layers
 from rich.console import Console
 from rich.live import Live
 
-from keras_glorot import GlorotUniform, layer_fans, propagate
+from keras_glorot import GlorotUniform, calibrate, layer_fans, propagate
 from keras_glorot.recording import moments
 from keras_glorot.sampling import draw
 
@@ -549,6 +549,85 @@ def test_progress_that_can_not_be_drawn_disturbs_nothing():
     with Live("outer", console=console):
         table = propagate(mlp(), data(16, 12), verbose=True)
     assert table.rows == propagate(mlp(), data(16, 12), verbose=False).rows or len(table)
+
+
+class Decoder(layers.Layer):
+    """Takes two tensors, and has no value to return first."""
+
+    def __init__(self):
+        super().__init__(name="decoder")
+        self.embed = layers.Embedding(11, 8, name="embed")
+        self.attention = layers.MultiHeadAttention(2, 4, name="attention")
+
+    def build(self, ids_shape, context_shape):
+        self.embed.build(ids_shape)
+        self.attention.build((*ids_shape, 8), context_shape)
+
+    def call(self, ids, context, scale=1.0):
+        x = self.embed(ids)
+        return {"cache": None, "outputs": x + scale * self.attention(x, context)}
+
+
+def built(layer, *shapes):
+    layer.build(*shapes)
+    return fill(layer)
+
+
+@pytest.mark.parametrize("tool", [propagate, calibrate])
+def test_a_call_that_takes_several_tensors(tool):
+    context = data(12, 5, 6)
+    model = built(Decoder(), (12, 7), (12, 5, 6))
+    rows = tool(model, [TOKENS, context]).rows
+    assert {row["path"].split("/")[0] for row in rows} >= {"attention"}
+    assert rows[0]["std"] > 0
+    assert rows[0]["gradient_std"] > 0
+    if tool is propagate:
+        named = {"context": context, "ids": TOKENS}
+        assert propagate(model, named).rows == rows
+        assert propagate(model, (TOKENS, context)).rows == rows
+        assert rows[-1]["shape"] == (12, 7, 8)
+
+
+def test_attention_alone():
+    model = built(layers.MultiHeadAttention(2, 4, name="attention"), (4, 7, 8), (4, 5, 6))
+    rows = propagate(model, [data(4, 7, 8), data(4, 5, 6)]).rows
+    paths = ["query", "key", "value", "attention_output", "attention"]
+    assert [row["path"] for row in rows] == paths
+
+
+def test_a_call_that_takes_one_structure():
+    """A list, or a dictionary of other names than those of arguments, stays whole."""
+
+    class Sum(layers.Layer):
+        def __init__(self):
+            super().__init__(name="sum")
+            self.dense = layers.Dense(3)
+
+        def build(self, shapes):
+            self.dense.build((None, 6))
+
+        def call(self, parts, scale=1.0):
+            one, other = parts.values() if isinstance(parts, dict) else parts
+            return self.dense(scale * one + other)
+
+    model, x = built(Sum(), [(None, 6), (None, 6)]), data(8, 6)
+    by_name = {"one": x, "scale": x}
+    assert propagate(model, [x, x]).rows == propagate(model, by_name).rows
+    one, other = keras.Input((6,), name="inputs"), keras.Input((6,), name="mask")
+    functional = keras.Model({"inputs": one, "mask": other}, model([one, other]))
+    rows = propagate(functional, {"inputs": x, "mask": x}).rows
+    assert rows[-1]["shape"] == (8, 3)
+
+
+class Broken(layers.Dense):
+    def call(self, x):
+        return super().call(x) + {"a": 1}["b"]
+
+
+def test_an_error_of_the_model_begins_with_its_reason():
+    model = built(Broken(3, name="broken"), (None, 6))
+    with pytest.raises(ValueError, match=r"^Calling `model` failed: KeyError: b\. R"):
+        propagate(model, data(4, 6))
 
 
 class ToClasses(keras.layers.Layer):
