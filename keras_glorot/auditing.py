@@ -64,6 +64,9 @@ def audit(model: keras.Layer) -> Table:
     most constants no longer match what was declared, one finding says so. The others then
     report only what is wrong in a trained model too.
 
+    Where weights span several processes, each must call it: it reads its own part of them,
+    and all get the same result.
+
     Args:
         model: A built layer or model.
 
@@ -178,7 +181,7 @@ def _measure_weight(weight: Weight) -> _Measured:
     repeats = []
     random = _random(weight, expected)
     if random is not None and statistics.std and statistics.is_finite:
-        values = backends.to_array(weight.variable)
+        values = backends.values(weight.variable)
         window = window_rank(weight.owner, weight.shape)
         repeats = list(find_repeats(values, window, collision(weight, random)))
     return _Measured(weight, statistics, expected, fault, repeats, gain)
@@ -423,7 +426,7 @@ def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
     for first, later in _same_statistics(candidates):
         if later not in twin_of:
             pair = (candidates[later].weight, candidates[first].weight)
-            kind = relation(*(backends.to_array(weight.variable) for weight in pair))
+            kind = relation(*(backends.values(weight.variable) for weight in pair))
             if kind is not None:
                 twin_of[later] = (first, kind)
     for later, (first, kind) in sorted(twin_of.items()):

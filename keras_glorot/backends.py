@@ -1,6 +1,7 @@
 """From a NumPy array to a tensor of TensorFlow, JAX or PyTorch, where it must live."""
 
 import contextlib
+import hashlib
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -11,21 +12,30 @@ import keras
 import numpy as np
 
 from keras_glorot.sampling import Bounds
+from keras_glorot.values import Values
 
 __all__ = [
     "assign",
+    "check_same",
     "compiled_methods",
     "current_trace",
+    "held_value",
     "is_symbolic",
     "is_tracing",
     "jax_sharding",
+    "map_parts",
     "meta_tensor",
+    "new_value",
     "outside_traces",
+    "process_count",
+    "shares_new_variables",
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
     "unmoved_generators",
     "untouched",
+    "values",
+    "with_all_processes",
     "without_compilation",
     "writable",
 ]
@@ -74,17 +84,136 @@ def to_array(variable: keras.Variable) -> np.ndarray:
     return np.asarray(tensor)
 
 
+def values(variable: keras.Variable) -> Values:
+    """The values of a variable, read part by part: nothing of them stays on the host."""
+    if keras.backend.backend() != "jax":
+        return Values.of(to_array(variable))
+    array: Any = keras.ops.convert_to_tensor(variable)
+    if _is_whole_everywhere(array):
+        return Values(array.shape, array.dtype, _parts(array, array.addressable_shards))
+    # Each part once, from the first of the devices that hold it.
+    firsts = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return Values(array.shape, array.dtype, _parts(array, firsts), _stack_processes)
+
+
+def _is_whole_everywhere(array: Any) -> bool:
+    """Whether each process that has a part of a JAX array has all of it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return True
+    held: dict[int, set[Bounds]] = {}
+    for device, index in array.sharding.devices_indices_map(array.shape).items():
+        held.setdefault(device.process_index, set()).add(_bounds(index, array.shape))
+    return len(set(map(frozenset, held.values()))) == 1
+
+
+def _parts(array: Any, shards: list[Any]) -> Callable[[], Iterable[Any]]:
+    """Reads shards, each region once."""
+    regions = {_bounds(shard.index, array.shape): shard.data for shard in shards}
+    return lambda: ((bounds, _on_host(data)) for bounds, data in regions.items())
+
+
+def _on_host(data: Any) -> np.ndarray:
+    """The values of a JAX array on one device, to be read only.
+
+    JAX keeps the host's copy in the array: here in a second one of the same buffer.
+    """
+    import jax
+
+    view = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+    return np.asarray(view)
+
+
+def _bounds(index: Any, shape: Iterable[int]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _stack_processes(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, as bits: JAX would make floats of doubles."""
+    from jax.experimental import multihost_utils
+
+    bits = np.frombuffer(array.tobytes(), np.uint8)
+    stacked = np.asarray(multihost_utils.process_allgather(bits))
+    return stacked.view(array.dtype).reshape(-1, *array.shape)
+
+
+def held_value(variable: keras.Variable) -> Any:
+    """What `assign` takes to give a variable back the value that it has now."""
+    match keras.backend.backend():
+        case "jax":
+            return variable.value
+        case "torch":  # which assigns to the same memory
+            return to_array(variable).copy()
+    return to_array(variable)
+
+
 def assign(variable: keras.Variable, value: Any) -> None:
     """Gives a variable a value, a NumPy array or a tensor, on the device that it has."""
     if keras.backend.backend() == "jax":
         import jax
 
         old: Any = variable.value  # Keras keeps to a device only if it chose it itself
-        value = jax.device_put(value, old.sharding if old.committed else None)
+        if old.is_fully_addressable or not _is_local(value):
+            value = jax.device_put(value, old.sharding if old.committed else None)
+        else:  # `device_put` would compare all values with those of the other processes
+            check_same(variable, value)
+            array = np.asarray(value).astype(old.dtype, copy=False)
+            value = new_value(variable, lambda bounds: array[_index(bounds)].copy())
     elif isinstance(value, np.ndarray) and value.ctypes.data % 64 == 0:
         value = to_tensor(value)  # TensorFlow aborts on memory that is aligned worse
     with writable([variable]):
         variable.assign(value)
+
+
+def check_same(variable: keras.Variable, value: Any) -> None:
+    """Raises an error if a variable that spans processes gets another value in each."""
+    if keras.backend.backend() != "jax" or not _is_local(value):
+        return
+    array: Any = variable.value
+    if not array.is_fully_addressable and not _is_same(np.asarray(value)):
+        raise ValueError(
+            f"The new value of {variable.path} must be the same in each process: give "
+            "what makes it a seed. Received: values that differ from process to process"
+        )
+
+
+def _is_same(array: np.ndarray) -> bool:
+    """Whether all processes have the same array."""
+    bits: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(bits).digest()
+    digests = _stack_processes(np.frombuffer(digest, np.uint8))
+    return bool((digests == digests[0]).all())
+
+
+def _is_local(value: Any) -> bool:
+    return getattr(value, "is_fully_addressable", True)
+
+
+def _index(bounds: Bounds) -> tuple[slice, ...]:
+    return tuple(slice(*each) for each in bounds)
+
+
+def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarray]) -> Any:
+    """A value for a variable, spread as it is: JAX's devices draw their own parts."""
+    shape = tuple(variable.shape)
+    if keras.backend.backend() == "jax":
+        sharding = getattr(variable.value, "sharding", None)
+        if sharding is not None and len(sharding.device_set) > 1:
+            return to_sharded_tensor(shape, sharding, draw_region)
+    return draw_region(tuple((0, size) for size in shape))
+
+
+def map_parts(
+    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
+) -> Any:
+    """A value for a variable: a function of each element, computed part by part."""
+    if keras.backend.backend() == "jax":
+        array: Any = variable.value
+        parts = {
+            _bounds(shard.index, array.shape): shard.data
+            for shard in array.addressable_shards
+        }
+        return new_value(variable, lambda bounds: function(_on_host(parts[bounds])))
+    return function(to_array(variable))
 
 
 def writable(
@@ -120,12 +249,8 @@ def to_sharded_tensor(
 
     sharding = jax_sharding(layout)
     devices_of: dict[Bounds, list] = {}
-    index: Any
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(
-            part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
-        )
-        devices_of.setdefault(bounds, []).append(device)
+        devices_of.setdefault(_bounds(index, shape), []).append(device)
     arrays = []
     for bounds, (first, *others) in devices_of.items():
         array = draw_region(bounds)
@@ -151,6 +276,75 @@ def jax_sharding(layout: Any) -> Any:
         spec = getattr(sharding, "spec")  # noqa: B009 - not every sharding has one
         return jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
     return sharding
+
+
+def with_all_processes(tensors: Any) -> tuple[Any, Any]:
+    """Arguments of a program of JAX, and where each of its results is to be.
+
+    If one of them spans processes, the program runs in all of these: what only this one
+    has must be the same in each, and all results come back to each.
+
+    Raises:
+        ValueError: If the processes have different values.
+    """
+    import jax
+
+    spanning: list[Any] = [
+        tensor
+        for tensor in keras.tree.flatten(tensors)
+        if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable
+    ]
+    if not spanning:
+        return tensors, None
+    everywhere = jax.sharding.NamedSharding(
+        spanning[0].sharding.mesh, jax.sharding.PartitionSpec()
+    )
+
+    def spread(tensor: Any) -> Any:
+        if not _is_local(tensor):
+            return tensor
+        array = np.asarray(tensor)
+        if not _is_same(array):
+            raise ValueError(
+                "Argument `x` must be the same batch in each process, as must all weights "
+                "that do not span them. Received: an array of shape "
+                f"{array.shape} that differs from process to process"
+            )
+        return jax.make_array_from_callback(
+            array.shape, everywhere, lambda index: array[index]
+        )
+
+    return keras.tree.map_structure(spread, tensors), everywhere
+
+
+def process_count() -> int:
+    """How many processes run this program together."""
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            # "/job:worker/replica:0/task:1/device:CPU:0", without a job in one process.
+            names = [device.name for device in tf.config.list_logical_devices()]
+            return len({name.rpartition("/device:")[0] for name in names})
+        case "jax":
+            import jax
+
+            return jax.process_count()
+        case "torch":
+            from torch import distributed
+
+            if distributed.is_available() and distributed.is_initialized():
+                return distributed.get_world_size()
+    return 1
+
+
+def shares_new_variables() -> bool:
+    """Whether a new variable gets the same value in all processes, whatever they draw."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.distribute.has_strategy()
 
 
 def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:

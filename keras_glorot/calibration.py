@@ -1,5 +1,6 @@
 """`calibrate`: both of Glorot's constraints, held on the whole network by measurement."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -163,13 +164,13 @@ def calibrate(
         left += _unseen(sites, measure.sites)
         result = _solve(measure, first, mode, advance)
     table = _table(result, left)
-    before: list[tuple[keras.Variable, np.ndarray]] = []
+    before: list[tuple[keras.Variable, Any]] = []
     try:
         for site, factor in zip(result.sites, result.after.factors, strict=True):
             for weight in site.kernels:
-                old = backends.to_array(weight.variable)
-                before.append((weight.variable, old))
-                backends.assign(weight.variable, scaled(old, factor, site))
+                before.append((weight.variable, backends.held_value(weight.variable)))
+                scale = functools.partial(scaled, site, factor)
+                backends.assign(weight.variable, backends.map_parts(weight.variable, scale))
         return table  # within, so that an interrupt in this last moment is caught too
     except BaseException:
         for variable, old in before:

@@ -1,5 +1,6 @@
 """What a weight is drawn from: the form of its distribution, and how wide it is."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -85,6 +86,19 @@ class Distribution(NamedTuple):
             region: A start and a stop for each axis.
         """
         return _FORMS[self.form].draw(self, shape, dtype, seed, region)
+
+    def region_drawer(
+        self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
+    ) -> Callable[[Bounds], np.ndarray]:
+        """Draws one region after the other; what is no stream is drawn whole, once."""
+        if self.form not in ("normal", "orthogonal"):
+            return functools.partial(self.draw, shape, dtype, seed)
+        whole = functools.cache(lambda: self.draw(shape, dtype, seed))
+
+        def cut(bounds: Bounds) -> np.ndarray:
+            return np.asarray(whole()[tuple(slice(*each) for each in bounds)], order="C")
+
+        return cut
 
 
 def _draw_constant(distribution, shape, dtype, seed, region) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Whether the values of a weight can come from a distribution, and if not, why."""
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import keras
@@ -11,7 +10,7 @@ import numpy as np
 from keras_glorot import backends
 from keras_glorot.distributions import Distribution
 from keras_glorot.initializers import GlorotNormal
-from keras_glorot.symmetry import ONE_IN, project
+from keras_glorot.symmetry import ONE_IN
 from keras_glorot.variables import Weight
 
 __all__ = [
@@ -34,8 +33,6 @@ _KURTOSIS_TOLERANCE = 0.1
 # the standardized moments. Where there is no bound, the estimate is too wild to judge by.
 _KURTOSIS_VARIANCE = {"uniform": 1.32, "truncated_normal": 3.86}
 _FEWEST_FOR_KURTOSIS = 100
-# Elements looked at together: their float64 copy stays in the cache.
-_CHUNK = 1 << 16
 
 
 class Statistics(NamedTuple):
@@ -100,13 +97,6 @@ def _fault(
 _FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
 
 
-def _chunks(variable: keras.Variable) -> Iterator[np.ndarray]:
-    """The values in float64, a part at a time: to copy them all could be too much."""
-    values = backends.to_array(variable).reshape(-1)
-    for start in range(0, values.size, _CHUNK):
-        yield values[start : start + _CHUNK].astype(np.float64)
-
-
 @np.errstate(all="ignore")  # what is not finite is found by its range
 def measure(variable: keras.Variable, center: float) -> Statistics:
     """One pass, in float64: a float32 sum over a large kernel loses its digits.
@@ -117,7 +107,8 @@ def measure(variable: keras.Variable, center: float) -> Statistics:
     """
     total, squares, fourths = 0.0, 0.0, 0.0
     low, high = math.inf, -math.inf
-    for chunk in _chunks(variable):
+    values = backends.values(variable)
+    for chunk in values.chunks():
         low = np.minimum(low, chunk.min())  # keeps nan
         high = np.maximum(high, chunk.max())
         if center:
@@ -127,6 +118,10 @@ def measure(variable: keras.Variable, center: float) -> Statistics:
         squares += chunk.sum()
         chunk *= chunk
         fourths += chunk.sum()
+    # Of all processes, each of which has seen its own part.
+    seen = values.stack(np.array([low, high, total, squares, fourths]))
+    low, high = np.minimum.reduce(seen[:, 0]), np.maximum.reduce(seen[:, 1])
+    total, squares, fourths = seen[:, 2:].sum(axis=0)
     size = math.prod(variable.shape)
     offset = total / max(size, 1)
     variance = (squares - total * offset) / max(size - 1, 1)
@@ -244,8 +239,8 @@ def _lets_strays_through(weight: Weight, distribution: Distribution) -> bool:
 def _count_strays(weight: Weight, distribution: Distribution) -> int:
     limit = _limit(weight, distribution)
     return sum(
-        int(np.count_nonzero(np.abs(part - distribution.mean) > limit))
-        for part in _chunks(weight.variable)
+        int(np.count_nonzero(np.abs(chunk - distribution.mean) > limit))
+        for chunk in backends.values(weight.variable).chunks()  # on PyTorch: all of them
     )
 
 
@@ -276,9 +271,10 @@ def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
     1 / sqrt(2 n), n the long side: that is seen up to a million rows.
     """
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    matrix = backends.to_array(weight.variable).reshape(rows, columns)
+    last = len(weight.shape) - 1
     vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
-    product = project(matrix, 1 if columns <= rows else 0, vector)
+    values, merged = backends.values(weight.variable), [tuple(range(last)), (last,)]
+    product = values.project(merged, 1 if columns <= rows else 0, vector)
     ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
     # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
     return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))

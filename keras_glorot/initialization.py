@@ -18,7 +18,7 @@ import numpy as np
 from keras_glorot import backends, keras_bridge
 from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot.gains import activation_gain
-from keras_glorot.initializers import find_initializer
+from keras_glorot.initializers import check_alone, find_initializer, is_unshared
 from keras_glorot.progress import progress
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.variables import Weight, describe
@@ -88,7 +88,8 @@ def initialize(
         initializer: For the kernels: whatever `keras.initializers.get` takes.
             `GlorotUniform(gain="auto")` also sees an activation that is the next layer.
         seed: An integer. Defaults to the initializer's own seed if it has one, else to one
-            from Python's `random`, which `keras.utils.set_random_seed` governs.
+            from Python's `random`, which `keras.utils.set_random_seed` governs. One of
+            the three is needed in a program of several processes: each must have the same.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
         layers: Layers of the model, or their names: only these are initialized. They get
             the same weights as in a run without it. Optimizer and metrics are reset whole.
@@ -105,8 +106,9 @@ def initialize(
             left on purpose: a finding, and no warning.)
 
     Raises:
-        ValueError: If the model is not built, an initializer does not fit a weight, or
-            `layers` names what is not in the model.
+        ValueError: If the model is not built, an initializer does not fit a weight,
+            `layers` names what is not in the model, or each of several processes would
+            draw other weights.
         TypeError: If an argument is of a wrong type.
 
     Example:
@@ -192,6 +194,8 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
         # The config has what the user gave; a generator stands in it serialized.
         if config.get("seed") is not None:
             seed = initializer.seed
+    if is_unshared(seed):
+        check_alone()
     if isinstance(seed, keras.random.SeedGenerator):
         seed = int.from_bytes(np.array(keras_bridge.seed_words(seed), ">u4").tobytes())
     if seed is None:
@@ -304,7 +308,7 @@ def _value_factory(
         distribution.form == "constant" or dtype in WEIGHT_DTYPES
     ):
         _check_range(distribution, initializer, variable)
-        return functools.partial(distribution.draw, shape, dtype, (seed,))
+        return functools.partial(_draw, distribution, variable, seed)
     if "seed" in getattr(initializer, "get_config", dict)():
         initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
@@ -319,7 +323,13 @@ def _value_factory(
             f"The initializer of {variable.path} must return numbers. "
             f"Received: {initializer} returned nan"
         )
+    backends.check_same(variable, value)
     return lambda: value
+
+
+def _draw(distribution: Distribution, variable: keras.Variable, seed: int) -> Any:
+    draw_region = distribution.region_drawer(tuple(variable.shape), variable.dtype, (seed,))
+    return backends.new_value(variable, draw_region)
 
 
 def _check_range(

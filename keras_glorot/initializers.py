@@ -29,6 +29,8 @@ _NO_LAYER = CallSite()
 class _Glorot(keras.initializers.Initializer):
     """What both variants share: all but the form of the distribution."""
 
+    _is_unshared = False  # of what an older version pickled
+
     def __init__(
         self,
         gain: float | str = 1.0,
@@ -45,6 +47,7 @@ class _Glorot(keras.initializers.Initializer):
         self._init_seed = seed = _standardize_seed(seed)
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
+        self._is_unshared = is_unshared(seed)
 
     @backends.untouched
     def __call__(self, shape: Sequence[int], dtype: Any = None, layout: Any = None) -> Any:
@@ -64,7 +67,8 @@ class _Glorot(keras.initializers.Initializer):
         Raises:
             ValueError: If the shape is not fully defined, axes do not fit it, the dtype
                 can't hold a weight, the values lie beyond the dtype's range or vanish in
-                it, or there is a layout on another backend than JAX.
+                it, there is a layout on another backend than JAX, or several processes
+                would draw without a seed.
             TypeError: If the shape does not hold integers, or the layout is none.
         """
         shape = standardize_shape(shape)
@@ -84,6 +88,8 @@ class _Glorot(keras.initializers.Initializer):
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
+        if self._is_unshared and not backends.shares_new_variables():
+            check_alone()
         seed = keras_bridge.seed_words(self.seed)
         if backends.is_tracing() or not isinstance(seed, tuple):
             form, scale = distribution.form, distribution.scale
@@ -174,8 +180,9 @@ class GlorotUniform(_Glorot):
         seed: An int makes every call a pure function of seed, shape and distribution:
             the same bits on every backend. A `keras.random.SeedGenerator` advances with
             every call. `None` draws a seed once, from Python's `random`, so that
-            `keras.utils.set_random_seed` governs it. Inside a traced program the program
-            draws, with the same bits.
+            `keras.utils.set_random_seed` governs it; several processes that draw without
+            either get an error. Inside a traced program the program draws, with the same
+            bits.
         input_axes: Axes of the kernel that one output sums over. With `output_axes`
             they decide the fans, whatever the layer. An axis in both belongs to the
             receptive field, an axis in neither is a batch axis (experts).
@@ -436,6 +443,25 @@ def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
             f"None. Received: seed={seed} (of type {type(seed)})"
         )
     return int(seed)
+
+
+def is_unshared(seed: Any) -> bool:
+    """Whether each process would have another seed in its place."""
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = seed.get_config()["seed"]
+    return seed is None and not keras_bridge.is_random_seeded()
+
+
+def check_alone() -> None:
+    """Raises an error where other processes would draw other weights."""
+    count = backends.process_count()
+    if count > 1:
+        raise ValueError(
+            "Argument `seed` must be given where several processes make the same weights: "
+            "each would draw others. Or call `keras.utils.set_random_seed` in each process "
+            "before initializers and layers are made, and again after `clear_session`. "
+            f"Received: seed=None in one of {count} processes"
+        )
 
 
 def _deserialize_seed(seed: Any) -> Any:

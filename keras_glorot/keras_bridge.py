@@ -66,6 +66,7 @@ __all__ = [
     "error_reason",
     "initial_state",
     "initializer_tables",
+    "is_random_seeded",
     "is_shape_inference",
     "may_assign",
     "may_hold_given_vectors",
@@ -362,6 +363,21 @@ def unmoved_generators() -> Iterator[None]:
         elif get_global_attribute("global_seed_generator") is not None:
             # Made inside, of a seed that the user has not drawn.
             set_global_attribute("global_seed_generator", None)
+
+
+def is_random_seeded() -> bool:
+    """Whether `keras.utils.set_random_seed` has been called, as far as Keras tells.
+
+    Keras forgets it in `clear_session` and in other threads. Python's `random`, which it
+    seeds, does not: once seen is enough.
+    """
+    global _is_random_seeded
+    if get_global_attribute("global_random_seed") is not None:
+        _is_random_seeded = True
+    return _is_random_seeded
+
+
+_is_random_seeded = False
 
 
 def is_shape_inference() -> bool:

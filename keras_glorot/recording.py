@@ -747,11 +747,15 @@ def _jax(run: Run) -> Differentiator:
         probes = [jax.numpy.zeros(*shape) for shape in shapes_of_taps(*arguments)]
         return jax.grad(objective, has_aux=True)(probes, *arguments)
 
-    # It runs a few times at most: most of the time goes into compiling it.
-    compiled = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.cache
+    def compiled(placement: Any) -> Callable:
+        # It runs a few times at most: most of the time goes into compiling it.
+        options: Any = {"xla_backend_optimization_level": 0}
+        return jax.jit(program, compiler_options=options, out_shardings=placement)
 
     def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        gradients, (values, extras) = compiled(*arguments)
+        arguments, placement = backends.with_all_processes(arguments)
+        gradients, (values, extras) = compiled(placement)(*arguments)
         signals = []
         while gradients:  # frees each as it goes
             of_value, of_gradient = taps[len(signals)]

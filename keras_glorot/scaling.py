@@ -91,7 +91,7 @@ def _reason_to_leave(weight: Weight, loops: dict[int, keras.Layer]) -> str:
         return "its layer does not say that it is a kernel"
     if not weight.variable.trainable:
         return "it is frozen"
-    if not np.any(backends.to_array(weight.variable)):
+    if not backends.values(weight.variable).any():
         return "all its values are zero"
     loop = loops.get(id(owner))
     if isinstance(loop, keras.layers.RNN) and _input_kernel(loop) is not weight.variable:
@@ -465,7 +465,7 @@ def _is_affine(site: Site) -> bool:
 def _is_unbiased(site: Site) -> bool:
     """Whether it is so without a bias, or with one that is zero."""
     bias = getattr(site.owner, "bias", None)
-    return _is_affine(site) and (bias is None or not np.any(backends.to_array(bias)))
+    return _is_affine(site) and (bias is None or not backends.values(bias).any())
 
 
 def _first_float(structure: Any) -> Tensor | None:
@@ -481,9 +481,8 @@ def _std(tensor: Tensor) -> Tensor:
     return ops.std(values / scale) * scale
 
 
-def scaled(kernel: np.ndarray, factor: float, site: Site) -> np.ndarray:
-    """A kernel times its part of the site's factor."""
-    power = float(factor) ** (1 / len(site.kernels))
-    return (kernel.astype(np.promote_types(kernel.dtype, np.float32)) * power).astype(
-        kernel.dtype
-    )
+def scaled(site: Site, factor: float, values: np.ndarray) -> np.ndarray:
+    """A part of a kernel times its share of the site's factor."""
+    share = float(factor) ** (1 / len(site.kernels))
+    wide = values.astype(np.promote_types(values.dtype, np.float32)) * share
+    return wide.astype(values.dtype)

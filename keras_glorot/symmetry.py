@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "project", "relation"]
+from keras_glorot.values import Values, blocks
+
+__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "relation"]
 
 # How often chance may look like a fault: in one tensor of 500 million, the share that a
 # normal variable has beyond six standard errors.
 ONE_IN = 2e-9
-# Elements looked at together: their float64 copy stays in the cache.
-_CHUNK = 1 << 16
 # Equal slices can be summed in another order, which changes the last bits.
 _ROUNDING = 1e-12
-# Values that two tensors must share at their start before all are compared.
-_PREFIX = 64
 
 Index = tuple[Any, ...]
 
@@ -42,11 +40,11 @@ class Slices(NamedTuple):
     copies: list[tuple[Index, Index]]
 
 
-def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[Slices]:
+def find_repeats(values: Values, folded: int, collision: float) -> Iterator[Slices]:
     """Looks for dead and copied slices, with one axis fixed and with all but one fixed.
 
     Args:
-        values: A tensor of finite values; it is only read.
+        values: Those of a tensor, all finite.
         folded: How many leading axes count as one: the window of a convolution.
         collision: A bound of the chance that two values are equal. Slices so short and
             so many that chance could make two equal are left out.
@@ -54,15 +52,16 @@ def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[
     Yields:
         The `Slices` that have dead ones or copies, those with one fixed axis first.
     """
-    merged = [tuple(range(folded)), *((axis,) for axis in range(folded, values.ndim))]
+    rank = len(values.shape)
+    merged = [tuple(range(folded)), *((axis,) for axis in range(folded, rank))]
     sizes = [math.prod(values.shape[axis] for axis in axes) for axes in merged]
     merged = [axes for axes, size in zip(merged, sizes, strict=True) if size > 1]
-    tensor = values.reshape([size for size in sizes if size > 1])
-    number = _projector(tensor)
+    sizes = [size for size in sizes if size > 1]
+    number = _projector(values, merged, sizes)
 
     def index(fixed: tuple[int, ...], flat: int) -> Index:
-        place: list[Any] = [slice(None)] * values.ndim
-        positions = np.unravel_index(flat, [tensor.shape[axis] for axis in fixed])
+        place: list[Any] = [slice(None)] * rank
+        positions = np.unravel_index(flat, [sizes[axis] for axis in fixed])
         for axis, position in zip(fixed, positions, strict=True):
             window = [values.shape[original] for original in merged[axis]]
             split = np.unravel_index(position, window)
@@ -70,9 +69,9 @@ def find_repeats(values: np.ndarray, folded: int, collision: float) -> Iterator[
                 place[original] = int(value)
         return tuple(place)
 
-    for fixed in _axes_to_fix(tensor.ndim):
-        total = math.prod(tensor.shape[axis] for axis in fixed)
-        if can_be_chance(total, tensor.size // total, collision):
+    for fixed in _axes_to_fix(len(sizes)):
+        total = math.prod(sizes[axis] for axis in fixed)
+        if can_be_chance(total, math.prod(sizes) // total, collision):
             continue
         axes = tuple(original for axis in fixed for original in merged[axis])
         at = functools.partial(index, fixed)
@@ -89,30 +88,39 @@ def can_be_chance(count: int, length: float, collision: float) -> bool:
     return 2 * math.log(count) + length * math.log(collision) > math.log(ONE_IN)
 
 
-def relation(one: np.ndarray, other: np.ndarray) -> str | None:
+def relation(one: Values, other: Values) -> str | None:
     """How a tensor repeats another one; None where it does not.
 
     Transposed means that the first axes come last, or that the last two are swapped.
     """
-    views = {"Identical to": [other], "The transpose of": _transposes(other)}
-    for name, candidates in views.items():
-        for candidate in candidates:
-            if candidate.shape != one.shape:
-                continue
-            start, prefix = one.flat[:_PREFIX], candidate.flat[:_PREFIX]
-            if np.array_equal(start, prefix) and np.array_equal(one, candidate):
-                return name
-            if np.array_equal(start, -prefix) and np.array_equal(one, -candidate):
-                negated = {"Identical to": "The negative of"}
-                return negated.get(name, "The negated transpose of")
+    same = tuple(range(len(other.shape)))
+    names = {1: "Identical to", -1: "The negative of"}
+    transposed = {1: "The transpose of", -1: "The negated transpose of"}
+    for order in (same, *_transposed_orders(len(same))):
+        if tuple(other.shape[axis] for axis in order) == one.shape:
+            sign = _sign(one, other, order)
+            if sign:
+                return (names if order == same else transposed)[sign]
     return None
 
 
-def _transposes(values: np.ndarray) -> list[np.ndarray]:
-    axes = list(range(values.ndim))
+def _transposed_orders(rank: int) -> list[tuple[int, ...]]:
+    axes = tuple(range(rank))
     rolled = [axes[first:] + axes[:first] for first in axes[1:]]
-    swapped = [axes[:-2] + axes[:-3:-1]] if values.ndim > 2 else []
-    return [values.transpose(order) for order in rolled + swapped]
+    swapped = [axes[:-2] + axes[:-3:-1]] if rank > 2 else []
+    return rolled + swapped
+
+
+def _sign(one: Values, other: Values, order: tuple[int, ...]) -> int:
+    """By which sign a tensor is another one with its axes in this order; 0 if by none."""
+    signs = [1, -1]
+    for index in blocks(one.shape):
+        place = tuple(index[order.index(axis)] for axis in range(len(order)))
+        block, candidate = one[index], other[place].transpose(order)
+        signs = [sign for sign in signs if np.array_equal(block, sign * candidate)]
+        if not signs:
+            return 0
+    return signs[0]
 
 
 def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
@@ -124,21 +132,23 @@ def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
     return single if rank == 2 else single + fibres
 
 
-def _projector(tensor: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
+def _projector(
+    values: Values, merged: list[tuple[int, ...]], sizes: list[int]
+) -> Callable[[tuple[int, ...]], np.ndarray]:
     """Makes the function that gives each of the slices that fix some axes its number.
 
     The weights of the projection are products of a weight for each axis, so what was
     projected along one axis can be projected further, at little cost.
     """
     rng = np.random.Generator(np.random.PCG64(0))
-    weights = [rng.standard_normal(size) for size in tensor.shape]
-    along = functools.cache(lambda axis: project(tensor, axis, weights[axis]))
+    weights = [rng.standard_normal(size) for size in sizes]
+    along = functools.cache(lambda axis: values.project(merged, axis, weights[axis]))
 
     def number(fixed: tuple[int, ...]) -> np.ndarray:
-        free = [axis for axis in range(tensor.ndim) if axis not in fixed]
-        first = max(free, key=lambda axis: tensor.shape[axis])
+        free = [axis for axis in range(len(sizes)) if axis not in fixed]
+        first = max(free, key=lambda axis: sizes[axis])
         projected = along(first)
-        left = [axis for axis in range(tensor.ndim) if axis != first]
+        left = [axis for axis in range(len(sizes)) if axis != first]
         for axis in free:
             if axis != first:
                 projected = np.tensordot(projected, weights[axis], (left.index(axis), 0))
@@ -148,28 +158,8 @@ def _projector(tensor: np.ndarray) -> Callable[[tuple[int, ...]], np.ndarray]:
     return number
 
 
-def project(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
-    """The weighted sum along an axis, in float64, a part at a time."""
-    shape = tensor.shape
-    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    cube = tensor.reshape(before, shape[axis], after)
-    width = min(after, _CHUNK)
-    depth = min(shape[axis], max(1, _CHUNK // width))
-    height = max(1, _CHUNK // (width * depth))
-    total = np.zeros((before, after))
-    for i in range(0, before, height):
-        for j in range(0, shape[axis], depth):
-            for k in range(0, after, width):
-                part = cube[i : i + height, j : j + depth, k : k + width]
-                # Not `@`: starting BLAS threads costs more than the sum.
-                total[i : i + height, k : k + width] += np.einsum(
-                    "ijk,j->ik", part.astype(np.float64), weights[j : j + depth]
-                )
-    return total.reshape(shape[:axis] + shape[axis + 1 :])
-
-
 def _compare(
-    values: np.ndarray, index: Callable[[int], Index], projections: np.ndarray
+    values: Values, index: Callable[[int], Index], projections: np.ndarray
 ) -> tuple[list[Index], list[tuple[Index, Index]]]:
     """The dead slices and the copies, as `Slices` has them."""
     sizes = np.abs(projections.reshape(-1))

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_glorot import GlorotNormal, GlorotUniform, backends, sampling
+from keras_glorot import GlorotNormal, GlorotUniform, audit, backends, initialize, sampling
 from keras_glorot.sampling import draw
 from keras_glorot.traced import _indices, traced_draw
 
@@ -469,3 +469,72 @@ def test_keras_distribution(eight_devices):
     }
     assert len(parts) == 4
     assert np.asarray(kernel).tobytes() == whole.tobytes()
+
+
+@pytest.fixture
+def sharded_layer(eight_devices):
+    """A layer whose kernel is spread over eight devices, in two copies of four parts."""
+    import jax
+
+    layer = keras.layers.Dense(104, kernel_initializer=GlorotUniform(seed=5))
+    layer.build((None, 64))
+    mesh = jax.sharding.Mesh(eight_devices.reshape(2, 4), ("x", "y"))
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "y"))
+    layer.kernel.assign(jax.device_put(layer.kernel.value, layout))
+    return layer
+
+
+@only["jax"]
+def test_looking_leaves_no_copy_on_the_host(sharded_layer):
+    kernel = sharded_layer.kernel.value
+    assert not audit(sharded_layer).findings
+    assert kernel._npy_value is None
+    assert all(shard.data._npy_value is None for shard in kernel.addressable_shards)
+
+
+@only["jax"]
+@pytest.mark.parametrize("initializer", ["xavier_uniform", "he_normal", "orthogonal"])
+def test_initialize_draws_each_part_once(initializer, sharded_layer, monkeypatch):
+    plain = keras.layers.Dense(104)
+    plain.build((None, 64))
+    initialize(plain, initializer, seed=1)
+    drawn, layout = [], sharded_layer.kernel.value.sharding
+
+    def recording(*arguments):
+        array = draw(*arguments)
+        drawn.append(array.shape)
+        return array
+
+    monkeypatch.setattr("keras_glorot.distributions.draw", recording)
+    initialize(sharded_layer, initializer, seed=1)
+    kernel = sharded_layer.kernel.value
+    assert drawn == [(64, 26)] * (0 if initializer == "orthogonal" else 4)
+    assert kernel.sharding.is_equivalent_to(layout, 2)
+    assert np.asarray(kernel).tobytes() == array_of(plain.kernel).tobytes()
+
+
+@only["jax"]
+def test_audit_of_a_sharded_kernel_is_that_of_a_whole_one(sharded_layer):
+    plain = keras.layers.Dense(104, kernel_initializer=GlorotUniform(seed=5))
+    plain.build((None, 64))
+    values = array_of(plain.kernel).copy()
+    values[:, 100] = 0
+    values[:, 7] = -values[:, 90]
+    tables = []
+    for layer in (plain, sharded_layer):
+        layer.name = "dense"
+        backends.assign(layer.kernel, values)
+        tables.append(audit(layer))
+    assert {each.code for each in tables[0].findings} >= {"zero-slice", "repeated-slice"}
+    assert tables[0].findings == tables[1].findings
+    assert len(sharded_layer.kernel.value.addressable_shards) == 8
+
+
+def test_an_assigned_value_can_be_given_back():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    before, held = array_of(layer.kernel).copy(), backends.held_value(layer.kernel)
+    backends.assign(layer.kernel, backends.map_parts(layer.kernel, np.negative))
+    np.testing.assert_array_equal(array_of(layer.kernel), -before)
+    backends.assign(layer.kernel, held)
+    np.testing.assert_array_equal(array_of(layer.kernel), before)
