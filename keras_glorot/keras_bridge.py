@@ -14,7 +14,9 @@ import functools
 import inspect
 import random
 import re
+import sys
 import threading
+import types
 import warnings
 import weakref
 from bisect import bisect_left
@@ -26,6 +28,13 @@ import keras
 import numpy as np
 
 from keras_glorot import backends
+from keras_glorot.isolation import (
+    NotIsolatedError,
+    Reach,
+    copy_object,
+    is_immutable,
+    is_library,
+)
 
 # `_is_keras_as_expected` notices what is missing, and warns.
 try:
@@ -56,6 +65,7 @@ except ImportError:
 __all__ = [
     "BuildValue",
     "CallSite",
+    "NotIsolatedError",
     "build_values",
     "canonical_name",
     "canonical_paths",
@@ -344,7 +354,8 @@ def unmoved_generators() -> Iterator[None]:
 
     They are those of Python, NumPy, the backend and Keras; of Keras's, this thread's.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global one
     names = dict(get_global_attribute("object_name_uids") or {})
     generator = get_global_attribute("global_seed_generator")
     drawn = None if generator is None else np.array(backends.to_array(generator.state))
@@ -353,7 +364,7 @@ def unmoved_generators() -> Iterator[None]:
             yield
     finally:
         random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         counts = get_global_attribute("object_name_uids")
         if counts is not None:
             counts.clear()
@@ -655,7 +666,7 @@ def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
 
 
 class BuildValue:
-    """What a layer assigns to a variable in `build`, computed from the layer's weights.
+    """What a layer assigns to a variable in `build`, or makes it of.
 
     Called as an initializer, it gives what `build` would assign if each weight of the
     layer had been made with its present value.
@@ -683,33 +694,36 @@ def build_values(sources: list[BuildValue]) -> list[Any]:
     return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
-def rebuild_sources(original: keras.Layer) -> dict[int, Any]:
+def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | None]:
     """By `id`, what the variables of a layer and of its sublayers are made from.
 
-    That is an initializer, or a `BuildValue` where `build` assigns. A copy is built from
-    the layer's attributes: a config can lack something. Only what `__init__` makes needs
-    the config. The copy gets no values, and a thread of its own: the names that Keras
-    counts and the variables that it has yet to fill are one set per thread. Variables that
-    no copy has are left out.
+    That is an initializer, or a `BuildValue` where `build` assigns or makes a variable of a
+    value. A copy is built from the layer's attributes: a config can lack something. Only
+    what `__init__` makes needs the config, and only a layer that reads the weights of
+    another one needs that one built. The copy gets no values, and a thread of its own: the
+    names that Keras counts and the variables that it has yet to fill are one set per
+    thread. It shares no object that can change; a layer whose code could reach one is not
+    rebuilt. Variables that no copy has are left out.
 
-    Raises:
-        Exception: Whatever the layer raises, if neither way works.
+    Returns:
+        The sources, and the first error: whatever the layer raises. None if all is known.
     """
     sources: dict[int, Any] = {}
-    errors = []
+    errors: list[Exception] = []
     for copy, children in (
         (_copy_from_attributes, _attribute_children),
+        (_copy_beside_built, _attribute_children),
         (_copy_from_config, _tracked_children),
     ):
         try:
-            sources = _Rebuild(original, copy, children).sources() | sources
+            rebuild = _Rebuild(original, copy, children)
+            sources = rebuild.sources() | sources
+            errors += rebuild.errors
         except Exception as error:  # from a layer of the user: anything
             errors.append(error)
         if all(id(variable) in sources for variable in original.weights):
-            return sources
-    if errors and not sources:
-        raise errors[-1]
-    return sources
+            return sources, None
+    return sources, errors[0] if errors else None
 
 
 class _Rebuild:
@@ -718,46 +732,60 @@ class _Rebuild:
     def __init__(
         self,
         original: keras.Layer,
-        copy: Callable[[keras.Layer], keras.Layer],
+        copy: "Callable[[keras.Layer, _Replica], tuple[keras.Layer, Callable[[], None]]]",
         children: Callable[[keras.Layer], dict[Any, keras.Layer]],
     ):
         self.original, self.copy, self.children = original, copy, children
         self.created: list[keras.Variable | None] = []
+        self.errors: list[Exception] = []
 
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
         scope = _ReplayScope([])
-        pairs, created = backends.outside_traces(self._build, scope)
+        pairs, created, replica = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
+        counterparts |= {id(copy): variable for variable, copy in replica.stand_ins}
         self.created = [counterparts.get(id(copy)) for copy in created]
+        if self.errors and any(name.startswith("assign") for name in replica.reach.names):
+            return {}  # the rest could have assigned
         sources = {}
         for variable, copy in pairs:
             source = copy._initializer
-            if scope.get_assigned(copy) is not None:
-                source = BuildValue(source, variable, self)
+            if scope.final_value(copy) is not None:
+                value = functools.partial(_as_built, copy._value)
+                source = BuildValue(source or value, variable, self)
             sources[id(variable)] = source
         return sources
 
     def assigned_values(self) -> dict[int, Any]:
         """By `id` of the variable, what `build` assigns if the weights are as now."""
         scope = _ReplayScope(self.created)
-        pairs, _ = backends.outside_traces(self._build, scope)
-        values = {id(variable): scope.get_assigned(copy) for variable, copy in pairs}
+        pairs, *_ = backends.outside_traces(self._build, scope)
+        values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
     def _build(self, scope: "_ReplayScope"):
+        replica = _Replica(self.original)
         # What the layer warns of, it has said of the original.
         ignored = warnings.catch_warnings(action="ignore")
         with unmoved_generators(), scope, ignored:
-            copy = self.copy(self.original)
+            copy, build = self.copy(self.original, replica)
+            with scope.values_allowed():
+                try:
+                    build()
+                except Exception as error:  # before it, some variables can be made
+                    self.errors = [replica.explain(error)]
         created = list(get_global_attribute("uninitialized_variables") or ())
+        new = {id(variable) for variable in (*created, *scope.made_of_values)}
         pairs = []
         for one, other in _layer_pairs(self.original, copy, self.children):
-            made = [
-                variable for variable in _own_variables(other) if variable._value is None
-            ]
+            made = [variable for variable in _own_variables(other) if id(variable) in new]
             pairs += _variable_pairs(_own_variables(one), made)
-        return pairs, created
+        return pairs, created, replica
+
+
+def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
+    return value
 
 
 class _ReplayScope(keras.StatelessScope):
@@ -766,23 +794,59 @@ class _ReplayScope(keras.StatelessScope):
     def __init__(self, created: list[keras.Variable | None]):
         super().__init__(initialize_variables=False)
         self.created = created
+        self.made_of_values: list[keras.Variable] = []
 
-    def get_assigned(self, variable: keras.Variable) -> Any:
-        return super().get_current_value(variable)
+    def final_value(self, variable: keras.Variable) -> Any:
+        """What `build` assigns to a variable or makes it of; None if it does neither."""
+        assigned = super().get_current_value(variable)
+        return variable._value if assigned is None else assigned
+
+    @contextlib.contextmanager
+    def values_allowed(self) -> Iterator[None]:
+        """Lets a variable be made of a value, which Keras forbids in such a scope.
+
+        This thread is told of each call, and the scope is closed during such a one.
+        """
+        before = sys.getprofile()
+        sys.setprofile(self._note_call)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def _note_call(self, frame: Any, event: str, argument: Any) -> None:
+        if event not in ("call", "return") or frame.f_code not in _variable_makers():
+            return
+        initializer = frame.f_locals["initializer"]
+        if event == "call" and not callable(initializer) and type(initializer) is not str:
+            set_global_attribute("stateless_scope", None)
+        elif event == "return" and get_global_attribute("stateless_scope") is None:
+            set_global_attribute("stateless_scope", self)
+            self.made_of_values.append(frame.f_locals["self"])
 
     def get_current_value(self, variable: keras.Variable) -> Any:
-        assigned = self.get_assigned(variable)
+        assigned = super().get_current_value(variable)
         if assigned is not None or variable._value is not None:
             return assigned
         pending = get_global_attribute("uninitialized_variables") or ()
         for made, original in zip(pending, self.created, strict=False):
             if made is variable:
-                return None if original is None else original._value
+                # What changes it in place must not reach the original.
+                return None if original is None else keras.ops.copy(original._value)
         return None
 
 
-def _copy_from_config(original: keras.Layer) -> keras.Layer:
-    config = original.get_config()
+@functools.cache
+def _variable_makers() -> set[Any]:
+    """The code that makes a variable, in Keras's class and in the backend's."""
+    makers = [vars(kind).get("__init__") for kind in keras.Variable.__mro__]
+    codes = [getattr(maker, "__code__", None) for maker in makers]
+    return {code for code in codes if code and "initializer" in code.co_varnames}
+
+
+def _copy_from_config(original: keras.Layer, replica: "_Replica"):
+    replica.check()
+    config = replica.of(original.get_config())
     if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
         # `build` has put it where an argument was.
         raise ValueError(f"The config of {original.name} holds a variable.")
@@ -792,10 +856,14 @@ def _copy_from_config(original: keras.Layer) -> keras.Layer:
         accepted = {each.name for each in parameters}
         for name in {"name", "trainable", "dtype"} - accepted:
             config.pop(name, None)
+    replica.check()
     copy = type(original).from_config(config)
+    return copy, functools.partial(_build_like, copy, original, replica)
+
+
+def _build_like(copy: keras.Layer, original: keras.Layer, replica: "_Replica") -> None:
     if _has_build(original) and original.get_build_config():
-        copy.build_from_config(original.get_build_config())
-    return copy
+        copy.build_from_config(replica.of(original.get_build_config()))
 
 
 def _has_build(layer: keras.Layer) -> bool:
@@ -812,51 +880,159 @@ def may_assign(layer: keras.Layer) -> bool:
     return is_foreign and (has_build or bool(_own_variables(layer)))
 
 
-def _copy_from_attributes(original: keras.Layer) -> keras.Layer:
+def _copy_from_attributes(original: keras.Layer, replica: "_Replica"):
     if not _has_build(original) or not original.get_build_config():
         raise NotImplementedError(f"{original.name} has no config and no `build`.")
-    copy = _Replica().of(original)
-    copy.build_from_config(original.get_build_config())
-    return copy
+    replica.check()
+    copy = replica.of(original)
+    replica.check()
+    return copy, functools.partial(_build_like, copy, original, replica)
+
+
+def _copy_beside_built(original: keras.Layer, replica: "_Replica"):
+    """The layers in it keep their weights: it can tie its own to them."""
+    replica.keeps_built = True
+    return _copy_from_attributes(original, replica)
 
 
 class _Replica:
-    """Copies a layer as it was before `build`, with the layers in it.
+    """Copies a layer as it was before `build`, with the objects in it.
 
-    That is, without its variables: what `build` reads must not be what it made.
+    That is, without its variables: what `build` reads must not be what it made. No object
+    that can change is shared. An attribute that can't be copied is left out.
     """
 
-    def __init__(self):
-        self.copies: dict[int, Any] = {}
-        self.left_out: set[int] = set()
+    def __init__(self, original: keras.Layer):
+        self.original = original
+        self.keeps_built = False
+        self.copies: dict[int, tuple[Any, Any]] = {}  # with the original: `id`s come again
+        members = sublayers(original)
+        self.left_out = {id(each) for layer in members for each in _own_variables(layer)}
+        self.code: list[tuple[str, Any]] = [(type(m).__name__, type(m)) for m in members]
+        self.failed: list[str] = []
+        self.stand_ins: list[tuple[keras.Variable, keras.Variable]] = []
+        self.reach = Reach()
+
+    def check(self) -> None:
+        """Raises an error if the code of the copies can reach something outside."""
+        self.reach.add(self.code)
+
+    def explain(self, error: Exception) -> Exception:
+        """An error of `build`, by an attribute that is left out where there is one."""
+        if not self.failed:
+            return error
+        return NotIsolatedError(f"its `{self.failed[0]}` can't be copied")
 
     def of(self, value: Any) -> Any:
+        if id(value) not in self.copies:
+            copy = self._copy(value)
+            self.copies[id(value)] = value, copy
+        return self.copies[id(value)][1]
+
+    def _copy(self, value: Any) -> Any:
         if isinstance(value, keras.Layer):
-            if id(value) not in self.copies:
-                self._copy_layer(value)
-            return self.copies[id(value)]
-        if isinstance(value, dict):
-            return {key: self.of(item) for key, item in self._kept(value.items())}
-        if isinstance(value, list | set) or type(value) is tuple:
-            kind = next(each for each in (list, set, tuple) if isinstance(value, each))
-            return kind(self.of(item) for _, item in self._kept(enumerate(value)))
-        return value
+            return self._copy_layer(value)
+        if isinstance(value, keras.Variable):
+            return self._stand_in(value)
+        if isinstance(value, dict | list | set) and _is_plain(value):
+            return self._copy_container(value)
+        if type(value) is tuple:
+            return tuple(self.of(item) for _, item in self._kept(enumerate(value)))
+        if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
+            return _copy_array(value)
+        if _is_of_keras(value) or is_immutable(value):
+            return value
+        if isinstance(value, types.FunctionType | type | types.ModuleType):
+            self.reach.holds_classes |= _is_users_class(value)
+            return self._checked(value)
+        self._checked(type(value))
+        return copy_object(
+            value, self.of, lambda item: id(item) in self.left_out, self._register(value)
+        )
+
+    def _checked(self, code: Any) -> Any:
+        """Code stays as it is; by itself first: what it reaches can go, the layer stay."""
+        if not any(code is checked for _, checked in self.code):
+            named = (getattr(code, "__name__", "code"), code)
+            Reach().add([named])
+            self.code.append(named)
+        return code
+
+    def _register(self, value: Any) -> Callable[[Any], None]:
+        def register(copy: Any) -> None:
+            self.copies[id(value)] = value, copy
+
+        return register
+
+    def _stand_in(self, variable: keras.Variable) -> keras.Variable:
+        """A variable that reads like another one, and can't change it."""
+        copy = keras.Variable(
+            "zeros", tuple(variable.shape), variable.dtype, name=variable.name
+        )
+        self.stand_ins.append((variable, copy))
+        return copy
+
+    def _copy_container(self, value: Any) -> Any:
+        kind = next(each for each in (dict, list, set) if isinstance(value, each))
+        copy: Any = kind()
+        self._register(value)(copy)  # before its items: one of them can hold it
+        is_dict = isinstance(value, dict)
+        for key, item in self._kept(value.items() if is_dict else enumerate(value)):
+            if is_dict:
+                copy[self.of(key)] = self.of(item)
+            else:
+                (copy.add if kind is set else copy.append)(self.of(item))
+        return copy
 
     def _kept(self, items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         return [(key, item) for key, item in items if id(item) not in self.left_out]
 
-    def _copy_layer(self, layer: keras.Layer) -> None:
+    def _copy_layer(self, layer: keras.Layer) -> keras.Layer:
+        self._checked(type(layer))
         copy: Any = type(layer).__new__(type(layer))
-        self.copies[id(layer)] = copy
-        self.left_out |= {id(variable) for variable in _own_variables(layer)}
+        self._register(layer)(copy)
+        is_built = self.keeps_built and layer is not self.original
+        own = {id(variable) for variable in _own_variables(layer)}
+        if is_built:
+            self.left_out -= own
+        else:
+            self.left_out |= own
+        # PyTorch's list of parameters would take in those of the copy.
+        parameters = vars(layer).get("_modules", {}).get("_torch_params")
+        self.left_out |= {id(parameters)} - {id(None)}
         # What is made before `__init__`: `build`, and the lists of what Keras tracks.
         fresh = set(vars(copy)) - {"_lock"}
         for name, value in self._kept(vars(layer).items()):
-            if name not in fresh:
-                vars(copy)[name] = self.of(value)
-        vars(copy)["built"] = False
-        # PyTorch's list of parameters would take in those of the copy.
-        vars(copy).get("_modules", {}).pop("_torch_params", None)
+            if name not in fresh and not name.startswith("_self_"):  # TensorFlow's lists
+                try:
+                    vars(copy)[name] = self.of(value)
+                except Exception:  # from an object of the user: anything
+                    self.copies.pop(id(value), None)
+                    self.failed.append(name)
+        vars(copy)["built"] = is_built
+        return copy
+
+
+def _copy_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        raise NotIsolatedError("an array of objects can't be copied")
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    return value if backends.is_symbolic(value) else keras.ops.copy(value)
+
+
+def _is_plain(container: Any) -> bool:
+    """Whether it is Python's own, or one in its place that tracks what is put into it."""
+    root = type(container).__module__.partition(".")[0]
+    return root in ("builtins", "keras", "tensorflow", "wrapt")
+
+
+def _is_users_class(value: Any) -> bool:
+    return isinstance(value, type) and not is_library(value.__module__)
+
+
+def _is_of_keras(value: Any) -> bool:
+    return type(value).__module__.startswith("keras.")
 
 
 def _tracked_children(layer: keras.Layer) -> dict[Any, keras.Layer]:

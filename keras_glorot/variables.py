@@ -12,7 +12,7 @@ from keras_glorot import keras_bridge
 from keras_glorot.distributions import Distribution, keras_distribution
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.keras_bridge import BuildValue, CallSite
+from keras_glorot.keras_bridge import BuildValue, CallSite, NotIsolatedError
 from keras_glorot.layers import (
     Activation,
     fans_by_rule,
@@ -274,11 +274,7 @@ class _Survey:
                 self._rebuild(layer)
         source = self.sources.get(id(variable))
         if source is None:
-            error = self.errors.get(id(owner))
-            if error is None:
-                return _Origin(reason="a rebuilt layer does not make it")
-            name = type(error).__name__
-            return _Origin(reason=f"its layer can't be rebuilt from its config ({name})")
+            return _Origin(reason=_explain(self.errors.get(id(owner))))
         return _Origin(source, isinstance(source, _SCALED_BY_FANS))
 
     def _learn_build_values(self, layer: keras.Layer) -> None:
@@ -293,11 +289,20 @@ class _Survey:
         if id(layer) in self.rebuilt:
             return
         self.rebuilt.add(id(layer))
-        try:
-            # What an outer layer assigns comes last.
-            self.sources = keras_bridge.rebuild_sources(layer) | self.sources
-        except Exception as error:  # from a layer of the user: anything
+        sources, error = keras_bridge.rebuild_sources(layer)
+        # What an outer layer assigns comes last.
+        self.sources = sources | self.sources
+        if error is not None:
             self.errors[id(layer)] = error
+
+
+def _explain(error: Exception | None) -> str:
+    """Why building a layer again did not tell how a weight is made."""
+    if error is None:
+        return "a rebuilt layer does not make it"
+    if isinstance(error, NotIsolatedError):
+        return f"its layer can't be rebuilt: {error}"
+    return f"its layer can't be rebuilt from its config ({type(error).__name__})"
 
 
 def _fans(

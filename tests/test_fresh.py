@@ -370,6 +370,57 @@ def test_what_build_made_is_not_what_it_reads():
     assert len(layer.factors) == 2
 
 
+class Buffered(layers.Layer):
+    """As in rotary embeddings: a buffer that is made of a value, beside weights."""
+
+    def build(self, shape):
+        self.freq = keras.Variable(np.arange(4.0), trainable=False, name="freq")
+        made_with = keras.initializers.RandomNormal(stddev=3.0)
+        self.odd = self.add_weight(shape=(4, 64), initializer=made_with, name="odd")
+        self.twice = keras.Variable(self.odd * 2, name="twice")
+        self.freq.assign(self.freq + 1)
+
+    def call(self, x):
+        return x
+
+
+def test_a_variable_made_of_a_value():
+    layer = Buffered()
+    layer.build((None, 3))
+    disturb(layer.variables, 0)
+    assert not initialize(layer, seed=0).findings
+    np.testing.assert_array_equal(layer.freq, np.arange(4) + 1)
+    assert abs(std(layer.odd) / 3 - 1) < 0.2
+    np.testing.assert_array_equal(array(layer.twice), 2 * array(layer.odd))
+
+
+class DenseTranspose(layers.Layer):
+    """As in tied autoencoders: no config, and the kernel of another layer."""
+
+    def __init__(self, dense, activation=None):
+        super().__init__()
+        self.dense, self.activation = dense, activation
+
+    def build(self, shape):
+        size = self.dense.kernel.shape[0]
+        self.offset = self.add_weight(shape=(size,), initializer="ones", name="offset")
+
+    def call(self, x):
+        return x @ ops.transpose(self.dense.kernel) + self.offset
+
+
+def test_a_weight_of_a_layer_that_is_tied_to_another_one():
+    dense = layers.Dense(2)
+    tied = DenseTranspose(dense)
+    model = keras.Sequential([keras.Input((4,)), dense, tied])
+    kernel = dense.kernel
+    disturb(model.variables)
+    assert not initialize(model, seed=0).findings
+    np.testing.assert_array_equal(array(tied.offset), np.ones(4))
+    assert dense.kernel is tied.dense.kernel is kernel
+    assert std(dense.kernel) > 0
+
+
 class OverwrittenConfig(Overwritten):
     def get_config(self):
         return {"factor": self.factor}

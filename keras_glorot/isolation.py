@@ -1,0 +1,325 @@
+"""Whether code can reach what is outside of a copy, and copies of objects.
+
+To see how a layer makes its weights, a copy of it is built. That must touch nothing else.
+It can't be undone, so it is decided before, from the code: a function may run if no name
+in it, and in what it calls, leads to an object that can change.
+"""
+
+import dis
+import enum
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+__all__ = ["NotIsolatedError", "Reach", "copy_object", "is_immutable", "is_library"]
+
+
+class NotIsolatedError(Exception):
+    """Something outside of a copy can be reached from it: the message says what."""
+
+
+_LIBRARIES = {
+    *sys.stdlib_module_names,
+    *("keras", "keras_glorot", "ml_dtypes", "numpy", "optree"),
+    *("jax", "jaxlib", "tensorflow", "torch", "torchvision"),
+} - {"__main__"}
+# Of these, not all that is made of a class is immutable, but nearly all.
+_HARMLESS = {
+    *("abc", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools"),
+    *("inspect", "jax", "jaxlib", "keras", "keras_glorot", "logging", "ml_dtypes", "numpy"),
+    *("operator", "pathlib", "re", "types", "typing"),
+}
+_MUTABLE = (
+    *(bytearray, dict, list, set, functools.partial, types.SimpleNamespace),
+    *(np.ndarray, np.random.Generator, np.random.RandomState, np.random.BitGenerator),
+    *(keras.Layer, keras.Variable, keras.Metric, keras.optimizers.Optimizer),
+    keras.random.SeedGenerator,
+)
+_ATOMS = (
+    *(type(None), type(...), type(NotImplemented), bool, int, float, complex),
+    *(str, bytes, range, slice, object),
+)
+_BUILTIN_CODE = (
+    *(types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType),
+    *(types.MethodDescriptorType, types.ClassMethodDescriptorType),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType),
+)
+# They lead to objects that the code does not name.
+_LOOKUPS = {"__import__", "__subclasses__", "eval", "exec", "globals", "import_module"}
+_LOOKUP_MODULES = ("ctypes", "gc", "sys")
+
+
+def is_library(module: str | None) -> bool:
+    """Whether a module is Python's, Keras's or a backend's own."""
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+def is_immutable(value: Any) -> bool:
+    """Whether an object can't change, as far as its class says."""
+    if type(value) in _ATOMS or isinstance(value, enum.Enum):
+        return True
+    if isinstance(value, tuple | frozenset):
+        return all(map(is_immutable, value))
+    root = type(value).__module__.partition(".")[0]
+    # A cache is a dictionary.
+    is_cache = hasattr(value, "cache_clear")
+    return root in _HARMLESS and not isinstance(value, _MUTABLE) and not is_cache
+
+
+class _Uses(NamedTuple):
+    """What the code of a function names."""
+
+    variables: frozenset[str]  # global ones
+    attributes: frozenset[str]  # also methods, and what it imports from a module
+    modules: frozenset[str]
+    # Attributes that it sets, but on `self`; each after the attribute that it is set on.
+    stored: frozenset[tuple[str, str]]
+    rebound: frozenset[str]  # global variables, and those of an outer function
+
+
+@functools.lru_cache(4096)
+def _uses(code: types.CodeType, owner: str | None, cells: frozenset[str]) -> _Uses:
+    variables, attributes, modules = set(), set(code.co_names), set()
+    stored, rebound = set(), set()
+    before = None
+    for instruction in dis.get_instructions(code):
+        name, operation = instruction.argval, instruction.opname
+        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
+            variables.add(name)
+        elif operation == "IMPORT_NAME":
+            modules.add(name)
+        elif operation in ("STORE_ATTR", "DELETE_ATTR") and not _is_own(before, owner):
+            stored.add((_attribute_before(before), name))
+        elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            operation in ("STORE_DEREF", "DELETE_DEREF") and name in cells
+        ):
+            rebound.add(name)
+        before = instruction
+    if variables & {"getattr", "setattr", "delattr", "vars", "attrgetter"}:
+        attributes |= {each for each in code.co_consts if isinstance(each, str)}
+    if variables & {"setattr", "delattr"}:
+        stored |= {("", name) for name in attributes}
+    parts: tuple[Any, ...] = (variables, attributes, modules, stored, rebound)
+    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    uses = [parts, *(_uses(each, owner, cells) for each in inner)]
+    return _Uses(*(frozenset().union(*each) for each in zip(*uses, strict=True)))
+
+
+def _is_own(loaded: dis.Instruction | None, owner: str | None) -> bool:
+    """Whether an instruction loads `self`; some load two variables at once."""
+    if loaded is None or owner is None or "LOAD_" not in loaded.opname:
+        return False
+    names = loaded.argval if isinstance(loaded.argval, tuple) else (loaded.argval,)
+    is_variable = "LOAD_FAST" in loaded.opname or loaded.opname == "LOAD_DEREF"
+    return is_variable and names[-1] == owner
+
+
+def _attribute_before(loaded: dis.Instruction | None) -> str:
+    """Of `self.place.weight = w`: `place`. Empty if it could be a class of any name."""
+    if loaded is None or loaded.opname != "LOAD_ATTR" or loaded.argval == "__class__":
+        return ""
+    return loaded.argval
+
+
+class Reach:
+    """Follows names from functions and classes to functions and classes.
+
+    Methods called `call` are left out, unless something names them: they run later.
+
+    Raises:
+        NotIsolatedError: Of `add`, if something leads to an object that can change.
+    """
+
+    def __init__(self):
+        self.names: set[str] = set()
+        self.stored: set[tuple[str, str]] = set()
+        self.holds_classes = False  # whether any attribute of an object can be a class
+        self.spaces: list[tuple[str, Mapping[str, Any]]] = []
+        self.seen: dict[int, Any] = {}
+        self.looked_up: set[tuple[int, str]] = set()
+
+    def add(self, values: Iterable[tuple[str, Any]]) -> None:
+        waiting = list(values)
+        while waiting:
+            for label, value in waiting:
+                self._add(label, value)
+            waiting = self._named()
+
+    def _named(self) -> list[tuple[str, Any]]:
+        """What the names lead to in classes and modules that were not looked at yet."""
+        found = []
+        shared = {
+            name
+            for place, name in self.stored
+            if not place or self.holds_classes or self._leads_to_class(place)
+        }
+        for label, space in self.spaces:
+            for name in shared & space.keys():
+                if not hasattr(type(space[name]), "__set__"):
+                    raise NotIsolatedError(f"its code sets `{label}.{name}`")
+            for name in self.names & space.keys():
+                if (id(space), name) not in self.looked_up:
+                    self.looked_up.add((id(space), name))
+                    found.append((f"{label}.{name}", space[name]))
+        return found
+
+    def _leads_to_class(self, name: str) -> bool:
+        values = [space.get(name) for _, space in self.spaces]
+        return any(isinstance(value, type | types.ModuleType) for value in values)
+
+    def _add(self, label: str, value: Any) -> None:
+        if id(value) in self.seen:
+            return
+        self.seen[id(value)] = value
+        match value:
+            case types.FunctionType():
+                self._add_function(label, value, owner=None)
+            case type():
+                self._add_class(value)
+            case types.ModuleType():
+                if value.__name__ in _LOOKUP_MODULES:
+                    raise NotIsolatedError(f"its code uses `{label}`")
+                if not is_library(value.__name__):
+                    self._add_space(label, vars(value))
+            case property():
+                for function in (value.fget, value.fset, value.fdel):
+                    self._add(label, function)
+            case classmethod() | staticmethod():
+                self._add(label, value.__func__)
+            case functools.cached_property():
+                self._add(label, value.func)
+            case types.MethodType():
+                self._add(label, value.__func__)
+                self._add(label, value.__self__)
+            case functools.partial():
+                for part in (value.func, *value.args, *value.keywords.values()):
+                    self._add(label, part)
+            case weakref.ref():
+                self._add(label, value())
+            case tuple() | frozenset():
+                for item in value:
+                    self._add(label, item)
+            case enum.Enum():
+                self._add(label, type(value))
+            case types.BuiltinFunctionType():
+                self._add(label, value.__self__)  # `append = REGISTRY.append`
+            case _ if not is_immutable(value) and not isinstance(value, _BUILTIN_CODE):
+                kind = type(value).__name__
+                raise NotIsolatedError(f"its code uses `{label}`, a {kind} outside of it")
+
+    def _add_class(self, cls: type) -> None:
+        if is_library(cls.__module__):
+            return
+        own = {name: value for name, value in vars(cls).items() if name != "call"}
+        for name, value in own.items():
+            label = f"{cls.__name__}.{name}"
+            if isinstance(value, types.FunctionType) and id(value) not in self.seen:
+                self.seen[id(value)] = value
+                first = value.__code__.co_varnames[:1]
+                # `__new__` and the like get a class there.
+                is_method = name not in ("__new__", "__init_subclass__")
+                self._add_function(label, value, first[0] if first and is_method else None)
+            elif isinstance(value, property | classmethod | staticmethod):
+                self._add(label, value)
+        self._add_space(cls.__name__, vars(cls))
+        for base in (*cls.__mro__[1:], type(cls)):
+            self._add(base.__name__, base)
+
+    def _add_space(self, label: str, space: Mapping[str, Any]) -> None:
+        self.spaces.append((label, space))
+
+    def _add_function(
+        self, label: str, function: types.FunctionType, owner: str | None
+    ) -> None:
+        code, variables = function.__code__, function.__globals__
+        cells = _cells(function)
+        # Not by `__module__`: a decorator's function takes over that of yours.
+        if is_library(variables.get("__name__")):
+            for each in filter(callable, cells.values()):
+                self._add(label, each)
+            return
+        uses = _uses(code, owner, frozenset(code.co_freevars))
+        if uses.rebound:
+            raise NotIsolatedError(f"its code sets `{min(uses.rebound)}` outside of it")
+        if lookups := uses.attributes & _LOOKUPS:
+            raise NotIsolatedError(f"its code uses `{min(lookups)}`")
+        self.names |= uses.attributes
+        self.stored |= uses.stored
+        self._add_space(label, vars(function))
+        for name in sorted(uses.variables & variables.keys()):
+            self._add(name, variables[name])
+        for name in uses.modules:
+            for module in _modules(name, variables.get("__package__") or ""):
+                self._add(name, module)
+        for name, value in cells.items():
+            self._add(name, value)
+        defaults = (
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        )
+        for value in defaults:
+            self._add(f"{label}'s defaults", value)
+
+
+def _cells(function: types.FunctionType) -> dict[str, Any]:
+    """The variables of outer functions that a function uses, but what is not assigned."""
+    names, cells = function.__code__.co_freevars, function.__closure__ or ()
+    empty = types.CellType()
+    return {
+        name: cell.cell_contents
+        for name, cell in zip(names, cells, strict=True)
+        if cell != empty
+    }
+
+
+def _modules(name: str, package: str) -> list[types.ModuleType]:
+    """What `import name` can mean: relative to the package, or to one above it."""
+    parts = package.split(".") if package else []
+    above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    names = [name, *(f"{each}.{name}".rstrip(".") for each in above)]
+    return [sys.modules[each] for each in names if each in sys.modules]
+
+
+def copy_object(
+    value: Any,
+    of: Callable[[Any], Any],
+    is_left_out: Callable[[Any], bool],
+    register: Callable[[Any], None],
+) -> Any:
+    """Copies an object as `copy.deepcopy` does, without attributes that are left out.
+
+    Args:
+        value: The object.
+        of: Copies what is in it.
+        is_left_out: Whether something in it is not to be copied.
+        register: Called with the copy, before anything is put into it.
+    """
+    reduced: list[Any] = [*value.__reduce_ex__(4), None, None, None]
+    make, arguments, state, items, pairs = reduced[:5]
+    is_own = make is type(value) or is_library(getattr(make, "__module__", None))
+    if not is_own or any(map(is_left_out, arguments)):
+        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
+    copy = make(*(each if each is type(value) else of(each) for each in arguments))
+    if copy is value:
+        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
+    register(copy)
+    if state is not None and hasattr(copy, "__setstate__"):
+        copy.__setstate__(of(state))
+    elif state is not None:
+        parts = state if isinstance(state, tuple) else (state,)
+        for name, item in [each for part in parts if part for each in part.items()]:
+            if not is_left_out(item):
+                object.__setattr__(copy, name, of(item))
+    for item in items or ():
+        if not is_left_out(item):
+            copy.append(of(item))
+    for key, item in pairs or ():
+        if not is_left_out(item):
+            copy[of(key)] = of(item)
+    return copy
