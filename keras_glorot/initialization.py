@@ -391,7 +391,7 @@ def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
         if first is not None:
             backends.assign(rate, first)
             continue
-        present = float(keras.ops.convert_to_numpy(rate))
+        present = float(backends.to_array(rate))
         message = f"Its learning rate stays {present:.3g}: the first one is not known."
         advice = "Set it if training has changed it."
         findings.append(Finding(severity, "optimizer", optimizer.name, message, advice))

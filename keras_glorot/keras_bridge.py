@@ -1154,8 +1154,8 @@ def used_learning_rates(
             continue  # a schedule, which follows the steps
         if _attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
-        if int(keras.ops.convert_to_numpy(optimizer.iterations)):
+        if backends.to_array(optimizer.iterations).any():
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
-            _first_rates[optimizer] = float(keras.ops.convert_to_numpy(rate))
+            _first_rates[optimizer] = float(backends.to_array(rate))
     return found

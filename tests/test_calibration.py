@@ -595,6 +595,7 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
 
     original, tracer = calibration._solve, sys.gettrace()
     monkeypatch.setattr(calibration, "_solve", solve)
+    line = 0
     for line in itertools.count(1):
         left = line
         try:
