@@ -6,7 +6,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 NIGHTLY := .venv-nightly
 # What an installation is made from: when it changes, the native kernel is built again.
-PACKAGE := pyproject.toml setup.py keras_glorot/_native.c
+PACKAGE := pyproject.toml setup.py keras_glorot/_drawing/_native.c
 DOCS := .venv-docs
 RELEASE := .venv-release
 # Where an environment keeps its programs.
@@ -104,7 +104,7 @@ dist: $(RELEASE)/all
 	$(RELEASE)/$(BIN)/python -m build
 	$(RELEASE)/$(BIN)/twine check --strict dist/*
 	$(RELEASE)/$(BIN)/python -m tarfile -l dist/*.tar.gz | grep requirements/test.txt
-	$(RELEASE)/$(BIN)/python -m zipfile -l dist/*.whl | grep keras_glorot/_native
+	$(RELEASE)/$(BIN)/python -m zipfile -l dist/*.whl | grep keras_glorot/_drawing/_native
 
 # The wheel that is released for this system, built and tested by cibuildwheel.
 wheels: $(RELEASE)/all

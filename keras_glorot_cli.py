@@ -70,8 +70,8 @@ class _ShowVersions(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         if "keras_glorot" not in sys.modules:
             _put_bare_package()
+        from keras_glorot._drawing.stream import native_name  # NumPy only
         from keras_glorot.installed import backend_name
-        from keras_glorot.sampling import native_name  # NumPy only
 
         version = importlib.metadata.version(PROGRAM)
         print(f"{PROGRAM} {version}, drawing with {native_name()}")

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 
 from keras_glorot import GlorotNormal, GlorotUniform, audit, initialize
-from keras_glorot.variables import describe
+from keras_glorot._models.survey import describe
 
 BACKENDS = ("tensorflow", "jax", "torch")
 layers: Any = keras.layers

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 from scipy import special
 
-from keras_glorot import sampling
+from keras_glorot._drawing import stream
 
 LENGTH = 1 << 60  # of the tensors: more than the battery takes
 CHUNK = 1 << 18  # words that are made at a time
@@ -40,11 +40,11 @@ VALUES = ("uniform", "truncated_normal")
 def raw_words(names):
     """The words of several tensors in turn, without end."""
     keys = [
-        sampling.stream_key("uniform", (length,), "float32", seed) for seed, length in names
+        stream.stream_key("uniform", (length,), "float32", seed) for seed, length in names
     ]
     blocks = np.arange(CHUNK // 4 // len(keys), dtype=np.uint64)
     while True:
-        words = [sampling.words_of_blocks(blocks, key).reshape(-1) for key in keys]
+        words = [stream.words_of_blocks(blocks, key).reshape(-1) for key in keys]
         yield np.stack(words, axis=1)
         blocks += np.uint64(len(blocks))
 
@@ -54,7 +54,7 @@ def value_words(form):
     start = 0
     while True:
         region = ((start, start + 2 * CHUNK),)
-        values = sampling.draw(form, (LENGTH,), 1.0, "float32", (1,), region)
+        values = stream.draw(form, (LENGTH,), 1.0, "float32", (1,), region)
         values = values.astype(np.float64)
         if form == "truncated_normal":
             values = special.erf(values / np.sqrt(2)) / special.erf(np.sqrt(2))

@@ -129,10 +129,10 @@ def measure_arrays(backend):
 
 def draw_part(distribution, parts, threads):
     """Draws that part of a square with NumPy alone; the parts take equal time."""
-    from keras_glorot import sampling
+    from keras_glorot._drawing import stream
 
-    sampling.MOST_THREADS = threads
-    sampling.draw(distribution, (SIDE // parts, SIDE), 1.0, "float32", (1,))
+    stream.MOST_THREADS = threads
+    stream.draw(distribution, (SIDE // parts, SIDE), 1.0, "float32", (1,))
 
 
 def measure_threads():
@@ -265,11 +265,11 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from keras_glorot import sampling
+    from keras_glorot._drawing import stream
 
     backends = [name for name in BACKENDS if importlib.util.find_spec(name)]
     results = {"arrays": [], "models": [], "memory": []}
-    title = f"{sampling.native_name()} (time over ours: of medians, of minima)"
+    title = f"{stream.native_name()} (time over ours: of medians, of minima)"
     table = Table(title=title, title_justify="left")
     for column in ("case", "backend", "whose"):
         table.add_column(column)

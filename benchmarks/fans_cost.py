@@ -19,7 +19,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from keras_glorot import keras_bridge, layers
+from keras_glorot import layer_rules
+from keras_glorot._keras import bridge
 
 LAYERS = keras.layers
 
@@ -45,9 +46,9 @@ class Clock(keras.initializers.Initializer):
         return keras.ops.zeros(shape, dtype)
 
     def ask(self, shape):
-        site = keras_bridge.current_call_site(self)
-        layers.kernel_fans(shape, *site)
-        layers.kernel_activation(*site)
+        site = bridge.current_call_site(self)
+        layer_rules.kernel_fans(shape, *site)
+        layer_rules.kernel_activation(*site)
         return site
 
 

@@ -1,4 +1,4 @@
-"""Derives the coefficients of `keras_glorot.sampling`'s truncated-normal quantile.
+"""Derives the coefficients of `keras_glorot._drawing.stream`'s truncated-normal quantile.
 
 float64 draws are made by it, and the table of knots for float32, whose error is printed.
 
@@ -16,7 +16,7 @@ import mpmath as mp
 import numpy as np
 from scipy import special
 
-from keras_glorot import sampling
+from keras_glorot._drawing import stream
 
 # Nodes crowd towards s = 0, near the singularity at s = -0.0975 (x = 1 / erf(sqrt(2))):
 # Chebyshev points u on [0, 1] pulled there by s = C u / (1 + C - u). Of 0.1, 0.2, 0.3,
@@ -70,7 +70,7 @@ def main():
 def table_distance():
     """How far the table's distribution function is off, at 256 places of each segment."""
     words = np.arange(0, 2**31, 2**11, dtype=np.uint32)
-    values = (sampling.integer_quantile(words.copy()).view(np.int32) | 1) / 2**30
+    values = (stream.integer_quantile(words.copy()).view(np.int32) | 1) / 2**30
     exact = special.erf(values / np.sqrt(2)) / special.erf(np.sqrt(2))
     return abs(exact - (words + 0.5) / 2**31).max() / 2
 

@@ -103,9 +103,9 @@ def programs(kind, whose, size, rounds):
 
 
 def shards(rounds):
-    from keras_glorot import sampling
+    from keras_glorot._drawing import stream
 
-    sampling.available_cores = lambda: 1
+    stream.available_cores = lambda: 1
 
     def parts(rows, columns):
         high, wide = SIDE // rows, SIDE // columns
@@ -116,10 +116,10 @@ def shards(rounds):
     def cost(form, regions):
         start = time.process_time()
         for region in regions:
-            sampling.draw(form, (SIDE, SIDE), 1.0, "float32", (1,), region)
+            stream.draw(form, (SIDE, SIDE), 1.0, "float32", (1,), region)
         return time.process_time() - start
 
-    print(f"{sampling.native_name()}: shards over their fair share (of minima, of medians)")
+    print(f"{stream.native_name()}: shards over their fair share (of minima, of medians)")
     for form in ("uniform", "truncated_normal"):
         times = {name: [] for name in ("whole", *MESHES)}
         for _ in range(rounds):

@@ -14,7 +14,8 @@ from collections import Counter
 import keras
 
 import keras_glorot
-from keras_glorot import backends, distributions
+from keras_glorot import _backends as backends
+from keras_glorot._drawing import distributions, stream
 
 COUNT = 1000
 SIZE = 64
@@ -61,7 +62,7 @@ def report(title, measured):
 
 
 if __name__ == "__main__":
-    print(f"{keras.backend.backend()}, {keras_glorot.sampling.native_name()}")
+    print(f"{keras.backend.backend()}, {stream.native_name()}")
     report("stock", measure(keras.initializers.GlorotUniform))
     distributions.draw = timed("draw", distributions.draw)
     backends.to_tensor = timed("hand-over", backends.to_tensor)

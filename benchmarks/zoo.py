@@ -34,8 +34,8 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from keras_glorot import GlorotUniform, calibrate, initialize, propagate
-from keras_glorot.calibration import measure_ends
-from keras_glorot.keras_bridge import sublayers
+from keras_glorot._keras.bridge import sublayers
+from keras_glorot.tools.calibrate import measure_ends
 
 # fmt: off
 ISSUE = [

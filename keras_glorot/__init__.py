@@ -7,18 +7,18 @@ if _missing := _installed.missing_backend():
 
 from importlib.metadata import version as _version
 
-from keras_glorot.auditing import audit
-from keras_glorot.calibration import calibrate
+from keras_glorot._models.survey import layer_fans
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
-from keras_glorot.histograms import plot_histograms
-from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
-from keras_glorot.layers import register_fans
-from keras_glorot.propagation import propagate
-from keras_glorot.report import report
+from keras_glorot.layer_rules import register_fans
 from keras_glorot.tables import Finding, Table
-from keras_glorot.variables import layer_fans
+from keras_glorot.tools.audit import audit
+from keras_glorot.tools.calibrate import calibrate
+from keras_glorot.tools.histograms import plot_histograms
+from keras_glorot.tools.initialize import initialize
+from keras_glorot.tools.propagate import propagate
+from keras_glorot.tools.report import report
 
 __all__ = [
     "Fans",

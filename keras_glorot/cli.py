@@ -17,14 +17,14 @@ import numpy as np
 import rich
 
 from keras_glorot.arguments import check_choice, suggestion
-from keras_glorot.auditing import CODES, audit
-from keras_glorot.calibration import calibrate
-from keras_glorot.files import drafted
-from keras_glorot.initialization import initialize
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.propagation import propagate
-from keras_glorot.report import audit_section, write_page
 from keras_glorot.tables import Severity, Table, printable
+from keras_glorot.tools._files import drafted
+from keras_glorot.tools.audit import CODES, audit
+from keras_glorot.tools.calibrate import calibrate
+from keras_glorot.tools.initialize import initialize
+from keras_glorot.tools.propagate import propagate
+from keras_glorot.tools.report import audit_section, write_page
 
 __all__ = ["run"]
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:  # a damaged file makes Keras raise anything
-            from keras_glorot.keras_bridge import error_reason
+            from keras_glorot._keras.bridge import error_reason
 
             _complain("error", error_reason(error))
             return 2

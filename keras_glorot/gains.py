@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot import backends
+from keras_glorot import _backends as backends
 from keras_glorot.arguments import suggestion
 
 __all__ = ["activation_gain", "activation_growth", "calculate_gain", "known_gain"]

@@ -12,13 +12,14 @@ from typing import Any, Self
 
 import keras
 
-from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import WEIGHT_DTYPES, Distribution
+from keras_glorot import _backends as backends
+from keras_glorot._backends.traced import traced_draw
+from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
+from keras_glorot._keras import bridge
+from keras_glorot._keras.bridge import CallSite
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
-from keras_glorot.keras_bridge import CallSite
-from keras_glorot.layers import kernel_activation, kernel_fans
-from keras_glorot.traced import traced_draw
+from keras_glorot.layer_rules import kernel_activation, kernel_fans
 
 __all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
 
@@ -78,19 +79,19 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
                 f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
-        distribution = self.distribution(shape, keras_bridge.current_call_site(self))
+        distribution = self.distribution(shape, bridge.current_call_site(self))
         if fault := distribution.range_fault(dtype):
             raise ValueError(
                 f"Argument `gain` must be {fault}. "
                 f"Received: gain={self.gain} for shape={shape}"
             )
-        if keras_bridge.is_shape_inference():
+        if bridge.is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         if self._is_unshared and not backends.shares_new_variables():
             check_alone()
-        seed = keras_bridge.seed_words(self.seed)
+        seed = bridge.seed_words(self.seed)
         if backends.is_tracing() or not isinstance(seed, tuple):
             form, scale = distribution.form, distribution.scale
             return traced_draw(form, shape, scale, dtype, seed, layout)
@@ -265,7 +266,7 @@ _NAMES: dict[str, Any] = {
     "keras_glorot>GlorotUniform": GlorotUniform,
     "keras_glorot>GlorotNormal": GlorotNormal,
 }
-for _table in keras_bridge.initializer_tables():
+for _table in bridge.initializer_tables():
     _table.update(_NAMES)
 
 
@@ -375,7 +376,7 @@ class _Redirection:
             self.open_scopes += 1
 
     def _replace(self) -> None:
-        tables = keras_bridge.initializer_tables()
+        tables = bridge.initializer_tables()
         if not tables:
             raise RuntimeError(
                 f"`as_default` can't change the names of Keras {keras.__version__}. Use "
@@ -449,7 +450,7 @@ def is_unshared(seed: Any) -> bool:
     """Whether each process would have another seed in its place."""
     if isinstance(seed, keras.random.SeedGenerator):
         seed = seed.get_config()["seed"]
-    return seed is None and not keras_bridge.is_random_seeded()
+    return seed is None and not bridge.is_random_seeded()
 
 
 def check_alone() -> None:

@@ -11,7 +11,7 @@ import keras
 import pytest
 
 from keras_glorot import compute_fans, layer_fans
-from keras_glorot.variables import describe
+from keras_glorot._models.survey import describe
 
 # Model: (kernels, those whose std differs by more than 5 % from stock Keras's).
 # All that differ are depthwise, grouped by channel, or halves of separable layers.

@@ -8,9 +8,11 @@ import keras
 import numpy as np
 import pytest
 
-from keras_glorot import GlorotNormal, GlorotUniform, audit, backends, initialize, sampling
-from keras_glorot.sampling import draw
-from keras_glorot.traced import _indices, traced_draw
+from keras_glorot import GlorotNormal, GlorotUniform, audit, initialize
+from keras_glorot import _backends as backends
+from keras_glorot._backends.traced import _indices, traced_draw
+from keras_glorot._drawing import stream
+from keras_glorot._drawing.stream import draw
 
 BACKEND = keras.backend.backend()
 only = {
@@ -80,7 +82,7 @@ def test_meta_device_draws_nothing(monkeypatch):
     def fail(*arguments):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("keras_glorot.distributions.draw", fail)
+    monkeypatch.setattr("keras_glorot._drawing.distributions.draw", fail)
     for scope in (torch.device("meta"), keras.device("meta")):
         with scope:
             assert GlorotUniform()((1 << 20, 1 << 20)).is_meta
@@ -89,7 +91,8 @@ def test_meta_device_draws_nothing(monkeypatch):
 def test_shape_inference_draws_nothing(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "keras_glorot.distributions.draw", lambda *a, **k: drawn.append(a) or draw(*a, **k)
+        "keras_glorot._drawing.distributions.draw",
+        lambda *a, **k: drawn.append(a) or draw(*a, **k),
     )
 
     class Late(keras.Model):
@@ -110,10 +113,10 @@ def test_shape_inference_draws_nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore:os.fork")
 def test_after_a_fork(native, monkeypatch):
     if not native:
-        monkeypatch.setattr(sampling, "_native", None)
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)  # so that threads are at work
-    monkeypatch.setattr(sampling, "NATIVE_PIECE", 1 << 12)
-    monkeypatch.setattr(sampling, "NUMPY_PIECE", 1 << 12)
+        monkeypatch.setattr(stream, "_native", None)
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)  # so that threads are at work
+    monkeypatch.setattr(stream, "NATIVE_PIECE", 1 << 12)
+    monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 12)
     arguments = ("truncated_normal", (300, 300), 1.0, "float32", (5,))
     wanted = draw(*arguments).tobytes()
     context = multiprocessing.get_context("fork")
@@ -429,10 +432,10 @@ def test_no_array_is_larger_than_a_shard_and_its_scratch(name, eight_devices, mo
         drawn.append(array.nbytes)
         return array
 
-    monkeypatch.setattr("keras_glorot.distributions.draw", recording)
-    monkeypatch.setattr(sampling, "_native", None)  # which has all of it on its stack
-    monkeypatch.setattr(sampling, "NUMPY_PIECE", 1 << 14)
-    monkeypatch.setattr(sampling, "available_cores", lambda: 1)
+    monkeypatch.setattr("keras_glorot._drawing.distributions.draw", recording)
+    monkeypatch.setattr(stream, "_native", None)  # which has all of it on its stack
+    monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 14)
+    monkeypatch.setattr(stream, "available_cores", lambda: 1)
     shape = (2048, 1024)
     tracemalloc.start()
     GlorotNormal(seed=5)(shape, layout=layout)
@@ -505,7 +508,7 @@ def test_initialize_draws_each_part_once(initializer, sharded_layer, monkeypatch
         drawn.append(array.shape)
         return array
 
-    monkeypatch.setattr("keras_glorot.distributions.draw", recording)
+    monkeypatch.setattr("keras_glorot._drawing.distributions.draw", recording)
     initialize(sharded_layer, initializer, seed=1)
     kernel = sharded_layer.kernel.value
     assert drawn == [(64, 26)] * (0 if initializer == "orthogonal" else 4)

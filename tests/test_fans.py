@@ -13,7 +13,7 @@ from drawn import assert_drawn
 from models import WAYS, SelfAttention, late_called, sequential
 
 from keras_glorot import GlorotNormal, GlorotUniform, layer_fans
-from keras_glorot.variables import describe
+from keras_glorot._models.survey import describe
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()

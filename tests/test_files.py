@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from keras_glorot.files import drafted
+from keras_glorot.tools._files import drafted
 
 NAME = ".keras-glorot-0123456789abcdef"
 

@@ -11,8 +11,9 @@ import pytest
 import rich.progress
 from models import convnet
 
-from keras_glorot import audit, initialize, keras_bridge, layer_fans, register_fans
-from keras_glorot.variables import describe
+from keras_glorot import audit, initialize, layer_fans, register_fans
+from keras_glorot._keras import bridge
+from keras_glorot._models.survey import describe
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 optimizers: Any = keras.optimizers
@@ -210,7 +211,7 @@ def test_states_of_recurrent_layers_start_again():
         model = keras.Sequential([keras.Input(batch_shape=shape), rnn])
         states = [
             state
-            for layer in keras_bridge.sublayers(rnn)
+            for layer in bridge.sublayers(rnn)
             if isinstance(layer, layers.RNN)
             for state in keras.tree.flatten(layer.states)
         ]
@@ -515,13 +516,13 @@ def test_looking_leaves_a_layer_as_it_is():
 def test_each_layer_is_rebuilt_once_per_survey(monkeypatch):
     model = keras.Sequential([keras.Input((6,)), Outer(), Unconfigured(object())])
     rebuilt = []
-    original = keras_bridge.rebuild_sources
+    original = bridge.rebuild_sources
 
     def note(layer):
         rebuilt.append(layer)
         return original(layer)
 
-    monkeypatch.setattr(keras_bridge, "rebuild_sources", note)
+    monkeypatch.setattr(bridge, "rebuild_sources", note)
     describe(model)
     assert rebuilt == model.layers  # not the blocks in them again
 
@@ -937,7 +938,7 @@ def test_a_loaded_weight_keeps_its_maker(tmp_path):
     head = Tied(dense)
     head.build((None, 8))
     outer = keras.Sequential([keras.Input((4,)), dense, head])
-    owners = [owner.name for owner, _ in keras_bridge.owned_variables(outer)]
+    owners = [owner.name for owner, _ in bridge.owned_variables(outer)]
     assert owners == ["maker", "maker"]
 
 
@@ -951,10 +952,10 @@ def test_applications_built_again_or_from_config_get_the_same_seeds(name):
         pytest.skip("Keras does not offer it there")
 
     def seeds(model):
-        owned = keras_bridge.owned_variables(model)
-        paths = keras_bridge.canonical_paths(model)
+        owned = bridge.owned_variables(model)
+        paths = bridge.canonical_paths(model)
         return [
-            f"{paths[id(owner)]}/{keras_bridge.canonical_name(variable, owner)}"
+            f"{paths[id(owner)]}/{bridge.canonical_name(variable, owner)}"
             for owner, variable in owned
         ]
 
@@ -1019,7 +1020,7 @@ def test_an_interrupt_closes_the_bar():
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("keras_glorot.backends.assign", interrupt)
+        patch.setattr("keras_glorot._backends.assign", interrupt)
         with pytest.raises(KeyboardInterrupt):
             initialize(model, verbose=True)
     assert not keras_live_displays()

@@ -21,10 +21,10 @@ from keras_glorot import (
     as_default,
     calculate_gain,
     compute_fans,
-    keras_bridge,
 )
+from keras_glorot._drawing.stream import TRUNCATED_STD
+from keras_glorot._keras import bridge
 from keras_glorot.arguments import check_choice
-from keras_glorot.sampling import TRUNCATED_STD
 
 BOTH = pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
 # About a million values each.
@@ -442,7 +442,7 @@ def is_stock():
 
 # Where Keras looks for objects that users registered: strings, up to Keras 3.15 only.
 NAMED: list = [{"class_name": "glorot_uniform", "config": {}}]
-if len(keras_bridge.initializer_tables()) == 1:
+if len(bridge.initializer_tables()) == 1:
     NAMED.append("glorot_uniform")
 
 
@@ -545,12 +545,12 @@ def test_saved_initializers_are_left_alone_by_as_default():
 @pytest.fixture
 def bridge_without_tables(monkeypatch):
     """A bridge that finds no table of names that Keras would look into."""
-    monkeypatch.setattr(keras_bridge, "_is_searched", lambda table: False)
-    keras_bridge.initializer_tables.cache_clear()
+    monkeypatch.setattr(bridge, "_is_searched", lambda table: False)
+    bridge.initializer_tables.cache_clear()
     with pytest.warns(UserWarning, match="strings such as"):
-        keras_bridge.initializer_tables()
+        bridge.initializer_tables()
     yield
-    keras_bridge.initializer_tables.cache_clear()
+    bridge.initializer_tables.cache_clear()
 
 
 @pytest.mark.usefixtures("bridge_without_tables")
@@ -562,7 +562,7 @@ def test_as_default_says_that_it_has_no_effect():
 
 
 def test_initialize_does_not_need_keras_to_know_our_names(monkeypatch):
-    for table in keras_bridge.initializer_tables():
+    for table in bridge.initializer_tables():
         monkeypatch.delitem(table, "xavier_uniform")
     layer = keras.layers.Dense(2)
     layer.build((None, 3))

@@ -21,7 +21,7 @@ from keras_glorot import (
     layer_fans,
     register_fans,
 )
-from keras_glorot import layers as glorot_layers
+from keras_glorot import layer_rules as glorot_layers
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()

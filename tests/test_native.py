@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from keras_glorot import sampling
+from keras_glorot._drawing import stream
 
-NATIVE = sampling._native
+NATIVE = stream._native
 FUZZER = Path(__file__).parent / "fuzz_native.py"
-SOURCE = Path(sampling.__file__).parent / "_native.c"
+SOURCE = Path(stream.__file__).parent / "_native.c"
 
 
 def fuzz(file, count, **environment):

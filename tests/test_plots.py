@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from keras_glorot import audit, initialize, plot_histograms, propagate
-from keras_glorot.sampling import draw
+from keras_glorot._drawing.stream import draw
 from keras_glorot.tables import Finding, Layout, Table
 from keras_glorot.tables.plots import RATIOS, STDS_BY_CALL
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import keras_glorot
-from keras_glorot import keras_bridge
+from keras_glorot._keras import bridge
 
-SOURCE = Path(keras_bridge.__file__).read_text(encoding="utf-8")
+SOURCE = Path(bridge.__file__).read_text(encoding="utf-8")
 # Its own private attributes are those of these two.
 OWN = {"self", "_deferred"}
 
@@ -77,14 +77,14 @@ def without(monkeypatch):
     """Puts a bridge in place that knows a name of Keras by a wrong one."""
 
     def replace(name):
-        bridge = types.ModuleType("keras_glorot.keras_bridge")
-        bridge.__package__ = "keras_glorot"
+        copy = types.ModuleType(bridge.__name__)
+        copy.__package__ = bridge.__package__
         tree = ast.fix_missing_locations(Rename(name).visit(ast.parse(SOURCE)))
-        exec(compile(tree, keras_bridge.__file__, "exec"), bridge.__dict__)
+        exec(compile(tree, bridge.__file__, "exec"), copy.__dict__)
         for path, module in list(sys.modules.items()):
-            if path.startswith("keras_glorot.") and hasattr(module, "keras_bridge"):
-                monkeypatch.setattr(module, "keras_bridge", bridge)
-        return bridge
+            if path.startswith("keras_glorot.") and hasattr(module, "bridge"):
+                monkeypatch.setattr(module, "bridge", copy)
+        return copy
 
     return replace
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 
 from keras_glorot import GlorotUniform, calibrate, layer_fans, propagate
-from keras_glorot.recording import moments
-from keras_glorot.sampling import draw
+from keras_glorot._drawing.stream import draw
+from keras_glorot._models.passes import moments
 
 GOLDEN = Path(__file__).parent / "golden" / "propagate.json"
 rng = np.random.default_rng

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from keras_glorot.auditing import CODES
+from keras_glorot.tools.audit import CODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from keras_glorot import audit, initialize, report
-from keras_glorot.report import audit_section, write_page
-from keras_glorot.sampling import draw
+from keras_glorot._drawing.stream import draw
 from keras_glorot.tables import Finding, Layout, Table
 from keras_glorot.tables.plots import RATIOS
+from keras_glorot.tools.report import audit_section, write_page
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from keras_glorot import sampling
-from keras_glorot.sampling import TRUNCATED_STD, draw
+from keras_glorot._drawing import stream
+from keras_glorot._drawing.stream import TRUNCATED_STD, draw
 
-NATIVE = sampling._native
+NATIVE = stream._native
 KERNELS = ["NumPy"] if NATIVE is None else ["NumPy", *NATIVE.CLONES]
 
 
 def use_kernel(name, monkeypatch):
     """Lets NumPy or one clone of the native kernel draw."""
     if name == "NumPy":
-        monkeypatch.setattr(sampling, "_native", None)
+        monkeypatch.setattr(stream, "_native", None)
     else:
         number = NATIVE.CLONES.index(name)
         clone = types.SimpleNamespace(
@@ -37,7 +37,7 @@ def use_kernel(name, monkeypatch):
             philox=NATIVE.philox,
             fill=lambda _, *arguments: NATIVE.fill(number, *arguments),
         )
-        monkeypatch.setattr(sampling, "_native", clone)
+        monkeypatch.setattr(stream, "_native", clone)
 
 
 @pytest.fixture(params=KERNELS)
@@ -51,7 +51,7 @@ def either(request, monkeypatch):
     if request.param == "native" and NATIVE is None:
         pytest.skip("built without the native kernel")
     if request.param == "NumPy":
-        monkeypatch.setattr(sampling, "_native", None)
+        monkeypatch.setattr(stream, "_native", None)
     return request.param
 
 
@@ -63,7 +63,7 @@ EXACT = {
 SIZE = 1_000_000
 
 # SHA-256 (first 16 digits) of the little-endian bytes. These may never change: raising
-# `sampling.VERSION` is the one way, and every user's weights change with it.
+# `stream.VERSION` is the one way, and every user's weights change with it.
 GOLDEN = {
     ("uniform", "float16", (3, 3, 5, 7)): "9fb5312ebf4b4fb0",
     ("uniform", "bfloat16", (3, 3, 5, 7)): "fd226271500d1c44",
@@ -91,7 +91,7 @@ def test_golden_bits(distribution, dtype, shape, kernel):
 
 
 def test_golden_knots():
-    knots = sampling.knots()
+    knots = stream.knots()
     assert knots.dtype == np.int32
     assert sha(knots) == "d171cfe9fe1a8bd4"
 
@@ -110,12 +110,12 @@ KNOWN_ANSWERS = [
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_philox_known_answers(counter, key, answer, either):
-    words = sampling.philox(counter, tuple(key))
+    words = stream.philox(counter, tuple(key))
     assert " ".join(f"{word:08x}" for word in words) == answer
 
 
 def reference(form, shape, scale, bits, seed, index):
-    """The contract of `sampling`'s docstring for one element, in plain Python."""
+    """The contract of `stream`'s docstring for one element, in plain Python."""
 
     def split(number, count):
         return [number >> 32 * i & 0xFFFFFFFF for i in range(count)]
@@ -134,30 +134,30 @@ def reference(form, shape, scale, bits, seed, index):
     for words in (head, tail):
         words += [0] * (-len(words) % 4)
         for i in range(0, len(words), 4):
-            key = sampling.philox(words[i : i + 4], key)[:2]
+            key = stream.philox(words[i : i + 4], key)[:2]
     if bits == 64:
         block, place = divmod(index, 2)
-        words = sampling.philox([*split(block, 2), *key], key)
+        words = stream.philox([*split(block, 2), *key], key)
         word = words[2 * place] + (words[2 * place + 1] << 32)
         signed = word - 2**64 if word >= 2**63 else word
         x = ((signed >> 10) | 1) / 2**53
         if form == "truncated_normal":
             s = 1 - x * x
             numerator = denominator = 0.0
-            for coefficient in sampling._NUMERATOR:
+            for coefficient in stream._NUMERATOR:
                 numerator = numerator * s + coefficient
-            for coefficient in (1.0, *sampling._DENOMINATOR):
+            for coefficient in (1.0, *stream._DENOMINATOR):
                 denominator = denominator * s + coefficient
             x = x * numerator / denominator
         return x * scale
     block, place = divmod(index, 4)
-    word = sampling.philox([*split(block, 2), *key], key)[place]
+    word = stream.philox([*split(block, 2), *key], key)[place]
     if form == "uniform":
         odd = (word - 2**32 if word >= 2**31 else word) | 1
     else:
         scale *= 2
         j, t = divmod(min(word, 2**32 - 1 - word), 2**19)
-        low, high = (int(knot) for knot in sampling.knots()[j : j + 2])
+        low, high = (int(knot) for knot in stream.knots()[j : j + 2])
         odd = 2 * (low + (high - low) * t // 2**19) + 1
         odd = odd if word < 2**31 else -odd
     return np.float32(odd) / np.float32(2**31) * np.float32(scale)
@@ -258,7 +258,7 @@ def test_quantile_function():
     with mpmath.workdps(30):
         root = mpmath.sqrt(2)
         wanted = [root * mpmath.erfinv(float(v) * mpmath.erf(root)) for v in x]
-    result = sampling.truncated_normal_quantile(x)
+    result = stream.truncated_normal_quantile(x)
     relative = [abs(float(r) / w - 1) for r, w in zip(result, wanted, strict=True)]
     assert max(relative) < 5e-15
 
@@ -266,7 +266,7 @@ def test_quantile_function():
 def integer_quantile(words):
     """The odd integers of float32's truncated normal, for words."""
     words = np.asarray(words, np.uint32)
-    return sampling.integer_quantile(words.copy()).view(np.int32) | 1
+    return stream.integer_quantile(words.copy()).view(np.int32) | 1
 
 
 def test_integer_quantile_is_within_its_stated_distance():
@@ -278,7 +278,7 @@ def test_integer_quantile_is_within_its_stated_distance():
 
 
 def test_integer_quantile_is_monotone_and_symmetric():
-    knots = sampling.knots().astype(np.int64)
+    knots = stream.knots().astype(np.int64)
     assert (np.diff(knots) > 0).all()
     # In a segment, every step of it goes up; from one to the next as well.
     for j in [0, 1, 2, 2047, 4094]:
@@ -323,13 +323,13 @@ def test_half_precision_is_float32_rounded(distribution, dtype, scale, kernel):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_same_bytes_on_any_number_of_threads(distribution, dtype, kernel, monkeypatch):
     # Small pieces at odd places, so that many boundaries and many hand-overs are met.
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
     draws = set()
     for cores in (1, 2, 7, 32):
-        monkeypatch.setattr(sampling, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(stream, "available_cores", lambda cores=cores: cores)
         for piece in (251, 300, 1 << 19):
-            monkeypatch.setattr(sampling, "NUMPY_PIECE", piece)
-            monkeypatch.setattr(sampling, "NATIVE_PIECE", piece)
+            monkeypatch.setattr(stream, "NUMPY_PIECE", piece)
+            monkeypatch.setattr(stream, "NATIVE_PIECE", piece)
             draws.add(draw(distribution, (37, 1013), 1.0, dtype, (5,)).tobytes())
     assert len(draws) == 1, "the bits depend on the number of threads or on the pieces"
 
@@ -351,10 +351,10 @@ def test_as_many_threads_as_cores_but_not_too_many(
             everyone.wait(timeout=10)
         time.sleep(0.02)  # one thread too many would find a piece left
 
-    monkeypatch.setattr(sampling, f"_{either.lower()}_filler", filler(meeting))
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
-    monkeypatch.setattr(sampling, "MOST_THREADS", most)
-    monkeypatch.setattr(sampling, "available_cores", lambda: cores)
+    monkeypatch.setattr(stream, f"_{either.lower()}_filler", filler(meeting))
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "MOST_THREADS", most)
+    monkeypatch.setattr(stream, "available_cores", lambda: cores)
     draw("uniform", (512 * 6,), 1.0, "float32", (5,))
     assert len(threads) == expected
 
@@ -373,9 +373,9 @@ def test_an_error_in_a_thread_is_raised(in_caller, either, monkeypatch):
         time.sleep(0.01)
         filled.append(start)
 
-    monkeypatch.setattr(sampling, f"_{either.lower()}_filler", filler(failing))
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
-    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
+    monkeypatch.setattr(stream, f"_{either.lower()}_filler", filler(failing))
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "available_cores", lambda: 2)
     with pytest.raises(MemoryError):
         draw("uniform", (512 * 100,), 1.0, "float32", (5,))
     # The caller's error stops the other thread, the other's is known at the end.
@@ -390,7 +390,7 @@ def test_where_no_thread_can_be_had(either, monkeypatch):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
+    monkeypatch.setattr(stream, "available_cores", lambda: 2)
     np.testing.assert_array_equal(draw(*arguments), wanted)
 
 
@@ -400,7 +400,7 @@ def test_a_longer_tensor_of_one_key_continues_a_shorter_one(
     distribution, dtype, kernel, monkeypatch
 ):
     # Sizes around the boundaries of blocks, vectors and batches: the same elements.
-    monkeypatch.setattr(sampling, "stream_key", lambda *_: (1, 2))
+    monkeypatch.setattr(stream, "stream_key", lambda *_: (1, 2))
     whole = draw(distribution, (3000,), 1.0, dtype, (1,))
     for size in [*range(18), 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 511, 512, 513,
                  1023, 1024, 1025, 2047, 2049]:  # fmt: skip
@@ -428,10 +428,10 @@ def test_a_longer_tensor_of_one_key_continues_a_shorter_one(
 def test_a_region_is_cut_from_the_whole(region, dtype, piece, width, kernel, monkeypatch):
     # Rows, columns, blocks and single elements, with runs that start at odd places,
     # longer and shorter than pieces and than the kernel's batches.
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
-    monkeypatch.setattr(sampling, "NATIVE_PIECE", piece)
-    monkeypatch.setattr(sampling, "NUMPY_PIECE", piece)
-    monkeypatch.setattr(sampling, "available_cores", lambda: 2)
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "NATIVE_PIECE", piece)
+    monkeypatch.setattr(stream, "NUMPY_PIECE", piece)
+    monkeypatch.setattr(stream, "available_cores", lambda: 2)
     *rows, (start, stop) = region
     shape, region = (37, 5, 7 * width), (*rows, (start * width, stop * width))
     whole = draw("truncated_normal", shape, 1.0, dtype, (8,))
@@ -456,10 +456,10 @@ def test_no_value_out_of_bounds_in_1e8(distribution):
 
 def test_many_threads_at_once(either, monkeypatch):
     # 32 callers, each of which starts threads of its own.
-    monkeypatch.setattr(sampling, "WORTH_THREADS", 0)
-    monkeypatch.setattr(sampling, "NATIVE_PIECE", 1 << 12)
-    monkeypatch.setattr(sampling, "NUMPY_PIECE", 1 << 12)
-    monkeypatch.setattr(sampling, "available_cores", lambda: 3)
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "NATIVE_PIECE", 1 << 12)
+    monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 12)
+    monkeypatch.setattr(stream, "available_cores", lambda: 3)
     wanted = draw("truncated_normal", (300, 100), 1.0, "float32", (6,)).tobytes()
     results = []
     threads = [
@@ -480,7 +480,7 @@ def test_many_threads_at_once(either, monkeypatch):
 def test_keys_do_not_run_into_each_other():
     # Words of seed and shape that would be the same sequence without their lengths.
     keys = {
-        sampling.stream_key(distribution, shape, dtype, seed)
+        stream.stream_key(distribution, shape, dtype, seed)
         for distribution in DISTRIBUTIONS
         for dtype in ("float32", "float64")
         for shape, seed in [
@@ -502,8 +502,8 @@ def test_keys_do_not_run_into_each_other():
         ]
     }
     assert len(keys) == 60
-    half = sampling.stream_key("uniform", (5, 3), "bfloat16", (1,))
-    assert half == sampling.stream_key("uniform", (5, 3), "float32", (1,))
+    half = stream.stream_key("uniform", (5, 3), "bfloat16", (1,))
+    assert half == stream.stream_key("uniform", (5, 3), "float32", (1,))
 
 
 def uniform_ranks(distribution, seed, shape=(SIZE,)):
@@ -559,12 +559,12 @@ def test_small_shapes(shape):
 
 
 def run_python(source, **environment):
-    """What a new process prints that imports `sampling` without the package around it."""
-    folder = str(pathlib.Path(sampling.__file__).parent)
+    """What a new process prints that imports `stream` without the package around it."""
+    folder = str(pathlib.Path(stream.__file__).parent.parent)
     bare = (
         "import sys, types; package = types.ModuleType('keras_glorot'); "
         f"package.__path__ = [{folder!r}]; sys.modules['keras_glorot'] = package; "
-        "from keras_glorot import sampling; "
+        "from keras_glorot._drawing import stream; "
     )
     result = subprocess.run(
         [sys.executable, "-c", bare + source],
@@ -581,7 +581,7 @@ def test_knows_nothing_of_keras():
 
 
 def test_the_native_kernel_can_be_switched_off():
-    source = "print(sampling.native_name())"
+    source = "print(stream.native_name())"
     off = "NumPy (the native kernel is switched off by KERAS_GLOROT_NATIVE=0)"
     assert run_python(source, KERAS_GLOROT_NATIVE="0") == off
     if NATIVE is not None:
@@ -604,7 +604,7 @@ def test_it_is_said_why_numpy_draws(missing, free_threaded, reason, monkeypatch)
     monkeypatch.delenv("KERAS_GLOROT_NATIVE", raising=False)
     monkeypatch.setattr(importlib, "import_module", import_module)
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: free_threaded)
-    native, said = sampling._load_native()
+    native, said = stream._load_native()
     assert native is None
     assert said == f"the native kernel {reason}"
 
@@ -612,7 +612,7 @@ def test_it_is_said_why_numpy_draws(missing, free_threaded, reason, monkeypatch)
 @pytest.mark.skipif(NATIVE is None, reason="about the native kernel")
 def test_the_native_kernel_refuses_what_would_write_elsewhere():
     out, steps = np.zeros(100, np.uint8), b""
-    right = [-1, out, 2, 0, (1, 2), 1.0, sampling.knots(), sampling._RATIONAL,
+    right = [-1, out, 2, 0, (1, 2), 1.0, stream.knots(), stream._RATIONAL,
              0, 25, 0, 25, steps]  # fmt: skip
     NATIVE.fill(*right)
     references = np.full(100, "text", object)

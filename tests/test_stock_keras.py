@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import SelfAttention
 
-from keras_glorot.variables import describe
+from keras_glorot._models.survey import describe
 
 layers: Any = keras.layers
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

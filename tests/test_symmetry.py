@@ -6,20 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_glorot import symmetry
-from keras_glorot.symmetry import can_be_chance
-from keras_glorot.values import Values
+from keras_glorot._backends.values import Values
+from keras_glorot.tools import _slices
+from keras_glorot.tools._slices import can_be_chance
 
 SHAPES = [(7, 5), (40, 1, 6), (3, 4, 5), (3, 3, 4, 6), (1, 1, 8, 9), (2, 3, 4, 3, 5)]
 COLLISION = 1e-6
 
 
 def find_repeats(values, folded, collision):
-    return symmetry.find_repeats(Values.of(values), folded, collision)
+    return _slices.find_repeats(Values.of(values), folded, collision)
 
 
 def relation(one, other):
-    return symmetry.relation(Values.of(one), Values.of(other))
+    return _slices.relation(Values.of(one), Values.of(other))
 
 
 def slices(values, axes):

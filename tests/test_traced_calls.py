@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_glorot import backends, calibrate, propagate
-from keras_glorot.sampling import draw
+from keras_glorot import _backends as backends
+from keras_glorot import calibrate, propagate
+from keras_glorot._drawing.stream import draw
 
 BACKEND = keras.backend.backend()
 only_torch = pytest.mark.skipif(BACKEND != "torch", reason="about the torch backend")

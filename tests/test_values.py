@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from keras_glorot.symmetry import find_repeats, relation
-from keras_glorot.values import CHUNK, Values, blocks
+from keras_glorot._backends.values import CHUNK, Values, blocks
+from keras_glorot.tools._slices import find_repeats, relation
 
 # How many parts each axis is divided into, and how many processes have them.
 DIVISIONS = [((1, 1), 1), ((2, 1), 2), ((2, 3), 1), ((2, 3), 3), ((4, 2), 2)]

@@ -167,7 +167,7 @@ def on_jax(rank):
     import numpy as np
 
     import keras_glorot
-    from keras_glorot import distributions
+    from keras_glorot._drawing import distributions
 
     errors = [
         error_of(keras_glorot.GlorotUniform(), (4, 4)),

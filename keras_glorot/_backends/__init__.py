@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from keras_glorot.sampling import Bounds
-from keras_glorot.values import Values
+from keras_glorot._backends.values import Values
+from keras_glorot._drawing.stream import Bounds
 
 __all__ = [
     "assign",

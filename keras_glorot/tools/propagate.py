@@ -7,11 +7,11 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from keras_glorot._keras.bridge import sublayer_paths
+from keras_glorot._models.passes import LOOPS, Batch, Call, Moments, moments, record
+from keras_glorot._models.progress import progress
 from keras_glorot.gains import activation_growth
-from keras_glorot.keras_bridge import sublayer_paths
-from keras_glorot.layers import is_normalization
-from keras_glorot.progress import progress
-from keras_glorot.recording import LOOPS, Batch, Call, Moments, moments, record
+from keras_glorot.layer_rules import is_normalization
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_CALL
 

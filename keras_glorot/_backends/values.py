@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_glorot.sampling import Bounds
+from keras_glorot._drawing.stream import Bounds
 
 __all__ = ["CHUNK", "Values", "blocks", "project"]
 

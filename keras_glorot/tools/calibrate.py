@@ -8,16 +8,16 @@ from typing import Any, Literal, NamedTuple
 import keras
 import numpy as np
 
-from keras_glorot import backends
+from keras_glorot import _backends as backends
+from keras_glorot._keras.bridge import sublayers
+from keras_glorot._models.passes import Batch
+from keras_glorot._models.progress import progress
+from keras_glorot._models.survey import Weight, describe
 from keras_glorot.gains import activation_growth
-from keras_glorot.initialization import select_layers
-from keras_glorot.keras_bridge import sublayers
-from keras_glorot.progress import progress
-from keras_glorot.recording import Batch
-from keras_glorot.scaling import Measured, Measurement, Site, find_sites, scaled
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
-from keras_glorot.variables import Weight, describe
+from keras_glorot.tools._scaling import Measured, Measurement, Site, find_sites, scaled
+from keras_glorot.tools.initialize import select_layers
 
 __all__ = ["calibrate", "measure_ends"]
 

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, Protocol
 import keras
 import numpy as np
 
-from keras_glorot import backends, keras_bridge
-from keras_glorot.keras_bridge import sublayers
-from keras_glorot.progress import Advance
-from keras_glorot.sampling import TRUNCATED_STD, draw
-from keras_glorot.variables import Weight, describe, unique_paths
+from keras_glorot import _backends as backends
+from keras_glorot._drawing.stream import TRUNCATED_STD, draw
+from keras_glorot._keras import bridge
+from keras_glorot._keras.bridge import sublayers
+from keras_glorot._models.progress import Advance
+from keras_glorot._models.survey import Weight, describe, unique_paths
 
 __all__ = [
     "NO_TENSOR",
@@ -360,7 +361,7 @@ class _Listener:
         if first is None:
             return structure, None
         tapped, position = self.tap_tensor(first, of_value, self.of_tensor)
-        keras_bridge.copy_mask(first, tapped)
+        bridge.copy_mask(first, tapped)
         origin = self._origin(first)
         if origin is not None:
             self._remember(tapped, origin)
@@ -392,7 +393,7 @@ class _Listener:
         return (len(self.notes) - 1,)
 
     def finish(self, signals: list[Signal]) -> list[Call]:
-        paths = keras_bridge.sublayer_paths(self.model)
+        paths = bridge.sublayer_paths(self.model)
 
         def signal(position: int | None) -> Signal:
             return NO_TENSOR if position is None else signals[position]
@@ -466,7 +467,7 @@ def intercepted_call(
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))
         for layer in sublayers(model):
-            stack.enter_context(keras_bridge.without_remat(layer))
+            stack.enter_context(bridge.without_remat(layer))
             for name, function in backends.compiled_methods(layer).items():
                 stack.enter_context(replaced_attribute(layer, name, function))
             wrapper = wrappers.get(id(layer))
@@ -476,7 +477,7 @@ def intercepted_call(
                 )
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        for addition in keras_bridge.additions(model):
+        for addition in bridge.additions(model):
             if id(addition) in wrappers and not isinstance(addition, keras.Layer):
                 wrapper = wrappers[id(addition)]
                 stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
@@ -540,7 +541,7 @@ def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
 
 
 def _first_line(error: Exception) -> str:
-    return keras_bridge.error_reason(error).splitlines()[0].removesuffix(".")
+    return bridge.error_reason(error).splitlines()[0].removesuffix(".")
 
 
 def is_float(value: Any) -> bool:

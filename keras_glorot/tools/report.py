@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_glorot.auditing import audit
-from keras_glorot.files import drafted
-from keras_glorot.histograms import plot_histograms
-from keras_glorot.propagation import propagate
 from keras_glorot.tables import Table, printable
 from keras_glorot.tables.html import STYLE, findings_html, rows_html
 from keras_glorot.tables.plots import OFF_COLOR
 from keras_glorot.tables.view import View
+from keras_glorot.tools._files import drafted
+from keras_glorot.tools.audit import audit
+from keras_glorot.tools.histograms import plot_histograms
+from keras_glorot.tools.propagate import propagate
 
 __all__ = ["Section", "audit_section", "report", "write_page"]
 

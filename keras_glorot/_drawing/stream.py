@@ -117,7 +117,7 @@ def _load_native() -> tuple[Any, str]:
     if os.environ.get("KERAS_GLOROT_NATIVE") == "0":
         return None, "the native kernel is switched off by KERAS_GLOROT_NATIVE=0"
     try:
-        return importlib.import_module("keras_glorot._native"), ""
+        return importlib.import_module("keras_glorot._drawing._native"), ""
     except ModuleNotFoundError:
         # Python 3.15 alone has a stable ABI (abi3t, PEP 803) for those without the lock.
         free = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_glorot.values import Values, blocks
+from keras_glorot._backends.values import Values, blocks
 
 __all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "relation"]
 

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_glorot import backends
-from keras_glorot.keras_bridge import additions, direct_sublayers, sublayers
-from keras_glorot.layers import is_normalization
-from keras_glorot.recording import (
+from keras_glorot import _backends as backends
+from keras_glorot._keras.bridge import additions, direct_sublayers, sublayers
+from keras_glorot._models.passes import (
     Batch,
     Tap,
     Tensor,
@@ -28,7 +27,8 @@ from keras_glorot.recording import (
     moments,
     replaced_attribute,
 )
-from keras_glorot.variables import Weight
+from keras_glorot._models.survey import Weight
+from keras_glorot.layer_rules import is_normalization
 
 __all__ = ["Measured", "Measurement", "Site", "find_sites", "scaled"]
 

@@ -9,8 +9,8 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.sampling import TRUNCATED_STD, Bounds, draw
 
 __all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
 

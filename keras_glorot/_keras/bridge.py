@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_glorot import backends
-from keras_glorot.isolation import (
+from keras_glorot import _backends as backends
+from keras_glorot._keras.isolation import (
     NotIsolatedError,
     Reach,
     copy_object,

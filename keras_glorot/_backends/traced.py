@@ -1,6 +1,6 @@
 """The draw of a program that TensorFlow or JAX traces: it has no array to start from.
 
-The program makes the bits that `sampling` has the contract of. Each element makes its block
+The program makes the bits that `stream` has the contract of. Each element makes its block
 anew and takes one word of it. That is four times the work, and still the fastest that XLA
 has: all is one loop that writes nothing but the result, and that XLA divides among devices,
 as each of them needs it. A program of TensorFlow has that loop compiled by XLA as well: as
@@ -14,7 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot import backends, sampling
+from keras_glorot import _backends as backends
+from keras_glorot._drawing import stream
 
 __all__ = ["traced_draw"]
 
@@ -30,13 +31,13 @@ def traced_draw(
     seed_words: Sequence[int] | Any,
     layout: Any = None,
 ) -> Any:
-    """Has the program that is being traced draw a tensor: `sampling.draw`'s bits.
+    """Has the program that is being traced draw a tensor: `stream.draw`'s bits.
 
     Only a float64 truncated normal may differ, in its last digits: XLA fuses products
     with sums.
 
     Args:
-        form, shape, scale, dtype: As in `sampling.draw`.
+        form, shape, scale, dtype: As in `stream.draw`.
         seed_words: Python integers, or the symbol of a `SeedGenerator`'s state.
         layout: On JAX, how the tensor is to be spread over devices.
     """
@@ -58,7 +59,7 @@ def traced_draw(
     drawn = values(*key)
     if dtype == "float64":  # not in what TensorFlow compiles: its bits stay
         if form == "truncated_normal":
-            drawn = sampling.truncated_normal_quantile(drawn)
+            drawn = stream.truncated_normal_quantile(drawn)
         drawn = drawn * scale
     if layout is not None:
         import jax
@@ -70,8 +71,8 @@ def traced_draw(
 def _key(form: Any, shape: tuple[int, ...], dtype: str, seed_words: Any) -> Any:
     """The tensor's key: two integers, or two symbols."""
     if isinstance(seed_words, tuple):
-        return sampling.stream_key(form, shape, dtype, seed_words)
-    static = sampling.static_key(form, shape, dtype)
+        return stream.stream_key(form, shape, dtype, seed_words)
+    static = stream.static_key(form, shape, dtype)
     digits = [half for word in (seed_words[0], seed_words[1]) for half in _halves(word)]
     return _philox(digits, tuple(np.uint32(word) for word in static))[:2]
 
@@ -108,7 +109,7 @@ def _has_bit(word: Any, place: int) -> Any:
 
 
 def _philox(counter: Sequence[Any], key: Any) -> Any:
-    """`sampling.philox` of arrays of counters."""
+    """`stream.philox` of arrays of counters."""
     m0, m1 = 0xD2511F53, 0xCD9E8D57
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -125,12 +126,12 @@ def _philox(counter: Sequence[Any], key: Any) -> Any:
 
 
 def _interpolate(words: Any) -> Any:
-    """`sampling.integer_quantile`, without its work in place."""
+    """`stream.integer_quantile`, without its work in place."""
     sign = words // np.uint32(1 << 31) * np.uint32(0xFFFFFFFF)
     magnitude = words ^ sign
     segment = cast(magnitude // np.uint32(1 << 19), "int32")
     position = magnitude & np.uint32((1 << 19) - 1)
-    knots = sampling.knots().astype(np.uint32)
+    knots = stream.knots().astype(np.uint32)
     low = _take(knots, segment)
     rise = _take(knots, segment + np.int32(1)) - low
     # rise * position // 2**19 without a product of more than 32 bits.

@@ -7,11 +7,11 @@ import keras
 import ml_dtypes
 import numpy as np
 
-from keras_glorot import backends
-from keras_glorot.distributions import Distribution
+from keras_glorot import _backends as backends
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._models.survey import Weight
 from keras_glorot.initializers import GlorotNormal
-from keras_glorot.symmetry import ONE_IN
-from keras_glorot.variables import Weight
+from keras_glorot.tools._slices import ONE_IN
 
 __all__ = [
     "Statistics",

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot.recording import Batch, record
+from keras_glorot._models.passes import Batch, record
 from keras_glorot.tables.plots import NAMES_DOWN, fold_names, new_axes
 
 __all__ = ["plot_histograms"]

@@ -1,4 +1,4 @@
-/* The random stream of sampling.py, which has the contract, by the compiler's vectors.
+/* The random stream of stream.py, which has the contract, by the compiler's vectors.
 
    Every loop that counts is plain C over a batch in the first-level cache, compiled once
    for each instruction set. Nothing here may contract a product and a sum into one
@@ -370,7 +370,7 @@ static PyObject *fill(PyObject *self, PyObject *args) {
                 && rational.len == 19 * (Py_ssize_t)sizeof(double)
                 && is_aligned(rational.buf, sizeof(double)) && read_steps(&job, &steps);
         if (!right) {
-            PyErr_SetString(PyExc_ValueError, "arguments that sampling.py would not give");
+            PyErr_SetString(PyExc_ValueError, "arguments that stream.py would not give");
         } else {
             job.out += first * item;
             if (last - first <= 4096) { /* the lock's hand-over would take longer */
@@ -391,7 +391,7 @@ static PyObject *fill(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"fill", fill, METH_VARARGS, "fill(clone, out, dtype, form, key, ...): see sampling.py"},
+    {"fill", fill, METH_VARARGS, "fill(clone, out, dtype, form, key, ...): see stream.py"},
     {"philox", philox, METH_VARARGS, "philox(counter, key): one block of Philox4x32-10"},
     {NULL, NULL, 0, NULL},
 };

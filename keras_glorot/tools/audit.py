@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_glorot import backends, keras_bridge
-from keras_glorot.distributions import Distribution
+from keras_glorot import _backends as backends
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._keras import bridge
+from keras_glorot._keras.bridge import CallSite
+from keras_glorot._models.survey import Weight, describe, distribution_of
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.fitting import (
+from keras_glorot.gains import known_gain
+from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.layer_rules import is_relu_like, unit_axis, window_rank
+from keras_glorot.tables import Finding, Layout, Row, Severity, Table
+from keras_glorot.tables.plots import RATIOS
+from keras_glorot.tools._fitting import (
     Statistics,
     best_fit,
     collision,
@@ -17,19 +25,12 @@ from keras_glorot.fitting import (
     is_off,
     measure,
 )
-from keras_glorot.gains import known_gain
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.keras_bridge import CallSite
-from keras_glorot.layers import is_relu_like, unit_axis, window_rank
-from keras_glorot.symmetry import (
+from keras_glorot.tools._slices import (
     Slices,
     can_be_chance,
     find_repeats,
     relation,
 )
-from keras_glorot.tables import Finding, Layout, Row, Severity, Table
-from keras_glorot.tables.plots import RATIOS
-from keras_glorot.variables import Weight, describe, distribution_of
 
 __all__ = ["CODES", "audit"]
 
@@ -488,7 +489,7 @@ def _has_strays(subject: _Measured) -> bool:
 
 def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, keras_bridge.optimizers(model)), default=0)
+    steps = max(map(_count_steps, bridge.optimizers(model)), default=0)
     kernels = [
         each
         for each in measured

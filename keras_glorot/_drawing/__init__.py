@@ -1,0 +1,1 @@
+"""The random stream, distributions, and draws inside programs."""

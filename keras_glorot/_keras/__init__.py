@@ -1,0 +1,1 @@
+"""The door to names that Keras does not export."""

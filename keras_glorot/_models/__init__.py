@@ -1,0 +1,1 @@
+"""A model looked at once (survey) and passed once (passes)."""

@@ -1,0 +1,1 @@
+"""Tools for whole models: each module has the name of its function."""
