@@ -254,7 +254,7 @@ def _probe() -> bool:
 
     try:
         model = _LateModel(initializer)
-        # Of the model's own dtype, whatever floatx is: a cast would come between them.
+        # All of one dtype, whatever floatx is: a cast would come between them.
         entry = keras.layers.InputLayer(
             batch_shape=(1, 1), dtype="float32", name="probe_input"
         )
@@ -282,10 +282,16 @@ class _LateModel(keras.Layer):
     def __init__(self, initializer: Any):
         super().__init__(dtype="float32", name="probe")
         self.inner = keras.layers.Dense(
-            1, use_bias=False, kernel_initializer=initializer, name="probe_inner"
+            1,
+            use_bias=False,
+            kernel_initializer=initializer,
+            dtype="float32",
+            name="probe_inner",
         )
         # With a seed: to make one up would advance the user's `random`.
-        self.dropout = keras.layers.Dropout(0.5, seed=0, name="probe_dropout")
+        self.dropout = keras.layers.Dropout(
+            0.5, seed=0, dtype="float32", name="probe_dropout"
+        )
 
     def call(self, x: Any) -> Any:
         return self.dropout(self.inner(x))
