@@ -24,6 +24,7 @@ from keras_glorot import _backends as backends
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
 from keras_glorot._keras import bridge
 from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.graph import LOOPS, replaced_attribute
 from keras_glorot._models.progress import Advance
 from keras_glorot._models.survey import Weight, describe, unique_paths
 
@@ -44,8 +45,6 @@ tree: Any = keras.tree
 Tensor = Any
 Summary = Callable[[np.ndarray], Any]
 
-# These call the layer inside them in a loop, which backends trace: it can't be looked into.
-LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
 # Layers are shared by threads, and the replaced `call` of one by two recordings.
 _lock = threading.RLock()
 
@@ -511,19 +510,6 @@ def _replaced_remat(is_other_thread: Callable[[], bool]) -> Any:
         return remat(function) if is_other_thread() else function
 
     return replaced_attribute(keras, "remat", replaced_remat)
-
-
-@contextlib.contextmanager
-def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of this one object, past Keras's tracking."""
-    attributes: Any = vars(owner)
-    before = {name: attributes[name]} if name in attributes else {}
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        del attributes[name]
-        attributes.update(before)
 
 
 def _call_in_training(call: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:

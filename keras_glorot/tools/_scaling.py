@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._keras.bridge import additions, direct_sublayers, sublayers
+from keras_glorot._keras.graph import replaced_attribute
 from keras_glorot._models.passes import (
     Batch,
     Tap,
@@ -25,7 +26,6 @@ from keras_glorot._models.passes import (
     is_float,
     loops_around,
     moments,
-    replaced_attribute,
 )
 from keras_glorot._models.survey import Weight
 from keras_glorot.layer_rules import is_normalization

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 
 from keras_glorot._keras.bridge import sublayer_paths
-from keras_glorot._models.passes import LOOPS, Batch, Call, Moments, moments, record
+from keras_glorot._keras.graph import LOOPS
+from keras_glorot._models.passes import Batch, Call, Moments, moments, record
 from keras_glorot._models.progress import progress
 from keras_glorot.gains import activation_growth
 from keras_glorot.layer_rules import is_normalization

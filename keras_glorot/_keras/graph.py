@@ -1,0 +1,258 @@
+"""The graph of a model: every operation on its tensors, in order, without data.
+
+Keras calls a layer on `KerasTensor`s to learn the shape of its output. Here each layer that
+holds others is called so from the inside, by its own `call`: then every layer in it, and
+every operation between them, says what it takes and what it gives. No value is computed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_glorot import _backends as backends
+from keras_glorot._keras import bridge
+
+__all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
+
+tree: Any = keras.tree
+
+# These call the layer inside them in a loop, which backends trace: it can't be looked into.
+LOOPS = (keras.layers.RNN, keras.layers.TimeDistributed)
+
+
+class Step(NamedTuple):
+    """One operation on tensors.
+
+    Attributes:
+        operation: A layer, or an operation of `keras.ops`, such as `Add`.
+        arguments: What it was called with: `(args, kwargs)`.
+        inputs: The numbers of the tensors in `arguments`, in order.
+        outputs: The numbers of the tensors that it returned.
+    """
+
+    operation: Any
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """The steps of a model in an order in which they can be done.
+
+    Attributes:
+        steps: The steps that the outputs need.
+        tensors: By number: the shape and dtype of each tensor, a `KerasTensor`.
+        inputs, outputs: The numbers of the tensors that the model takes and returns.
+        closed: The layers with sublayers that could not be looked into.
+    """
+
+    steps: list[Step]
+    tensors: list[Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    closed: list[keras.Layer]
+
+    @functools.cached_property
+    def makers(self) -> dict[int, Step]:
+        """By number of the tensor, the step that returned it."""
+        return {number: step for step in self.steps for number in step.outputs}
+
+    def consumers(self, number: int) -> list[Step]:
+        """The steps that take a tensor."""
+        return self._consumers.get(number, [])
+
+    @functools.cached_property
+    def _consumers(self) -> dict[int, list[Step]]:
+        consumers: dict[int, list[Step]] = {}
+        for step in self.steps:
+            for number in set(step.inputs):
+                consumers.setdefault(number, []).append(step)
+        return consumers
+
+    def ancestors(self, step: Step) -> set[int]:
+        """The tensors that a step needs, directly or not."""
+        found: set[int] = set()
+        waiting = list(step.inputs)
+        while waiting:
+            number = waiting.pop()
+            if number not in found:
+                found.add(number)
+                waiting += self.makers[number].inputs if number in self.makers else ()
+        return found
+
+
+def trace(model: keras.Layer, inputs: Any = None) -> Graph:
+    """Calls a built model without data, and notes what it does.
+
+    Args:
+        model: A built layer or model.
+        inputs: Its inputs, as a structure of tensors of which the shapes and dtypes are
+            used: `(args, kwargs)`. Defaults to those that it was built with.
+
+    Raises:
+        ValueError: If the shapes of its inputs are not known.
+        Exception: Whatever the model raises.
+    """
+    return backends.outside_traces(_Tracer(model).trace, inputs or _built_on(model))
+
+
+def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments like those that the model was built with."""
+    if getattr(model, "_functional", None) is not None:  # a Sequential
+        model = model._functional
+    if hasattr(model, "_inputs_struct"):
+        return (tree.map_structure(_symbol, model._inputs_struct),), {}
+    shapes = model._build_shapes_dict
+    if not shapes:
+        raise ValueError(
+            "Argument `model` must be built on inputs of known shapes: call its "
+            f"`build(input_shape)`. Received: model={model}"
+        )
+    dtype = model.input_dtype
+    symbols = {
+        name.removesuffix("_shape"): keras.KerasTensor(_with_batch(shape), dtype)
+        for name, shape in shapes.items()
+    }
+    return (symbols.pop(next(iter(symbols))),), symbols
+
+
+# Any number that a layer could not mistake for one of its own sizes.
+_BATCH = 3
+
+
+def _with_batch(shape: Any) -> tuple[int, ...]:
+    batch, *rest = shape
+    return (batch or _BATCH, *rest)
+
+
+def _symbol(tensor: Any) -> Any:
+    return keras.KerasTensor(_with_batch(tensor.shape), tensor.dtype)
+
+
+class _Tracer:
+    def __init__(self, model: keras.Layer):
+        self.model = model
+        # Of each copy, by `id`, the tensor that it stands for. Kept alive, for their ids.
+        self.originals: dict[int, tuple[Any, Any]] = {}
+        self.closed: dict[int, keras.Layer] = {}
+
+    def trace(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Graph:
+        args, kwargs = arguments
+        with keras.StatelessScope(), contextlib.ExitStack() as stack:
+            for layer in bridge.sublayers(self.model):
+                stack.enter_context(_restored_nodes(layer))
+                if _is_open(layer):
+                    call = self._call_inside(layer, layer.symbolic_call)
+                    stack.enter_context(replaced_attribute(layer, "symbolic_call", call))
+            outputs = self.model(*args, **kwargs)
+            return self._collect(tree.flatten(arguments), tree.flatten(outputs))
+
+    def _call_inside(self, layer: Any, original: Callable) -> Callable:
+        def symbolic_call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                outputs = layer.call(*args, **kwargs)
+            except Exception:  # it does what only values allow, or calls the backend
+                self.closed[id(layer)] = layer
+                return original(*args, **kwargs)
+            return tree.map_structure(self._copy, outputs)
+
+        return symbolic_call
+
+    def _copy(self, tensor: Any) -> Any:
+        """Keras notes on a tensor who made it last: that would be the outer layer."""
+        if not isinstance(tensor, keras.KerasTensor):
+            return tensor
+        copy = keras.KerasTensor(tensor.shape, tensor.dtype)
+        self.originals[id(copy)] = copy, tensor
+        return copy
+
+    def _original(self, tensor: Any) -> Any:
+        while id(tensor) in self.originals:
+            tensor = self.originals[id(tensor)][1]
+        return tensor
+
+    def _collect(self, inputs: list[Any], outputs: list[Any]) -> Graph:
+        """From the outputs back to the inputs."""
+        numbers: dict[int, int] = {}
+        tensors: list[Any] = []
+        steps: list[Step] = []
+        done: set[int] = set()
+
+        def number(tensor: Any) -> int:
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(tensors)
+                tensors.append(tensor)
+            return numbers[id(tensor)]
+
+        def is_symbol(value: Any) -> bool:
+            return isinstance(value, keras.KerasTensor)
+
+        first = tuple(number(each) for each in inputs if is_symbol(each))
+        last = [self._original(each) for each in outputs if is_symbol(each)]
+        waiting = [(tensor, False) for tensor in reversed(last)]
+        while waiting:
+            tensor, ready = waiting.pop()
+            node = _node_of(tensor)
+            if node is None or id(node) in done:
+                continue
+            sources = list(map(self._original, node.input_tensors))
+            if not ready:
+                waiting.append((tensor, True))
+                waiting += [(source, False) for source in reversed(sources)]
+                continue
+            done.add(id(node))
+            arguments = (node.arguments.args, node.arguments.kwargs)
+            ins, outs = tuple(map(number, sources)), tuple(map(number, node.outputs))
+            steps.append(Step(node.operation, arguments, ins, outs))
+        ends = tuple(map(number, last))
+        return Graph(steps, tensors, first, ends, list(self.closed.values()))
+
+
+def _node_of(tensor: Any) -> Any:
+    history = getattr(tensor, "_keras_history", None)
+    if history is None or history.operation is None:
+        return None
+    return history.operation._inbound_nodes[history.node_index]
+
+
+def _is_open(layer: keras.Layer) -> bool:
+    """Whether its own `call` says more than its class."""
+    if isinstance(layer, LOOPS):
+        return False
+    is_foreign = not type(layer).call.__module__.startswith("keras.")
+    return is_foreign or bool(bridge.direct_sublayers(layer))
+
+
+@contextlib.contextmanager
+def _restored_nodes(layer: Any) -> Iterator[None]:
+    """Keras lists each symbolic call in the layer, and in the operations of a graph."""
+    operations = [layer, *getattr(layer, "operations", ())]
+    lists = [
+        nodes
+        for each in operations
+        for nodes in (each._inbound_nodes, each._outbound_nodes)
+    ]
+    before = list(map(len, lists))
+    try:
+        yield
+    finally:
+        for nodes, length in zip(lists, before, strict=True):
+            del nodes[length:]
+
+
+@contextlib.contextmanager
+def replaced_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of this one object, past Keras's tracking."""
+    attributes: Any = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
