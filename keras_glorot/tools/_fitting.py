@@ -271,11 +271,13 @@ def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
     1 / sqrt(2 n), n the long side: that is seen up to a million rows.
     """
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    last = len(weight.shape) - 1
-    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
-    values, merged = backends.values(weight.variable), [tuple(range(last)), (last,)]
-    product = values.project(merged, 1 if columns <= rows else 0, vector)
-    ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
+    axes = list(range(len(weight.shape)))
+    fixed, free = (axes[:-1], axes[-1:]) if columns <= rows else (axes[-1:], axes[:-1])
+    rng = np.random.Generator(np.random.PCG64(0))
+    vectors = [rng.standard_normal(size) for size in weight.shape]
+    product = backends.values(weight.variable).project(fixed, vectors).reshape(-1)
+    length = math.prod(math.hypot(*vectors[axis]) for axis in free)
+    ratio = math.hypot(*product) / (length * abs(distribution.scale))
     # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
     return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))
 
