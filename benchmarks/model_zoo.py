@@ -49,8 +49,6 @@ CAUSES = {
     "recurrent": "Glorot on a recurrent kernel",
     "activation": "the layer has an activation that Keras does not know",
 }
-if keras.backend.backend() == "torch":
-    CAUSES["strays"] = "PyTorch's truncated normal gives up after four tries"
 UNEXPLAINED = "UNEXPLAINED"
 
 
