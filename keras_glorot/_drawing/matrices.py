@@ -7,7 +7,7 @@ through its matrix, and an orthogonal matrix makes the map of the whole layer or
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -134,12 +134,30 @@ class Matrices(NamedTuple):
         angles = long * short - short * (short + 1) // 2
         return min(1.0, (angles + short / bits) / (long * short))
 
-    def at_tap(self, values: np.ndarray) -> np.ndarray:
-        """The part of a kernel that is not zero, of the same rank: a view."""
-        place = [slice(None)] * values.ndim
+    def at_tap(self, values: Any) -> np.ndarray:
+        """The part of a kernel that is not zero, of the same rank: of an array, a view."""
+        place = [slice(None)] * len(values.shape)
         for axis, tap in zip(self.window, self.taps, strict=True):
             place[axis] = slice(tap, tap + 1)
         return values[tuple(place)]
+
+    def first_lengths(self, values: Any) -> np.ndarray:
+        """Those of two columns of the first matrix, or of two rows if rows are longer."""
+        place: list[Any] = [0] * len(self.shape)
+        for axis, tap in zip(self.window, self.taps, strict=True):
+            place[axis] = tap
+        short, long = self.inputs, self.outputs
+        if self.rows >= self.columns:
+            short, long = long, short
+        for axis in long:
+            parts = self.parts if axis == len(self.shape) - 1 else 1
+            place[axis] = slice(0, self.shape[axis] // parts)
+        for axis in short[-1:]:
+            place[axis] = slice(0, 2)
+        kept = [axis for axis, at in enumerate(place) if isinstance(at, slice)]
+        first = np.asarray(values[tuple(place)], np.float64)
+        others = tuple(i for i, axis in enumerate(kept) if axis not in short)
+        return np.sqrt((first * first).sum(axis=others))
 
     def split(self, values: np.ndarray) -> np.ndarray:
         """A view of a kernel at its tap: axes of batches, of inputs, then of outputs."""
