@@ -28,6 +28,7 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._drawing.stream import state_words
 from keras_glorot._keras.isolation import (
     NotIsolatedError,
     Reach,
@@ -348,10 +349,7 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | An
     state = seed.next()
     if backends.is_symbolic(state):
         return state
-    words = np.asarray(keras.ops.convert_to_numpy(state))
-    if words.dtype == np.int32:
-        words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
-    return tuple(words.tolist())
+    return state_words(np.asarray(keras.ops.convert_to_numpy(state)))
 
 
 @contextlib.contextmanager

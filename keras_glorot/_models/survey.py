@@ -12,7 +12,7 @@ from keras_glorot._drawing.distributions import Distribution, keras_distribution
 from keras_glorot._keras import bridge
 from keras_glorot._keras.bridge import BuildValue, CallSite, NotIsolatedError
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.initializers import GLOROT
 from keras_glorot.layer_rules import (
     Activation,
     fans_by_rule,
@@ -28,7 +28,7 @@ Axes = tuple[Sequence[int], Sequence[int]]
 # `kernel_initializer` and the like are the arguments for kernels.
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
-_SCALED_BY_FANS = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 
 
 class Weight(NamedTuple):
@@ -149,7 +149,7 @@ def distribution_of(
     The axes that it declares come before `axes`, those that its weight is known to have.
     """
     own = _declared_axes(initializer)
-    if isinstance(initializer, GlorotUniform | GlorotNormal):
+    if isinstance(initializer, GLOROT):
         if own is None and axes is not None:
             initializer = copy.copy(initializer)
             initializer.input_axes, initializer.output_axes = axes
