@@ -297,7 +297,7 @@ def found(code, model):
 
 
 # Planted into a fresh model, each must be found where it was planted: a few here, all
-# with `make slow`. `benchmarks/audit_mutations.py` writes the table.
+# with `make slow`. `benchmarks/evidence/audit_mutations.py` writes the table.
 @pytest.mark.parametrize(
     "fault",
     [

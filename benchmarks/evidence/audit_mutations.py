@@ -1,7 +1,7 @@
 """What `audit` finds of planted faults, and what it finds where there is none.
 
-    python benchmarks/audit_mutations.py  # on all three backends, some minutes
-    KERAS_BACKEND=torch python benchmarks/audit_mutations.py --json --seeds 5
+    python benchmarks/evidence/audit_mutations.py  # on all three backends, some minutes
+    KERAS_BACKEND=torch python benchmarks/evidence/audit_mutations.py --json --seeds 5
 
 Each fault is planted into a model that was audited without a finding. It counts as found
 if the finding that it calls for is there, at the weight that it was planted in. Then each
@@ -478,7 +478,7 @@ def report(results: dict[str, dict[str, Any]], seeds: int) -> str:
     lines = [
         "# What `audit` finds of planted faults",
         "",
-        "Made by `python benchmarks/audit_mutations.py` with Keras "
+        "Made by `python benchmarks/evidence/audit_mutations.py` with Keras "
         f"{', '.join(sorted(versions))} on {', '.join(results)}.",
         "",
         f"**{sum(found)} of {len(FAULTS)} faults are found on all backends.** A fault is "
