@@ -8,8 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from audit_mutations import ARCHITECTURES, FAULTS, audit_fault, false_findings
 from models import BY_KIND, convolutional, dense, lstm, mobile
+from planted_faults import ARCHITECTURES, FAULTS, audit_fault, false_findings
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
