@@ -20,10 +20,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # What the oldest JAX is tried on: all that traces, or puts weights into models.
 ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
-	calibration keras_bridge,tests/test_$(name).py)
+	calibration call_site,tests/test_$(name).py)
 
 # What a new Keras can change: names, files, whose weight is drawn, how it is rebuilt.
-ON_KERAS := $(foreach name,initializers round_trips private_names keras_bridge layers \
+ON_KERAS := $(foreach name,initializers round_trips private_names call_site layers \
 	fresh initialization propagation,tests/test_$(name).py)
 
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.

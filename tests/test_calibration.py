@@ -15,7 +15,8 @@ from test_propagation import CASES, data, fill, mlp
 import keras_glorot
 from keras_glorot import _backends as backends
 from keras_glorot import calibrate, propagate
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import owned_variables
+from keras_glorot._models import survey
 from keras_glorot.tools import _scaling
 from keras_glorot.tools import calibrate as calibration
 
@@ -611,9 +612,9 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
 def test_the_weights_of_a_model_are_surveyed_once(monkeypatch):
     model, x = CASES["convnet"]()
     surveyed = []
-    owners = bridge.owned_variables
+    owners = owned_variables
     monkeypatch.setattr(
-        bridge,
+        survey,
         "owned_variables",
         lambda model: surveyed.append(model) or owners(model),
     )
