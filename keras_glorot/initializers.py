@@ -15,8 +15,13 @@ import keras
 from keras_glorot import _backends as backends
 from keras_glorot._backends.traced import called_draw, traced_draw
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import CallSite
+from keras_glorot._keras.call_site import (
+    CallSite,
+    current_call_site,
+    initializer_tables,
+    seed_words,
+)
+from keras_glorot._keras.state import is_random_seeded, is_shape_inference
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
@@ -76,19 +81,19 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
                 f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
-        distribution = self.distribution(shape, bridge.current_call_site(self))
+        distribution = self.distribution(shape, current_call_site(self))
         if fault := distribution.range_fault(dtype):
             raise ValueError(
                 f"Argument `gain` must be {fault}. "
                 f"Received: gain={self.gain} for shape={shape}"
             )
-        if bridge.is_shape_inference():
+        if is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         if self._is_unshared and not backends.shares_new_variables():
             check_alone()
-        seed = bridge.seed_words(self.seed)
+        seed = seed_words(self.seed)
         if backends.is_tracing() or not isinstance(seed, tuple):
             if distribution.matrices is not None:
                 draw = functools.partial(distribution.draw, shape, dtype)
@@ -334,7 +339,7 @@ _NAMES: dict[str, Any] = {
     "keras_glorot>GlorotNormal": GlorotNormal,
     "keras_glorot>GlorotOrthogonal": GlorotOrthogonal,
 }
-for _table in bridge.initializer_tables():
+for _table in initializer_tables():
     _table.update(_NAMES)
 
 
@@ -444,7 +449,7 @@ class _Redirection:
             self.open_scopes += 1
 
     def _replace(self) -> None:
-        tables = bridge.initializer_tables()
+        tables = initializer_tables()
         if not tables:
             raise RuntimeError(
                 f"`as_default` can't change the names of Keras {keras.__version__}. Use "
@@ -518,7 +523,7 @@ def is_unshared(seed: Any) -> bool:
     """Whether each process would have another seed in its place."""
     if isinstance(seed, keras.random.SeedGenerator):
         seed = seed.get_config()["seed"]
-    return seed is None and not bridge.is_random_seeded()
+    return seed is None and not is_random_seeded()
 
 
 def check_alone() -> None:

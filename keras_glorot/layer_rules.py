@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_glorot._drawing.matrices import Matrices
-from keras_glorot._keras import bridge
+from keras_glorot._keras.tree import downstream_operations
 from keras_glorot.fans import Fans, compute_fans, standardize_shape
 
 __all__ = [
@@ -198,7 +198,7 @@ def following_activation(
         return None  # it belongs to another kernel of this layer
     activations = [
         _layer_activation(operation)
-        for operation in bridge.downstream_operations(layer)
+        for operation in downstream_operations(layer)
         if id(operation) in layer_ids
     ]
     agree = all(activation == activations[0] for activation in activations)

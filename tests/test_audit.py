@@ -13,7 +13,7 @@ from planted_faults import ARCHITECTURES, FAULTS, audit_fault, false_findings
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
-from keras_glorot._keras.bridge import owned_variables
+from keras_glorot._keras.call_site import owned_variables
 from keras_glorot.tables.view import View
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`

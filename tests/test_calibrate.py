@@ -15,7 +15,8 @@ from keras import layers
 import keras_glorot
 from keras_glorot import _backends as backends
 from keras_glorot import calibrate, propagate
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import owned_variables
+from keras_glorot._models import survey
 from keras_glorot.tools import _scaling
 from keras_glorot.tools import calibrate as calibration
 
@@ -342,7 +343,7 @@ def test_the_ends_of_residual_networks_hold():
     """The first kernel stands inside a branch, the last ends one, small on purpose."""
     model, x = residual(6, add, layers.LayerNormalization), data(16, 6, 32)
     table = calibrate(model, x)
-    forward, backward, _ = calibrate.measure_ends(model, x)
+    forward, backward, _ = calibration.measure_ends(model, x)
     assert 0.5 < forward * backward < 2
     assert "unreached" not in codes(table)
 
@@ -354,7 +355,7 @@ def test_no_output_is_further_off_than_the_ends_need():
         x = layers.Multiply()([layers.Dense(32, "silu")(x), layers.Dense(32)(x)])
     model, x = fill(keras.Model(inputs, layers.Dense(3)(x))), data(64, 32)
     stds = np.array([row["std"] for row in calibrate(model, x)][:-1])
-    forward, backward, _ = calibrate.measure_ends(model, x)
+    forward, backward, _ = calibration.measure_ends(model, x)
     assert 0.5 < forward * backward < 2
     assert forward / backward < 0.01
     assert np.abs(np.log(stds / np.median(stds))).max() < math.log(4)
@@ -592,7 +593,7 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
         return trace
 
     original, tracer = calibration._solve, sys.gettrace()
-    monkeypatch.setattr(calibrate, "_solve", solve)
+    monkeypatch.setattr(calibration, "_solve", solve)
     line = 0
     for line in itertools.count(1):
         left = line
@@ -611,9 +612,9 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
 def test_the_weights_of_a_model_are_surveyed_once(monkeypatch):
     model, x = CASES["convnet"]()
     surveyed = []
-    owners = bridge.owned_variables
+    owners = owned_variables
     monkeypatch.setattr(
-        bridge,
+        survey,
         "owned_variables",
         lambda model: surveyed.append(model) or owners(model),
     )

@@ -14,7 +14,7 @@ from models import Late, late_called, late_in_functional, sequential
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, layer_fans
 from keras_glorot import layer_rules as glorot_layers
-from keras_glorot._keras import bridge
+from keras_glorot._keras import call_site
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()
@@ -218,11 +218,11 @@ def test_a_layer_that_makes_variables_without_add_weight():
 # Keras's internals
 
 
-def test_keras_has_the_names_that_the_bridge_relies_on():
-    bridge._is_keras_as_expected.cache_clear()
+def test_keras_has_the_names_that_a_call_site_needs():
+    call_site._is_keras_as_expected.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert bridge._is_keras_as_expected()
+        assert call_site._is_keras_as_expected()
 
 
 FLOATX = ["float16", "bfloat16", "float64"]
@@ -232,7 +232,7 @@ FLOATX = ["float16", "bfloat16", "float64"]
 def test_keras_has_these_names_whatever_floatx(floatx):
     keras.config.set_floatx(floatx)
     try:
-        test_keras_has_the_names_that_the_bridge_relies_on()
+        test_keras_has_the_names_that_a_call_site_needs()
     finally:
         keras.config.set_floatx("float32")
 
@@ -254,8 +254,8 @@ def test_fans_of_a_process_with_another_floatx(floatx):
 
 
 def test_without_these_names_the_shape_decides_and_one_warning_says_so(monkeypatch):
-    bridge._is_keras_as_expected.cache_clear()
-    monkeypatch.setattr(bridge, "get_global_attribute", lambda name: None)
+    call_site._is_keras_as_expected.cache_clear()
+    monkeypatch.setattr(call_site, "get_global_attribute", lambda name: None)
     layer = depthwise(name="layer")
     try:
         with pytest.warns(UserWarning, match=r"fan_in and fan_out from the weight's sh"):
@@ -264,7 +264,7 @@ def test_without_these_names_the_shape_decides_and_one_warning_says_so(monkeypat
         depthwise().build((None, 8, 8, 4))  # a second warning would be an error
         assert layer_fans(layer) == {"layer/kernel": (9 * 512, 9)}
     finally:
-        bridge._is_keras_as_expected.cache_clear()
+        call_site._is_keras_as_expected.cache_clear()
 
 
 def test_nothing_keeps_late_models_alive():

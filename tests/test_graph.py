@@ -6,8 +6,8 @@ import pytest
 from keras import layers, ops
 from models import WITH_STATE, Late, attention, convnet, gru, nested_twice
 
-from keras_glorot._keras.bridge import sublayers
 from keras_glorot._keras.graph import trace
+from keras_glorot._keras.tree import sublayers
 
 
 def names(graph):

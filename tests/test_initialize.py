@@ -14,7 +14,7 @@ from models import WITH_STATE, convnet, nested_attention, recurrent
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, initialize
-from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.tree import sublayers
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()

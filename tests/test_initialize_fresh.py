@@ -12,7 +12,10 @@ import rich.progress
 from models import convnet
 
 from keras_glorot import audit, initialize, layer_fans, register_fans
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import owned_variables
+from keras_glorot._keras.rebuild import rebuild_sources
+from keras_glorot._keras.tree import canonical_name, canonical_paths, sublayers
+from keras_glorot._models import survey
 from keras_glorot._models.survey import describe
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -211,7 +214,7 @@ def test_states_of_recurrent_layers_start_again():
         model = keras.Sequential([keras.Input(batch_shape=shape), rnn])
         states = [
             state
-            for layer in bridge.sublayers(rnn)
+            for layer in sublayers(rnn)
             if isinstance(layer, layers.RNN)
             for state in keras.tree.flatten(layer.states)
         ]
@@ -516,13 +519,13 @@ def test_looking_leaves_a_layer_as_it_is():
 def test_each_layer_is_rebuilt_once_per_survey(monkeypatch):
     model = keras.Sequential([keras.Input((6,)), Outer(), Unconfigured(object())])
     rebuilt = []
-    original = bridge.rebuild_sources
+    original = rebuild_sources
 
     def note(layer):
         rebuilt.append(layer)
         return original(layer)
 
-    monkeypatch.setattr(bridge, "rebuild_sources", note)
+    monkeypatch.setattr(survey, "rebuild_sources", note)
     describe(model)
     assert rebuilt == model.layers  # not the blocks in them again
 
@@ -867,8 +870,8 @@ def generated_block(rng):
         return "".join(rng.choice(list("abcdeopst"), rng.integers(least, 9)))
 
     class_name = "".join(some_word(1).title() for _ in range(rng.integers(1, 4)))
-    chosen = [NAMINGS[key] for key in rng.choice(list(NAMINGS), 8)]
-    words = [f"{some_word(3)}{number}" for number in range(8)]
+    chosen = tuple(NAMINGS[key] for key in rng.choice(list(NAMINGS), 8))
+    words = tuple(f"{some_word(3)}{number}" for number in range(8))
 
     class Inner(layers.Layer):
         def __init__(self, outer_name, kind, **kwargs):
@@ -938,7 +941,7 @@ def test_a_loaded_weight_keeps_its_maker(tmp_path):
     head = Tied(dense)
     head.build((None, 8))
     outer = keras.Sequential([keras.Input((4,)), dense, head])
-    owners = [owner.name for owner, _ in bridge.owned_variables(outer)]
+    owners = [owner.name for owner, _ in owned_variables(outer)]
     assert owners == ["maker", "maker"]
 
 
@@ -952,10 +955,10 @@ def test_applications_built_again_or_from_config_get_the_same_seeds(name):
         pytest.skip("Keras does not offer it there")
 
     def seeds(model):
-        owned = bridge.owned_variables(model)
-        paths = bridge.canonical_paths(model)
+        owned = owned_variables(model)
+        paths = canonical_paths(model)
         return [
-            f"{paths[id(owner)]}/{bridge.canonical_name(variable, owner)}"
+            f"{paths[id(owner)]}/{canonical_name(variable, owner)}"
             for owner, variable in owned
         ]
 

@@ -24,7 +24,8 @@ from keras_glorot import (
     compute_fans,
 )
 from keras_glorot._drawing.stream import TRUNCATED_STD
-from keras_glorot._keras import bridge
+from keras_glorot._keras import call_site
+from keras_glorot._keras.call_site import initializer_tables
 from keras_glorot.arguments import check_choice
 
 BOTH = pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
@@ -446,7 +447,7 @@ def is_stock():
 
 # Where Keras looks for objects that users registered: strings, up to Keras 3.15 only.
 NAMED: list = [{"class_name": "glorot_uniform", "config": {}}]
-if len(bridge.initializer_tables()) == 1:
+if len(initializer_tables()) == 1:
     NAMED.append("glorot_uniform")
 
 
@@ -547,17 +548,17 @@ def test_saved_initializers_are_left_alone_by_as_default():
 
 
 @pytest.fixture
-def bridge_without_tables(monkeypatch):
-    """A bridge that finds no table of names that Keras would look into."""
-    monkeypatch.setattr(bridge, "_is_searched", lambda table: False)
-    bridge.initializer_tables.cache_clear()
+def keras_without_tables(monkeypatch):
+    """No table of names is found that Keras would look into."""
+    monkeypatch.setattr(call_site, "_is_searched", lambda table: False)
+    initializer_tables.cache_clear()
     with pytest.warns(UserWarning, match="strings such as"):
-        bridge.initializer_tables()
+        initializer_tables()
     yield
-    bridge.initializer_tables.cache_clear()
+    initializer_tables.cache_clear()
 
 
-@pytest.mark.usefixtures("bridge_without_tables")
+@pytest.mark.usefixtures("keras_without_tables")
 def test_as_default_says_that_it_has_no_effect():
     message = "`as_default` can't change the names"
     with pytest.raises(RuntimeError, match=message), as_default():
@@ -566,7 +567,7 @@ def test_as_default_says_that_it_has_no_effect():
 
 
 def test_initialize_does_not_need_keras_to_know_our_names(monkeypatch):
-    for table in bridge.initializer_tables():
+    for table in initializer_tables():
         monkeypatch.delitem(table, "xavier_uniform")
     layer = keras.layers.Dense(2)
     layer.build((None, 3))

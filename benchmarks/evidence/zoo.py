@@ -34,7 +34,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from keras_glorot import GlorotUniform, calibrate, initialize, propagate
-from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.tree import sublayers
 from keras_glorot.tools.calibrate import measure_ends
 
 # fmt: off

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from keras_glorot import layer_rules
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import current_call_site
 
 LAYERS = keras.layers
 
@@ -46,7 +46,7 @@ class Clock(keras.initializers.Initializer):
         return keras.ops.zeros(shape, dtype)
 
     def ask(self, shape):
-        site = bridge.current_call_site(self)
+        site = current_call_site(self)
         layer_rules.kernel_fans(shape, *site)
         layer_rules.kernel_activation(*site)
         return site

@@ -22,9 +22,9 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.calls import copy_mask, error_reason, without_remat
 from keras_glorot._keras.graph import LOOPS, replaced_attribute
+from keras_glorot._keras.tree import additions, sublayer_paths, sublayers
 from keras_glorot._models.progress import Advance
 from keras_glorot._models.survey import Weight, describe, unique_paths
 
@@ -360,7 +360,7 @@ class _Listener:
         if first is None:
             return structure, None
         tapped, position = self.tap_tensor(first, of_value, self.of_tensor)
-        bridge.copy_mask(first, tapped)
+        copy_mask(first, tapped)
         origin = self._origin(first)
         if origin is not None:
             self._remember(tapped, origin)
@@ -392,7 +392,7 @@ class _Listener:
         return (len(self.notes) - 1,)
 
     def finish(self, signals: list[Signal]) -> list[Call]:
-        paths = bridge.sublayer_paths(self.model)
+        paths = sublayer_paths(self.model)
 
         def signal(position: int | None) -> Signal:
             return NO_TENSOR if position is None else signals[position]
@@ -466,7 +466,7 @@ def intercepted_call(
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))
         for layer in sublayers(model):
-            stack.enter_context(bridge.without_remat(layer))
+            stack.enter_context(without_remat(layer))
             for name, function in backends.compiled_methods(layer).items():
                 stack.enter_context(replaced_attribute(layer, name, function))
             wrapper = wrappers.get(id(layer))
@@ -476,7 +476,7 @@ def intercepted_call(
                 )
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        for addition in bridge.additions(model):
+        for addition in additions(model):
             if id(addition) in wrappers and not isinstance(addition, keras.Layer):
                 wrapper = wrappers[id(addition)]
                 stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
@@ -527,7 +527,7 @@ def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
 
 
 def _first_line(error: Exception) -> str:
-    return bridge.error_reason(error).splitlines()[0].removesuffix(".")
+    return error_reason(error).splitlines()[0].removesuffix(".")
 
 
 def is_float(value: Any) -> bool:

@@ -9,8 +9,15 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot._drawing.distributions import Distribution, keras_distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import BuildValue, CallSite, NotIsolatedError
+from keras_glorot._keras.call_site import CallSite, owned_variables
+from keras_glorot._keras.isolation import NotIsolatedError
+from keras_glorot._keras.rebuild import (
+    BuildValue,
+    may_assign,
+    may_hold_given_vectors,
+    rebuild_sources,
+)
+from keras_glorot._keras.tree import direct_sublayers, sublayer_paths
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.initializers import GLOROT
 from keras_glorot.layer_rules import (
@@ -93,7 +100,7 @@ def describe(model: keras.Layer, argument: str = "model") -> list[Weight]:
     """
     _check_built(model, argument)
     survey = _Survey(model)
-    owned = bridge.owned_variables(model)
+    owned = owned_variables(model)
     paths = unique_paths(survey.path(owner, variable) for owner, variable in owned)
     return [
         survey.describe(owner, variable, path)
@@ -197,7 +204,7 @@ class _Survey:
 
     def __init__(self, model: keras.Layer):
         self.model = model
-        self.layer_paths = bridge.sublayer_paths(model)
+        self.layer_paths = sublayer_paths(model)
         self.layer_ids = set(self.layer_paths)
         self.rebuilt: set[int] = set()
         self.sources: dict[int, Any] = {}
@@ -254,7 +261,7 @@ class _Survey:
         source = self.sources.get(id(variable))
         if isinstance(source, BuildValue):
             return _Origin(source)
-        if bridge.may_hold_given_vectors(owner, variable):
+        if may_hold_given_vectors(owner, variable):
             reason = "it may hold vectors given as `weights`, which Keras does not keep"
             return _Origin(reason=reason, is_data=not variable.trainable)
         origin = _origin_by_name(owner, variable)
@@ -279,9 +286,9 @@ class _Survey:
 
     def _learn_build_values(self, layer: keras.Layer) -> None:
         """Rebuilds the outermost layers whose `build` could assign to its variables."""
-        if bridge.may_assign(layer):
+        if may_assign(layer):
             self._rebuild(layer)
-        for child in bridge.direct_sublayers(layer):
+        for child in direct_sublayers(layer):
             if any(id(variable) not in self.sources for variable in child.weights):
                 self._learn_build_values(child)
 
@@ -289,7 +296,7 @@ class _Survey:
         if id(layer) in self.rebuilt:
             return
         self.rebuilt.add(id(layer))
-        sources, error = bridge.rebuild_sources(layer)
+        sources, error = rebuild_sources(layer)
         # What an outer layer assigns comes last.
         self.sources = sources | self.sources
         if error is not None:

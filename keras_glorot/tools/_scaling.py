@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.bridge import additions, direct_sublayers, sublayers
 from keras_glorot._keras.graph import replaced_attribute
+from keras_glorot._keras.tree import additions, direct_sublayers, sublayers
 from keras_glorot._models.passes import (
     Batch,
     Tap,

@@ -9,8 +9,8 @@ import keras
 from keras_glorot import _backends as backends
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import CallSite
+from keras_glorot._keras.call_site import CallSite
+from keras_glorot._keras.tree import optimizers
 from keras_glorot._models.survey import Weight, describe, distribution_of
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import known_gain
@@ -484,7 +484,7 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
 
 def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, bridge.optimizers(model)), default=0)
+    steps = max(map(_count_steps, optimizers(model)), default=0)
     kernels = [
         each
         for each in measured

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.tree import sublayers
 from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Weight, describe

@@ -17,7 +17,21 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import seed_words
+from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
+from keras_glorot._keras.rebuild import BuildValue, build_values
+from keras_glorot._keras.state import unmoved_generators
+from keras_glorot._keras.tree import (
+    canonical_name,
+    canonical_paths,
+    initial_state,
+    metrics,
+    optimizers,
+    seed_generators,
+    sublayer_paths,
+    sublayers,
+    untracked_variables,
+)
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Weight, describe
 from keras_glorot.gains import activation_gain
@@ -37,7 +51,7 @@ class _Assignment(NamedTuple):
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
-    built: bridge.BuildValue | None = None
+    built: BuildValue | None = None
     is_data: bool = False
 
 
@@ -125,7 +139,7 @@ def initialize(
     weights = describe(model)
     # An initializer without a seed makes one up.
     is_seeded = seed is not None
-    with bridge.unmoved_generators() if is_seeded else contextlib.nullcontext():
+    with unmoved_generators() if is_seeded else contextlib.nullcontext():
         kernel_initializer = find_initializer(initializer)
     if not callable(kernel_initializer):
         raise TypeError(
@@ -133,24 +147,24 @@ def initialize(
             f"'xavier_uniform'. Received: initializer={initializer}"
         )
     root = _root_seed(seed, kernel_initializer)
-    all_layers = bridge.sublayers(model)
+    all_layers = sublayers(model)
     selected = all_layers if layers is None else select_layers(all_layers, layers)
     selected_ids = {id(layer) for layer in selected}
-    derive = _seed_deriver(root, bridge.canonical_paths(model))
+    derive = _seed_deriver(root, canonical_paths(model))
 
     assignments = []
     for weight in weights:
         derived = derive(weight.owner, weight.variable)
         if layers is None or id(weight.owner) in selected_ids:
             assignments.append(_plan_weight(weight, kernel_initializer, derived))
-    layer_paths = bridge.sublayer_paths(model)
+    layer_paths = sublayer_paths(model)
     for layer in all_layers:
-        for generator in bridge.seed_generators(layer):
+        for generator in seed_generators(layer):
             derived = derive(layer, generator.state)
             if id(layer) in selected_ids:
                 path = f"{layer_paths[id(layer)]}/{generator.state.name}"
                 assignments.append(_plan_generator(layer, generator, path, derived))
-    for layer, variable in bridge.untracked_variables(model):
+    for layer, variable in untracked_variables(model):
         if id(layer) in selected_ids:
             path = f"{layer_paths[id(layer)]}/{variable.name}"
             assignments.append(_plan_untracked(layer, variable, path))
@@ -158,7 +172,7 @@ def initialize(
     _assign_all(assignments, verbose)
     unknown_rates = _reset_learning_rates(model)  # while the optimizers know their steps
     findings = _reset_optimizers(model) + unknown_rates
-    for metric in bridge.metrics(model):
+    for metric in metrics(model):
         with backends.writable(metric.variables):
             metric.reset_state()
 
@@ -198,7 +212,7 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     if is_unshared(seed):
         check_alone()
     if isinstance(seed, keras.random.SeedGenerator):
-        seed = int.from_bytes(np.array(bridge.seed_words(seed), ">u4").tobytes())
+        seed = int.from_bytes(np.array(seed_words(seed), ">u4").tobytes())
     if seed is None:
         seed = random.getrandbits(63)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -222,7 +236,7 @@ def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Laye
                 f"Received: layers={layers}, of which {layer} is not in the model."
             )
         for match in matches:
-            selected += bridge.sublayers(match)
+            selected += sublayers(match)
     return selected
 
 
@@ -234,7 +248,7 @@ def _seed_deriver(
 
     def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
         layer_path = layer_paths.get(id(owner), "")
-        path = f"{layer_path}/{bridge.canonical_name(variable, owner)}"
+        path = f"{layer_path}/{canonical_name(variable, owner)}"
         counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
@@ -249,7 +263,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
         row["done"] = f"not changed: {weight.reason}"
         return _Assignment(weight.variable, None, row, is_data=weight.is_data)
     initializer = weight.initializer
-    if isinstance(initializer, bridge.BuildValue):
+    if isinstance(initializer, BuildValue):
         return _plan_built(weight, initializer, row, seed)
     if weight.is_kernel and weight.fans is not None:
         initializer = kernel_initializer
@@ -265,9 +279,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     return _Assignment(weight.variable, new_value, row)
 
 
-def _plan_built(
-    weight: Weight, built: bridge.BuildValue, row: Row, seed: int
-) -> _Assignment:
+def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
     """First as declared: what the layer assigns can depend on it, or on other weights."""
     declared = built.declared
     distribution = weight.distribution_of(declared)
@@ -293,7 +305,7 @@ def _describe_initializer(initializer: Any) -> str:
 
 
 def _with_config(initializer: Any, **changes: Any) -> Any:
-    with bridge.unmoved_generators():
+    with unmoved_generators():
         return type(initializer).from_config({**initializer.get_config(), **changes})
 
 
@@ -360,11 +372,11 @@ def _plan_generator(
 def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> _Assignment:
     """The state of a recurrent layer starts again; of others nothing is known."""
     row = _empty_row(path, layer, variable)
-    if bridge.initial_state(layer, variable) is None:
+    if initial_state(layer, variable) is None:
         row["done"] = "not changed: Keras does not list it among the layer's variables"
         return _Assignment(variable, None, row)
     row["done"] = "initial state"
-    new_value = functools.partial(bridge.initial_state, layer, variable)
+    new_value = functools.partial(initial_state, layer, variable)
     return _Assignment(variable, new_value, row)
 
 
@@ -378,7 +390,7 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
             advance(size / max(1, sum(sizes)))
     # All of them are computed before one is assigned: they can depend on each other.
     built = [assignment.built for assignment in assignments if assignment.built]
-    values = bridge.build_values(built)
+    values = build_values(built)
     for source, value in zip(built, values, strict=True):
         backends.assign(source.variable, value)
 
@@ -388,7 +400,7 @@ def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
     log = getattr(getattr(model, "history", None), "history", {})
     severity = "warning" if any("learning_rate" in name for name in log) else "info"
     findings = []
-    for optimizer, rate, first in bridge.used_learning_rates(model):
+    for optimizer, rate, first in used_learning_rates(model):
         if first is not None:
             backends.assign(rate, first)
             continue
@@ -401,9 +413,9 @@ def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
 
 def _reset_optimizers(model: keras.Layer) -> list[Finding]:
     findings = []
-    for optimizer in bridge.optimizers(model):
+    for optimizer in optimizers(model):
         try:
-            values = bridge.optimizer_values(optimizer)
+            values = optimizer_values(optimizer)
             for variable, new_value in values:
                 backends.assign(variable, new_value())
         except Exception as error:  # from an optimizer of the user: anything

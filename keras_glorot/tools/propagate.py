@@ -7,8 +7,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_glorot._keras.bridge import sublayer_paths
 from keras_glorot._keras.graph import LOOPS
+from keras_glorot._keras.tree import sublayer_paths
 from keras_glorot._models.passes import Batch, Call, Moments, moments, record
 from keras_glorot._models.progress import progress
 from keras_glorot.gains import activation_growth
