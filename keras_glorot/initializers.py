@@ -26,7 +26,16 @@ from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
 
-__all__ = ["GlorotNormal", "GlorotOrthogonal", "GlorotUniform", "as_default"]
+__all__ = [
+    "GLOROT",
+    "GlorotNormal",
+    "GlorotOrthogonal",
+    "GlorotUniform",
+    "as_default",
+    "check_alone",
+    "find_initializer",
+    "is_unshared",
+]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
 _NO_LAYER = CallSite()

@@ -15,6 +15,7 @@ __all__ = [
     "following_activation",
     "has_registered_rule",
     "is_bias",
+    "is_normalization",
     "is_relu_like",
     "kernel_activation",
     "kernel_fans",

@@ -69,7 +69,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["TRUNCATED_STD", "draw", "native_name", "philox"]
+__all__ = [
+    "DTYPE_CODES",
+    "MOST_THREADS",
+    "TRUNCATED_STD",
+    "Bounds",
+    "Key",
+    "available_cores",
+    "draw",
+    "empty",
+    "knots",
+    "native_multiply",
+    "native_name",
+    "philox",
+    "share",
+    "state_words",
+    "static_key",
+    "stream_key",
+    "truncated_normal_quantile",
+    "words_of_blocks",
+]
 
 Bounds = tuple[tuple[int, int], ...]
 Form = Literal["uniform", "truncated_normal", "orthogonal"]

@@ -34,7 +34,12 @@ __all__ = [
     "Call",
     "Moments",
     "Signal",
+    "Tap",
+    "Tensor",
+    "differentiator",
     "intercepted_call",
+    "is_float",
+    "loops_around",
     "moments",
     "record",
 ]
