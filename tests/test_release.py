@@ -103,7 +103,13 @@ def test_a_wheel_without_the_kernel_is_for_any_python(tmp_path):
     shutil.copytree(ROOT / "keras_glorot", source / "keras_glorot")
     for each in (source / "keras_glorot" / "_drawing").glob("_native.*"):
         each.unlink()  # also the source: no compiler finds it
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "keras_glorot_cli.py"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "keras_glorot_cli.py",
+    ):
         shutil.copy(ROOT / name, source)
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
