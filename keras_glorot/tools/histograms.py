@@ -21,6 +21,7 @@ def plot_histograms(
     x: Any,
     y: Any = None,
     loss: Any = None,
+    *,
     seed: int = 0,
     layers: Iterable[str] | None = None,
     axes: Any = None,

@@ -96,12 +96,12 @@ def _picture_of(table: Table) -> dict[str, Callable[[], Any]]:
 
 
 def _signal_section(model: keras.Layer, x: Any, y: Any, loss: Any, seed: int) -> Section:
-    table = propagate(model, x, y, loss, seed)
+    table = propagate(model, x, y, loss, seed=seed)
     pictures = _picture_of(table)
     kernels = [row for row in table.rows[:-1] if row["kernel_gradient_std"] is not None]
     if len(kernels) > 1:
         label = "The distributions of activations and of gradients, layer by layer"
-        pictures[label] = lambda: plot_histograms(model, x, y, loss, seed)[0]
+        pictures[label] = lambda: plot_histograms(model, x, y, loss, seed=seed)[0]
     return Section("Signal and gradient", table, pictures)
 
 
