@@ -43,7 +43,7 @@ _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
-    """What the variants share: all but the form of the distribution."""
+    """All but the form of the distribution."""
 
     _is_unshared = False  # of what an older version pickled
 
@@ -214,7 +214,7 @@ class GlorotNormal(_Glorot):
     """Glorot (Xavier) normal initializer, truncated.
 
     Draws from a normal distribution truncated at two of its standard deviations, std',
-    with `std' = std / 0.8796256610342398`, so that what is left after truncation has
+    with `std' = std / 0.8796256610342398`, so that the truncated distribution has
     `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`. In half
     precision the largest is rounded, and can exceed it by half a unit in the last place.
 

@@ -97,7 +97,7 @@ def plot_histograms(
 
 
 _BINS = 81  # odd: zero is in the middle of one
-_LEAST = 1e-3  # what a sample can tell from nothing
+_LEAST = 1e-3  # less, a sample can't tell from nothing
 
 
 def _bands(samples: list[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
