@@ -67,6 +67,34 @@ def test_no_circle():
     TopologicalSorter({module: imports(module) for module in FILES}).prepare()
 
 
+def functions(module):
+    """The public functions of a module, with their arguments."""
+    return {
+        node.name: ast.unparse(node.args)
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def test_backends_have_the_same_names():
+    """A file of one backend answers to what the package asks of each, and to no more."""
+    asked = functions("_backends.common")
+    for backend in ("tensorflow", "jax", "torch"):
+        answered = functions(f"_backends.{backend}")
+        assert answered == {name: asked.get(name) for name in answered}
+
+
+def test_only_the_backends_know_which_one_it_is():
+    """In a report it is a word, and in `_fitting` a fault of Keras."""
+    asking = {
+        module
+        for module, path in FILES.items()
+        if "backend.backend()" in path.read_text(encoding="utf-8")
+    }
+    allowed = {"_backends", "_backends.traced", "tools.report", "tools._fitting"}
+    assert asking <= allowed
+
+
 def test_only_public_names_are_visible():
     import keras_glorot
 
