@@ -98,7 +98,8 @@ class Values:
         for bounds, part in self.parts():
             for index in blocks(part.shape):
                 places = tuple(map(_shift, index, part.shape, bounds))
-                sums, axes = part[index].astype(np.float64), list(range(part.ndim))
+                sums: Any = part[index].astype(np.float64)
+                axes = list(range(part.ndim))
                 for axis in reversed(free):
                     left = [each for each in axes if each != axis]
                     # Not `@`: starting BLAS threads costs more than the sum.
