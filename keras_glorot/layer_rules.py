@@ -1,7 +1,7 @@
 """What each Keras layer class means: the fans of its kernels, and its activations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import keras
@@ -151,7 +151,7 @@ def _standardize_activation(activation: Any) -> Activation | None:
 
 
 def following_activation(
-    layer: keras.Layer | None, variable: keras.Variable, layer_ids: set[int]
+    layer: keras.Layer | None, variable: keras.Variable, layer_ids: Container[int]
 ) -> Activation | None:
     """The activation that a kernel's output goes through; None where there is none.
 
@@ -270,7 +270,9 @@ _RULES: dict[type, Rule] = {
 
 
 def is_bias(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
-    return variable is not None and variable is getattr(layer, "bias", None)
+    if variable is None:
+        return False
+    return variable.name == "bias" or variable is getattr(layer, "bias", None)
 
 
 def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> bool:
