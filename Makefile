@@ -6,7 +6,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 NIGHTLY := .venv-nightly
 # What an installation is made from: when it changes, the native kernel is built again.
-PACKAGE := pyproject.toml setup.py keras_glorot/_drawing/_native.c
+PACKAGE := pyproject.toml setup.py keras_glorot/_drawing/_native.c keras_glorot/_drawing/_orthogonal.h
 DOCS := .venv-docs
 RELEASE := .venv-release
 # Where an environment keeps its programs.

@@ -1,4 +1,4 @@
-"""`GlorotUniform` and `GlorotNormal`: arguments, config, shape → distribution → draw."""
+"""`GlorotUniform` and its siblings: arguments, config, shape → distribution → draw."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from typing import Any, Self
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._backends.traced import traced_draw
+from keras_glorot._backends.traced import called_draw, traced_draw
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot._keras.call_site import (
     CallSite,
@@ -24,16 +24,16 @@ from keras_glorot._keras.call_site import (
 from keras_glorot._keras.state import is_random_seeded, is_shape_inference
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
-from keras_glorot.layer_rules import kernel_activation, kernel_fans
+from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
 
-__all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
+__all__ = ["GlorotNormal", "GlorotOrthogonal", "GlorotUniform", "as_default"]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
 _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
-    """What both variants share: all but the form of the distribution."""
+    """What the variants share: all but the form of the distribution."""
 
     _is_unshared = False  # of what an older version pickled
 
@@ -98,6 +98,9 @@ class _Glorot(keras.initializers.Initializer):
             check_alone()
         seed = seed_words(self.seed)
         if backends.is_tracing() or not isinstance(seed, tuple):
+            if distribution.matrices is not None:
+                draw = functools.partial(distribution.draw, shape, dtype)
+                return called_draw(draw, shape, dtype, seed, layout)
             form, scale = distribution.form, distribution.scale
             return traced_draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
@@ -264,12 +267,83 @@ class GlorotNormal(_Glorot):
         return Distribution.from_std("truncated_normal", gain * math.sqrt(2 / fan_sum))
 
 
+@keras.saving.register_keras_serializable("keras_glorot")
+class GlorotOrthogonal(_Glorot):
+    """Glorot (Xavier) orthogonal initializer.
+
+    Draws a random orthogonal matrix, uniform over the orthogonal group, or some of its rows
+    or columns, times `gain * sqrt(2 * max(rows, columns) / (fan_in + fan_out))`, with
+    inputs as rows and outputs as columns. All singular values are equal, and the variance
+    is that of its siblings, `gain² * 2 / (fan_in + fan_out)`. With as many outputs as
+    inputs and gain 1 a layer keeps every length, at any depth, forward and back.
+
+    There is a matrix of its own for each group of a convolution, each channel of a
+    depthwise one, each expert, each gate of a recurrent kernel. The window of a
+    convolution, also a transposed one, is zero but for one tap, the middle one (of an even
+    window the one before, of a causal one the last): so the matrix is the map of each
+    position, and it is larger than that of a dense layer by the root of the window's size
+    in its entries' std. The std of the whole kernel, zeros included, is Glorot's. The map
+    of the whole layer then has singular values that are all equal or, where a stride or a
+    border leaves positions out, zero. A depthwise kernel of one output for each channel is
+    a random sign.
+
+    Args:
+        gain: Factor on the singular values: a positive float; the name of an activation,
+            for `calculate_gain(name)`; or `"auto"`, for the gain of the `activation` of the
+            layer being built: 1 where it has none, or SELU or softmax. Defaults to 1.
+        seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has it.
+            A traced program calls the host for the draw, with the same bits, so TensorFlow
+            can't have XLA compile it.
+        input_axes: Axes of the kernel that are rows of the matrix. With `output_axes` they
+            decide, whatever the layer. An axis in both is one of the window, an axis in
+            neither is a batch axis, of which each index has its own matrix (experts).
+        output_axes: Axes of the kernel that are columns of the matrix.
+
+    Raises:
+        ValueError: If the gain is not positive and finite or not a known name, or axes
+            are repeated or given on one side only.
+        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
+            argument of another name (`**unknown` is there to say what is meant).
+
+    Example:
+
+    >>> kernel = keras.ops.convert_to_numpy(GlorotOrthogonal(seed=1)((64, 64)))
+    >>> bool(np.allclose(kernel.T @ kernel, np.eye(64), atol=1e-6))
+    True
+    >>> layer = keras.layers.Conv2D(64, 3, kernel_initializer="xavier_orthogonal")
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
+    - [Saxe et al., 2014](https://arxiv.org/abs/1312.6120), orthogonal kernels
+    - [Xiao et al., 2018](https://arxiv.org/abs/1806.05393), section 3.3: one tap
+    - [Mezzadri, 2007](https://arxiv.org/abs/math-ph/0609050), the uniform distribution
+    """
+
+    def distribution(
+        self, shape: tuple[int, ...], site: CallSite = _NO_LAYER
+    ) -> Distribution:
+        """What a kernel of this shape is drawn from, where it is made."""
+        std = super().distribution(shape, site).std
+        axes = None
+        if self.input_axes is not None and self.output_axes is not None:
+            axes = self.input_axes, self.output_axes
+        return Distribution.orthogonal(std, kernel_matrices(shape, *site, axes))
+
+    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
+        return Distribution.from_std("normal", gain * math.sqrt(2 / fan_sum))  # for its std
+
+
+GLOROT = (GlorotUniform, GlorotNormal, GlorotOrthogonal)
+
 # Keras itself has no name "xavier". Strings can have the registered names, too.
 _NAMES: dict[str, Any] = {
     "xavier_uniform": GlorotUniform,
     "xavier_normal": GlorotNormal,
+    "xavier_orthogonal": GlorotOrthogonal,
     "keras_glorot>GlorotUniform": GlorotUniform,
     "keras_glorot>GlorotNormal": GlorotNormal,
+    "keras_glorot>GlorotOrthogonal": GlorotOrthogonal,
 }
 for _table in initializer_tables():
     _table.update(_NAMES)

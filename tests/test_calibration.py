@@ -341,7 +341,7 @@ def test_the_ends_of_residual_networks_hold():
     """The first kernel stands inside a branch, the last ends one, small on purpose."""
     model, x = residual(6, add, layers.LayerNormalization), data(16, 6, 32)
     table = calibrate(model, x)
-    forward, backward, _ = calibrate.measure_ends(model, x)
+    forward, backward, _ = calibration.measure_ends(model, x)
     assert 0.5 < forward * backward < 2
     assert "unreached" not in codes(table)
 
@@ -353,7 +353,7 @@ def test_no_output_is_further_off_than_the_ends_need():
         x = layers.Multiply()([layers.Dense(32, "silu")(x), layers.Dense(32)(x)])
     model, x = fill(keras.Model(inputs, layers.Dense(3)(x))), data(64, 32)
     stds = np.array([row["std"] for row in calibrate(model, x)][:-1])
-    forward, backward, _ = calibrate.measure_ends(model, x)
+    forward, backward, _ = calibration.measure_ends(model, x)
     assert 0.5 < forward * backward < 2
     assert forward / backward < 0.01
     assert np.abs(np.log(stds / np.median(stds))).max() < math.log(4)
@@ -591,7 +591,7 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
         return trace
 
     original, tracer = calibration._solve, sys.gettrace()
-    monkeypatch.setattr(calibrate, "_solve", solve)
+    monkeypatch.setattr(calibration, "_solve", solve)
     line = 0
     for line in itertools.count(1):
         left = line

@@ -869,8 +869,8 @@ def generated_block(rng):
         return "".join(rng.choice(list("abcdeopst"), rng.integers(least, 9)))
 
     class_name = "".join(some_word(1).title() for _ in range(rng.integers(1, 4)))
-    chosen = [NAMINGS[key] for key in rng.choice(list(NAMINGS), 8)]
-    words = [f"{some_word(3)}{number}" for number in range(8)]
+    chosen = tuple(NAMINGS[key] for key in rng.choice(list(NAMINGS), 8))
+    words = tuple(f"{some_word(3)}{number}" for number in range(8))
 
     class Inner(layers.Layer):
         def __init__(self, outer_name, kind, **kwargs):

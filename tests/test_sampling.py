@@ -11,33 +11,16 @@ import sys
 import sysconfig
 import threading
 import time
-import types
 
 import ml_dtypes
 import mpmath
 import numpy as np
 import pytest
+from kernels import KERNELS, NATIVE, use_kernel
 from scipy import stats
 
 from keras_glorot._drawing import stream
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
-
-NATIVE = stream._native
-KERNELS = ["NumPy"] if NATIVE is None else ["NumPy", *NATIVE.CLONES]
-
-
-def use_kernel(name, monkeypatch):
-    """Lets NumPy or one clone of the native kernel draw."""
-    if name == "NumPy":
-        monkeypatch.setattr(stream, "_native", None)
-    else:
-        number = NATIVE.CLONES.index(name)
-        clone = types.SimpleNamespace(
-            CLONES=(name,),
-            philox=NATIVE.philox,
-            fill=lambda _, *arguments: NATIVE.fill(number, *arguments),
-        )
-        monkeypatch.setattr(stream, "_native", clone)
 
 
 @pytest.fixture(params=KERNELS)

@@ -8,7 +8,7 @@ a graph of single operations it would write an array after each.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ import numpy as np
 from keras_glorot import _backends as backends
 from keras_glorot._drawing import stream
 
-__all__ = ["traced_draw"]
+__all__ = ["called_draw", "traced_draw"]
 
 cast: Any = keras.ops.cast
 where: Any = keras.ops.where
@@ -61,11 +61,43 @@ def traced_draw(
         if form == "truncated_normal":
             drawn = stream.truncated_normal_quantile(drawn)
         drawn = drawn * scale
-    if layout is not None:
-        import jax
+    return drawn if layout is None else _spread(drawn, layout)
 
-        drawn = jax.lax.with_sharding_constraint(drawn, backends.jax_sharding(layout))
-    return drawn
+
+def called_draw(
+    draw: Callable[[Sequence[int]], np.ndarray],
+    shape: tuple[int, ...],
+    dtype: str,
+    seed_words: Sequence[int] | Any,
+    layout: Any = None,
+) -> Any:
+    """Has the program that is being traced call a function of the host each time it runs.
+
+    Args:
+        draw: From seed words to an array.
+        shape, dtype: The array's.
+        seed_words: Python integers, or the symbol of a `SeedGenerator`'s state.
+        layout: On JAX, how the tensor is to be spread over devices.
+    """
+    states = [] if isinstance(seed_words, tuple) else [seed_words]
+
+    def call(*states: Any) -> np.ndarray:
+        words = [stream.state_words(np.asarray(state)) for state in states]
+        return draw(*words or [seed_words]).astype(held, copy=False)
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        held = np.dtype(dtype)
+        tensor = tf.numpy_function(call, states, tf.as_dtype(dtype))
+        tensor.set_shape(shape)
+        return tensor
+    import jax
+
+    held = jax.dtypes.canonicalize_dtype(dtype)
+    result = jax.ShapeDtypeStruct(shape, held)
+    tensor = jax.pure_callback(call, result, *states, vmap_method="sequential")
+    return tensor if layout is None else _spread(tensor, layout)
 
 
 def _key(form: Any, shape: tuple[int, ...], dtype: str, seed_words: Any) -> Any:
@@ -169,6 +201,12 @@ def _halves(word: Any) -> tuple[Any, Any]:
     if keras.backend.backend() == "jax":  # it has 32 bits there
         return cast(word, "uint32"), np.uint32(0)
     return cast(word, "uint32"), cast(word // np.int64(1 << 32), "uint32")
+
+
+def _spread(tensor: Any, layout: Any) -> Any:
+    import jax
+
+    return jax.lax.with_sharding_constraint(tensor, backends.jax_sharding(layout))
 
 
 def _take(table: np.ndarray, indices: Any) -> Any:

@@ -9,7 +9,8 @@ two into four words.
 **Key.** Start with the key (0, 0). For each block of four words in the list below, the
 first two words of Philox4x32-10 at that counter become the new key. The list is
 
-    3, form (uniform 0, truncated normal 1), bits of the work dtype (32 or 64), rank,
+    3, form (uniform 0, truncated normal 1, orthogonal 2),
+    bits of the work dtype (32 or 64), rank,
     each extent of the shape as two words, low and high,
     the number of seed words, and how many 32-bit digits each of them has,
     zeros up to a full block,
@@ -18,7 +19,8 @@ first two words of Philox4x32-10 at that counter become the new key. The list is
 A seed word is an integer: it has two digits if they hold it, else as many as it needs. An
 int seed is one seed word; the state of a `SeedGenerator`, seed and counter, is two, which
 fill one block: a traced program makes its key with one call of Philox. The work dtype is
-float64 for float64 and float32 for all else.
+float64 for float64 and float32 for all else. (Orthogonal matrices have words, values and a
+contract of their own, in `orthogonal.py`.)
 
 **Words.** With the key (k0, k1), block b of the tensor is Philox4x32-10 of the counter
 (b modulo 2**32, b // 2**32, k0, k1). (That the key is in the counter too says nothing new:
@@ -70,7 +72,7 @@ import numpy as np
 __all__ = ["TRUNCATED_STD", "draw", "native_name", "philox"]
 
 Bounds = tuple[tuple[int, int], ...]
-Form = Literal["uniform", "truncated_normal"]
+Form = Literal["uniform", "truncated_normal", "orthogonal"]
 Key = tuple[int, int]
 
 # Part of every key. Whatever changes the bits of any draw must raise it.
@@ -79,7 +81,7 @@ VERSION = 3
 # The std that is left of a standard normal truncated at two: sqrt(1 - 4 φ(2) / erf(√2)).
 TRUNCATED_STD = 0.8796256610342398
 
-FORMS = {"uniform": 0, "truncated_normal": 1}
+FORMS = {"uniform": 0, "truncated_normal": 1, "orthogonal": 2}
 SEGMENTS = 1 << 12
 
 # What one thread takes at a time, in elements: long enough for the hand-over of Python's
@@ -137,6 +139,11 @@ def native_name() -> str:
     return f"native kernel, {_native.CLONES[-1]}"
 
 
+def native_multiply() -> Callable[..., None] | None:
+    """What multiplies reflections for `orthogonal.py`; None where NumPy must."""
+    return None if _native is None else _native.multiply
+
+
 def draw(
     form: Form,
     shape: Sequence[int],
@@ -163,7 +170,7 @@ def draw(
     shape = tuple(shape)
     dtype = np.dtype(dtype)
     runs = _Runs(shape, region)
-    out, memory = _empty(runs.shape, dtype)
+    out, memory = empty(runs.shape, dtype)
     if not out.size:
         return out
     name = _name_of(dtype)
@@ -175,7 +182,7 @@ def draw(
     if out.size < WORTH_THREADS or (workers := _worker_count(out.size, piece)) == 1:
         fill(0, out.size)
     else:
-        _share(fill, out.size, piece, workers)
+        share(fill, out.size, piece, workers)
     return out
 
 
@@ -223,6 +230,13 @@ def static_key(
     extents = [half for size in shape for half in (size & _MASK, size >> 32)]
     counts = [len(digit_counts), *digit_counts]
     return _absorb((0, 0), (VERSION, FORMS[form], bits, len(shape), *extents, *counts))
+
+
+def state_words(state: np.ndarray) -> tuple[int, ...]:
+    """The seed words that the state of a `SeedGenerator` stands for."""
+    if state.dtype == np.int32:
+        state = state.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
+    return tuple(state.tolist())
 
 
 def _digits(word: int) -> tuple[int, ...]:
@@ -298,7 +312,7 @@ def _worker_count(size: int, piece: int) -> int:
     return min(-(-size // piece), available_cores(), MOST_THREADS)
 
 
-def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
+def share(fill: Fill, size: int, piece: int, workers: int) -> None:
     """Calls `fill(start, stop)` for each piece, on threads."""
     todo = deque(range(0, size, piece))
 
@@ -324,7 +338,7 @@ def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
             other.result()
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
     """An uninitialized array and its bytes, on a boundary where backends can adopt it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8).data
@@ -340,14 +354,14 @@ def available_cores() -> int:
 
 # Elements by the native kernel -----------------------------------------------------------
 
-_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
 
 def _native_filler(
     memory: memoryview, dtype: str, form: Form, key: Key, scale: float, runs: _Runs
 ) -> tuple[Fill, int]:
     steps = b"".join(struct.pack("=QQ", *step) for step in runs.steps)
-    code = _CODES[dtype]
+    code = DTYPE_CODES[dtype]
     factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
 
     def fill(start: int, stop: int) -> None:

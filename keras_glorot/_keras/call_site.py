@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._drawing.stream import state_words
 from keras_glorot._keras.calls import get_keras_mask, set_keras_mask
 from keras_glorot._keras.state import get_global_attribute
 from keras_glorot._keras.tree import Tree, downstream_operations, own_variables
@@ -260,7 +261,4 @@ def seed_words(seed: "int | keras.random.SeedGenerator") -> tuple[int, ...] | An
     state = seed.next()
     if backends.is_symbolic(state):
         return state
-    words = np.asarray(keras.ops.convert_to_numpy(state))
-    if words.dtype == np.int32:
-        words = words.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
-    return tuple(words.tolist())
+    return state_words(np.asarray(keras.ops.convert_to_numpy(state)))

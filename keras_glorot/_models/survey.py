@@ -21,7 +21,7 @@ from keras_glorot._keras.rebuild import (
 )
 from keras_glorot._keras.tree import Tree
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.initializers import GLOROT
 from keras_glorot.layer_rules import (
     Activation,
     fans_by_rule,
@@ -37,7 +37,7 @@ Axes = tuple[Sequence[int], Sequence[int]]
 # `kernel_initializer` and the like are the arguments for kernels.
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
-_SCALED_BY_FANS = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 
 
 class Survey(Tree):
@@ -119,6 +119,10 @@ class Weight:
         return tuple(self.variable.shape)
 
     @property
+    def site(self) -> CallSite:
+        return CallSite(self.owner, self.variable)
+
+    @property
     def initializer(self) -> Any:
         """What it was made with; None if that is not known."""
         return self._origin.initializer
@@ -153,8 +157,7 @@ class Weight:
 
     def distribution_of(self, initializer: Any) -> Distribution | None:
         """What another initializer would draw this weight from."""
-        site = CallSite(self.owner, self.variable)
-        return distribution_of(initializer, self.shape, self._counts, site, self._axes)
+        return distribution_of(initializer, self.shape, self._counts, self.site, self._axes)
 
     @functools.cached_property
     def is_kernel(self) -> bool:
@@ -253,7 +256,7 @@ def distribution_of(
     The axes that it declares come before `axes`, those that its weight is known to have.
     """
     own = _declared_axes(initializer)
-    if isinstance(initializer, GlorotUniform | GlorotNormal):
+    if isinstance(initializer, GLOROT):
         if own is None and axes is not None:
             initializer = copy.copy(initializer)
             initializer.input_axes, initializer.output_axes = axes

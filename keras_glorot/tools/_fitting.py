@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.values import CHUNK
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Weight
 from keras_glorot.initializers import GlorotNormal
@@ -58,6 +59,8 @@ def best_fit(
     plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
+    orthogonal = [d for d in plausible if _is_nearly_orthogonal(weight, d)]
+    plausible = orthogonal or plausible
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
     known = any(_has_form(statistics, distribution) for distribution in plausible)
 
@@ -136,6 +139,9 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
     """Whether a std is wrong: by more than the tolerance and more than chance allows."""
     if statistics.size < 2 or not distribution.std:
         return False
+    if distribution.form == "orthogonal":  # where nothing is left to chance
+        share = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
+        return abs(math.sqrt(share) / distribution.std - 1) > _TOLERANCE
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
     # in small tensors. In large ones, uniform and truncated values scatter less.
     degrees_of_freedom = statistics.size - 1.0
@@ -265,27 +271,78 @@ def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None
 
 
 def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    """Whether the matrix keeps the length of one random vector, from its short side.
-
-    A matrix that is not orthogonal but has the same std changes it by a share of about
-    1 / sqrt(2 n), n the long side: that is seen up to a million rows.
-    """
-    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    last = len(weight.shape) - 1
-    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
-    values, merged = backends.values(weight.variable), [tuple(range(last)), (last,)]
-    product = values.project(merged, 1 if columns <= rows else 0, vector)
-    ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
     # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
-    return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))
+    tolerance = max(1e-3, 2 * _rounding(weight))
+    return bool(max(_disorder(weight, distribution)) < tolerance)
+
+
+def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
+    """Whether it can't be chance that the matrices are as orthogonal as they are."""
+    matrices = distribution.matrices_of(weight.shape)
+    disorder = np.median(_disorder(weight, distribution))
+    if matrices is None or math.isinf(disorder):
+        return False
+    if matrices.size < math.prod(weight.shape):
+        return True  # zeros beside the tap
+    # Of independent values its square is a chi-squared variable over `long`, with `short`
+    # degrees of freedom, whose cube root is all but normal (Wilson and Hilferty).
+    long, short = sorted((matrices.rows, matrices.columns))[::-1]
+    spread = 2 / (9 * short)
+    least = max(0.0, 1 - spread - _SIGMAS * math.sqrt(spread))
+    return bool(disorder < math.sqrt(least**3 * short / long))
+
+
+def _disorder(weight: Weight, distribution: Distribution) -> np.ndarray:
+    """How far each matrix M moves a random vector v if Mᵀ M v / scale² should be v.
+
+    As a share of its length. M has v on its short side. Infinite where the first look tells
+    that the values are not from such matrices: most weights need not be read to the end.
+    One row of n that is another one moves v by about sqrt(2 / n): more than 1e-3, up to two
+    million rows.
+    """
+    matrices = distribution.matrices_of(weight.shape)
+    values = backends.values(weight.variable)
+    if matrices is None or not matrices.size or not weight.shape:
+        return np.array([math.inf])
+    lengths = matrices.first_lengths(values)
+    slack = max(0.02, 4 / max(matrices.rows, matrices.columns))  # one value can be wrong
+    if np.abs(lengths / distribution.scale - 1).min() > slack:
+        return np.array([math.inf])
+    values = values[(slice(None),) * len(weight.shape)]
+    stack = matrices.stack(values)
+    if matrices.rows < matrices.columns:
+        stack = stack.swapaxes(1, 2)
+    if np.count_nonzero(values) > np.count_nonzero(stack):
+        return np.array([math.inf])
+    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(stack.shape[2])
+    moved = _back_and_forth(stack, vector) / distribution.scale**2 - vector
+    return np.sqrt((moved * moved).sum(1) / (vector * vector).sum())
+
+
+def _back_and_forth(stack: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """For each matrix M the product Mᵀ M v, in float64, a part at a time."""
+    count, rows, columns = stack.shape
+    deep = min(count, max(1, CHUNK // (rows * columns)))
+    high = min(rows, max(1, CHUNK // columns))
+    total = np.zeros((count, columns))
+    for i in range(0, count, deep):
+        for j in range(0, rows, high):
+            part = stack[i : i + deep, j : j + high].astype(np.float64)
+            # Not `@`: starting BLAS threads costs more than the sum.
+            image = np.einsum("ijk,k->ij", part, vector)
+            total[i : i + deep] += np.einsum("ijk,ij->ik", part, image)
+    return total
 
 
 def collision(weight: Weight, distribution: Distribution) -> float:
     """A bound of the chance that two values are equal.
 
     The coarsest generators draw multiples of eps (of the dtype) times the limit. Around a
-    mean other than zero, and below the normal numbers, the dtype itself is coarser.
+    mean other than zero, and below the normal numbers, the dtype itself is coarser. In an
+    orthogonal matrix some of the values are free; here each of them counts for a part.
     """
     info = ml_dtypes.finfo(weight.variable.dtype)
     steps = 2 * float(info.eps) * (1 + abs(distribution.mean) / distribution.std)
-    return min(1.0, steps + float(info.smallest_subnormal) / distribution.std)
+    chance = min(0.5, steps + float(info.smallest_subnormal) / distribution.std)
+    matrices = distribution.matrices_of(weight.shape)
+    return chance if matrices is None else chance ** matrices.free_share(-math.log2(chance))

@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.call_site import CallSite
 from keras_glorot._models.survey import Survey, Weight, distribution_of
 from keras_glorot.fans import compute_fans
 from keras_glorot.gains import known_gain
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.layer_rules import is_relu_like, unit_axis, window_rank
+from keras_glorot.initializers import GLOROT, GlorotOrthogonal
+from keras_glorot.layer_rules import (
+    is_relu_like,
+    kernel_matrices,
+    unit_axis,
+    window_rank,
+)
 from keras_glorot.tables import Finding, Layout, Row, Severity, Table
 from keras_glorot.tables.plots import RATIOS
 from keras_glorot.tools._fitting import (
@@ -36,8 +42,7 @@ __all__ = ["CODES", "audit", "audited"]
 _GLOROT = (
     keras.initializers.GlorotNormal,
     keras.initializers.GlorotUniform,
-    GlorotNormal,
-    GlorotUniform,
+    *GLOROT,
 )
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 _UNEXPLAINED = f"The values do not match the declared initializer. {_REINITIALIZE}"
@@ -54,11 +59,12 @@ def audit(model: keras.Layer) -> Table:
     it does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
     activation that has no known gain).
 
-    A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
-    the activation. Std and mean are called wrong if they are off by more than 5 % and by
-    more than six standard errors. In a small tensor, six standard errors can be much more
-    than 5 %. Weights from an initializer that is neither Keras's nor ours can't be
-    compared.
+    A kernel is also right if it is what `initialize` draws: Glorot, uniform, normal or
+    orthogonal, with gain 1 or that of the activation. Std and mean are called wrong if they
+    are off by more than 5 % and by more than six standard errors. In a small tensor, six
+    standard errors can be much more than 5 %. An orthogonal matrix leaves nothing to
+    chance: from 32 rows and columns on, one wrong row is found. Weights from an initializer
+    that is neither Keras's nor ours can't be compared.
 
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
@@ -186,10 +192,18 @@ def _measure_weight(weight: Weight) -> _Measured:
     repeats = []
     random = _random(weight, expected)
     if random is not None and statistics.std and statistics.is_finite:
-        values = backends.values(weight.variable)
+        values = _values_drawn(weight, random)
         window = window_rank(weight.owner, weight.shape)
         repeats = list(find_repeats(values, window, collision(weight, random)))
     return _Measured(weight, statistics, expected, fault, repeats, gain)
+
+
+def _values_drawn(weight: Weight, random: Distribution) -> Values:
+    """The values of a weight, without those beside a tap, which are always zero."""
+    values = backends.values(weight.variable)
+    if random.matrices is None or not random.matrices.window:
+        return values
+    return Values.of(random.matrices.at_tap(values))
 
 
 def _random(weight: Weight, expected: Distribution | None) -> Distribution | None:
@@ -203,6 +217,7 @@ def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]
     for std in _glorot_stds(weight, gain):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
+        yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
 def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
@@ -393,6 +408,8 @@ def _check_recurrent(subject: _Measured) -> _Verdict | None:
         return None
     if "recurrent" not in subject.weight.variable.name:
         return None
+    if isinstance(subject.weight.initializer, GlorotOrthogonal):
+        return None  # its singular values are equal: it is made for that
     message = (
         f"{subject.initializer_name} on a recurrent kernel: repeated multiplication makes "
         "the state vanish or explode."
@@ -466,9 +483,9 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
         if not weight.is_kernel:
             return False
         random = Distribution.from_std("normal", statistics.std)
-    # The entries of an orthogonal matrix hang together: at least a third are free.
-    free = statistics.size / (3 if random.form == "orthogonal" else 1)
-    return not can_be_chance(len(measured), free, collision(weight, random))
+    matrices = random.matrices_of(weight.shape)
+    size = statistics.size if matrices is None else matrices.size
+    return not can_be_chance(len(measured), size, collision(weight, random))
 
 
 def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
