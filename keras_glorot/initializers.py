@@ -43,10 +43,7 @@ class _Glorot(keras.initializers.Initializer):
         seed: "int | keras.random.SeedGenerator | None" = None,
         input_axes: Sequence[int] | None = None,
         output_axes: Sequence[int] | None = None,
-        **unknown: Any,
     ):
-        if unknown:
-            raise TypeError(_explain_unknown(type(self).__name__, unknown))
         self.gain = _standardize_gain(gain)
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
@@ -200,8 +197,7 @@ class GlorotUniform(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
-            argument of another name (`**unknown` is there to say what is meant).
+        TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
@@ -249,8 +245,7 @@ class GlorotNormal(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
-            argument of another name (`**unknown` is there to say what is meant).
+        TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
@@ -302,8 +297,7 @@ class GlorotOrthogonal(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
-            argument of another name (`**unknown` is there to say what is meant).
+        TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
@@ -555,14 +549,3 @@ def _deserialize_seed(seed: Any) -> Any:
             f"None as its seed. Received: seed={seed}"
         )
     return keras.random.SeedGenerator(arguments.get("seed"), name=arguments.get("name"))
-
-
-def _explain_unknown(name: str, unknown: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{argument}={value!r}" for argument, value in unknown.items())
-    text = f"{name} has the arguments gain, seed, input_axes and output_axes only."
-    if "scale" in unknown:
-        text += (
-            " In place of the `scale` of `VarianceScaling` it takes the square root of it "
-            "as `gain`."
-        )
-    return f"{text} Received: {listed}"

@@ -1,6 +1,6 @@
 """Right fans in every layer, whichever way Keras comes to build it.
 
-The right numbers are written out by hand here; test_connections.py counts them.
+The right numbers are written out by hand here; test_layer_rules_counted.py counts them.
 """
 
 import math

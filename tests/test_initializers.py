@@ -618,16 +618,6 @@ def test_configs_that_are_no_dictionaries(cls, config):
         cls.from_config(config)
 
 
-@ALL
-def test_unknown_arguments_name_the_class_and_the_way_out(cls):
-    with pytest.raises(TypeError, match=f"^{cls.__name__} has the arguments gain") as error:
-        cls(scale=2)
-    assert "the square root of it as `gain`" in str(error.value)
-    assert str(error.value).endswith("Received: scale=2")
-    with pytest.raises(TypeError, match=r"Received: mode='fan_in', distribution='n'$"):
-        cls(mode="fan_in", distribution="n")
-
-
 @pytest.mark.parametrize(
     ("gain", "meant"), [("rleu", "relu"), ("Tanh", "tanh"), ("geluu", "gelu")]
 )

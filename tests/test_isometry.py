@@ -8,7 +8,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from test_connections import CONFIGURATIONS_PER_LAYER, KINDS
+from layer_kinds import CONFIGURATIONS_PER_LAYER, KINDS
 
 from keras_glorot import GlorotOrthogonal, compute_fans
 

@@ -5,7 +5,6 @@ imports whom.
 """
 
 import ast
-import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,13 +20,24 @@ FILES = {
         if path != PACKAGE / "__init__.py"
     },
 }
-ROOMS = sorted({name.split(".")[0] for name in FILES})
-
-
-def rooms():
-    """Those that CONTRIBUTING.md lists, from the top down."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+# From the top down.
+ORDER = [
+    "__main__",
+    "keras_glorot_cli",
+    "cli",
+    "tools",
+    "_models",
+    "initializers",
+    "layer_rules",
+    "_keras",
+    "gains",
+    "_backends",
+    "_drawing",
+    "tables",
+    "fans",
+    "installed",
+    "arguments",
+]
 
 
 def imports(module):
@@ -43,16 +53,15 @@ def imports(module):
     return found & set(FILES)
 
 
-def test_the_map_has_every_room_once():
-    assert sorted(rooms()) == ROOMS
+def test_the_order_has_every_room_once():
+    assert sorted(ORDER) == sorted({name.split(".")[0] for name in FILES})
 
 
 def test_imports_point_downwards():
-    order = rooms()
     for module in FILES:
         room = module.split(".")[0]
         reached = {name.split(".")[0] for name in imports(module)} - {room}
-        upward = reached - set(order[order.index(room) + 1 :])
+        upward = reached - set(ORDER[ORDER.index(room) + 1 :])
         assert not upward, f"{module} imports {sorted(upward)}, which stand above it"
 
 
@@ -67,6 +76,72 @@ def test_no_circle():
     TopologicalSorter({module: imports(module) for module in FILES}).prepare()
 
 
+def taken(module):
+    """By module, the names that others take from it: by import, or as an attribute."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    modules, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_gl"):
+            source = node.module.removeprefix("keras_glorot.")
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}".removeprefix("keras_glorot.")
+                if name in FILES:
+                    modules[alias.asname or alias.name] = name
+                else:
+                    found.add((source, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add((modules.get(node.value.id), node.attr))
+    return found
+
+
+def test_each_module_lists_the_names_that_others_take():
+    used = {pair for path in FILES.values() for pair in taken(path)}
+    for module, path in FILES.items():
+        listed = all_of(path)
+        names = {name for source, name in used if source == module}
+        assert names <= listed, f"{module} does not list {sorted(names - listed)}"
+        assert listed <= defined(path), f"{module} has no {sorted(listed - defined(path))}"
+
+
+def all_of(path):
+    """The names in the `__all__` of a file."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def defined(path):
+    """The names that a file gives a value at its top level."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.Import() | ast.ImportFrom():
+                names |= {alias.asname or alias.name for alias in node.names}
+            case ast.Assign() | ast.AnnAssign():
+                names |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return names
+
+
+def test_tests_import_neither_tests_nor_benchmarks():
+    """What two of them need is a helper."""
+    tests = ROOT / "tests"
+    files = [*tests.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    others = {path.stem for path in files}
+    for path in tests.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        sources = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom | ast.Import)
+            for name in (getattr(node, "module", None), *(each.name for each in node.names))
+        }
+        assert not sources & others, f"{path.name} imports {sorted(sources & others)}"
+
+
 def test_only_public_names_are_visible():
     import keras_glorot
 
@@ -76,5 +151,5 @@ def test_only_public_names_are_visible():
 
 
 if __name__ == "__main__":
-    for name in sorted(FILES, key=lambda name: rooms().index(name.split(".")[0])):
+    for name in sorted(FILES, key=lambda name: ORDER.index(name.split(".")[0])):
         print(f"{name:16} imports {', '.join(sorted(imports(name))) or 'nothing'}")

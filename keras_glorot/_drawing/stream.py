@@ -100,7 +100,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 # q(x) / x = N(s) / D(s), s = 1 - x², highest power first, D without its leading 1: the
 # quantile function of a normal truncated at ±2, with a relative error of 9e-16. Derived
-# by benchmarks/fit_quantile.py. All positive: no digits are lost.
+# by benchmarks/derivations/fit_quantile.py. All positive: no digits are lost.
 _NUMERATOR = (
     0.2236046036044907, 13.710309516450966, 121.44752932855654,
     351.75594752834684, 438.53870101827914, 268.6122732133559, 86.15634884592819,

@@ -113,8 +113,9 @@ def _uses(code: types.CodeType, owner: str | None, cells: frozenset[str]) -> _Us
 
 
 def _loads_setter(loaded: dis.Instruction | None) -> bool:
-    is_global = loaded is not None and loaded.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    return is_global and loaded.argval in ("setattr", "delattr")
+    if loaded is None or loaded.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
+        return False
+    return loaded.argval in ("setattr", "delattr")
 
 
 def _is_own(loaded: dis.Instruction | None, owner: str | None, first: bool = False) -> bool:

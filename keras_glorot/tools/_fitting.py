@@ -18,7 +18,6 @@ __all__ = [
     "Statistics",
     "best_fit",
     "collision",
-    "has_strays",
     "is_off",
     "measure",
 ]
@@ -95,8 +94,7 @@ def _fault(
     return None
 
 
-# What can speak against a distribution: the later in this list, the more. (A stray says
-# less than a form: what is declared uniform is not truncated normal for one stray.)
+# What can speak against a distribution: the later in this list, the more.
 _FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
 
 
@@ -171,12 +169,10 @@ def _is_out_of_bounds(
     weight: Weight, statistics: Statistics, distribution: Distribution
 ) -> bool:
     reach = _reach(statistics, distribution)
-    if math.isinf(distribution.bound):
-        # No bound, but where among so many values chance puts not one.
-        return statistics.size * _normal_tail(reach / distribution.std) < ONE_IN
-    if reach <= _limit(weight, distribution):
-        return False
-    return not _are_strays(weight, statistics, distribution)
+    if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
+        # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
+        return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
+    return reach > _limit(weight, distribution)
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:
@@ -204,49 +200,17 @@ def _normal_tail(sigmas: float) -> float:
     return math.erfc(sigmas / math.sqrt(2))
 
 
-def _are_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether what lies out of bounds is what Keras's PyTorch backend lets through.
+def _has_no_bound(weight: Weight, distribution: Distribution) -> bool:
+    """Whether it is a truncated normal of Keras's PyTorch backend, which has strays.
 
-    It draws each value of a truncated normal distribution from a normal one up to four
-    times, and keeps the first of the four where none was within two stds.
+    Keras draws each value from a normal distribution up to four times, and keeps the
+    first of the four where none was within two stds.
     """
-    if not _lets_strays_through(weight, distribution):
-        return False
-    size, outside = statistics.size, _normal_tail(2.0)
-    sigmas = _reach(statistics, distribution) / distribution.scale
-    if size * outside**3 * _normal_tail(sigmas) < ONE_IN:
-        return False
-    expected = size * outside**4
-    count = _count_strays(weight, distribution)
-    if count <= expected:
-        return True
-    # Chernoff's bound of the chance that a Poisson variable reaches the count.
-    log_chance = count - expected + count * math.log(expected / count)
-    return log_chance > math.log(ONE_IN)
-
-
-def has_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether values lie out of bounds, by the fault of Keras's PyTorch backend."""
-    reach = _reach(statistics, distribution)
-    return _lets_strays_through(weight, distribution) and reach > _limit(
-        weight, distribution
-    )
-
-
-def _lets_strays_through(weight: Weight, distribution: Distribution) -> bool:
     return (
         keras.backend.backend() == "torch"
         and distribution.form == "truncated_normal"
         and distribution == weight.distribution
         and not isinstance(weight.initializer, GlorotNormal)
-    )
-
-
-def _count_strays(weight: Weight, distribution: Distribution) -> int:
-    limit = _limit(weight, distribution)
-    return sum(
-        int(np.count_nonzero(np.abs(chunk - distribution.mean) > limit))
-        for chunk in backends.values(weight.variable).chunks()  # on PyTorch: all of them
     )
 
 

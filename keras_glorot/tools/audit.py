@@ -26,7 +26,6 @@ from keras_glorot.tools._fitting import (
     Statistics,
     best_fit,
     collision,
-    has_strays,
     is_off,
     measure,
 )
@@ -106,7 +105,6 @@ def audited(survey: Survey) -> Table:
     measured = [_measure_weight(weight) for weight in survey.weights]
     findings = [finding for subject in measured for finding in _check(subject)]
     findings += _find_twins(measured)
-    findings += _find_strays(measured)
     trained = _find_trained(survey, measured)
     if trained is not None:
         kernels = {each.weight.path for each in measured if each.weight.is_kernel}
@@ -438,7 +436,7 @@ _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
 
 
 # What `audit` can find, by code.
-CODES = (*_CHECKS, "twin", "strays", "trained")
+CODES = (*_CHECKS, "twin", "trained")
 
 
 def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
@@ -486,26 +484,6 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
     matrices = random.matrices_of(weight.shape)
     size = statistics.size if matrices is None else matrices.size
     return not can_be_chance(len(measured), size, collision(weight, random))
-
-
-def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
-    """One finding for all weights with values that Keras's PyTorch backend let through."""
-    found = [subject for subject in measured if _has_strays(subject)]
-    if found:
-        others = f" and {len(found) - 1} more weights" if len(found) > 1 else ""
-        message = (
-            f"This weight{others} have a few values beyond two stds: Keras's truncated "
-            "normal lets some through on PyTorch."
-        )
-        advice = "Use 'xavier_normal' where that matters."
-        yield Finding("info", "strays", found[0].weight.path, message, advice)
-
-
-def _has_strays(subject: _Measured) -> bool:
-    weight, expected = subject.weight, subject.expected
-    if expected is None or subject.fault is not None or not subject.is_finite:
-        return False
-    return has_strays(weight, subject.statistics, expected)
 
 
 def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:

@@ -1,6 +1,6 @@
 """What it costs to ask the layer for its fans, in microseconds per variable.
 
-    KERAS_BACKEND=tensorflow python benchmarks/fans_cost.py
+    KERAS_BACKEND=tensorflow python benchmarks/speed/fans_cost.py
 
 It is the thread's processor time from the call of an initializer until it knows fans
 and activation; the drawing is left out. Each variable asks once, with caches as the

@@ -1,7 +1,7 @@
 """Time and memory of `initialize` and `audit` where a model spans two processes.
 
-    KERAS_BACKEND=jax python benchmarks/processes.py --rank 0 &
-    KERAS_BACKEND=jax python benchmarks/processes.py --rank 1
+    KERAS_BACKEND=jax python benchmarks/speed/processes.py --rank 0 &
+    KERAS_BACKEND=jax python benchmarks/speed/processes.py --rank 1
 
 Two kernels of 8192 x 8192 are spread over two processes of this machine with two devices
 each. Prints for each process the resident memory, sampled every millisecond, beyond what

@@ -1,6 +1,6 @@
 """What `calibrate` does to whole networks: signal and gradient from end to end.
 
-    KERAS_BACKEND=torch python benchmarks/zoo.py GROUP [MODEL ...]
+    KERAS_BACKEND=torch python benchmarks/evidence/zoo.py GROUP [MODEL ...]
 
 GROUP is `issue`, `applications`, `hub`; `cost`, which measures passes and seconds alone, on
 any backend; or `show`, which writes the report again.
@@ -316,8 +316,8 @@ def measure(name, build, anyinit_modes):
 HEADING = """\
 # What `calibrate` does to whole networks: signal / gradient from end to end
 
-Written by `benchmarks/zoo.py`, which says what is measured. A signal or a gradient of 1
-keeps its scale.
+Written by `benchmarks/evidence/zoo.py`, which says what is measured. A signal or a
+gradient of 1 keeps its scale.
 
 - norm: BatchNormalization as identity or as training sees it; "-": there is none.
 - AnyInit: version 0.4.0, the mode whose worse end is nearer to 1.

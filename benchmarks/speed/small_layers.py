@@ -1,6 +1,6 @@
 """What part of the time to build a model of 1,000 small layers goes into drawing.
 
-    KERAS_BACKEND=jax python benchmarks/small_layers.py
+    KERAS_BACKEND=jax python benchmarks/speed/small_layers.py
 
 CPU time of three models, the median, after one that warms up: of all that happens inside
 the initializer, of what in it makes the values, of what hands them over to the backend,

@@ -1,7 +1,7 @@
 """Several processes on this machine that run one program together.
 
-`python tests/together.py NAME RANK ADDRESS` is one of two; the last line that it prints is
-its result, in JSON.
+`python tests/helpers/together.py NAME RANK ADDRESS` is one of two; the last line that
+it prints is its result, in JSON.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def run_together(backend, name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,

@@ -1,6 +1,6 @@
 """How fast weights are drawn: ours against every installed backend's own Glorot.
 
-    python benchmarks/draw.py [--json FILE] [--only arrays|threads|models|memory]
+    python benchmarks/speed/draw.py [--json FILE] [--only arrays|threads|models|memory]
 
 One process per backend draws ours, Keras's and the framework's own by turns, so that
 what else the machine does meets all alike. Figures are medians; the spread is the range

@@ -1,7 +1,7 @@
 """`audit` and `initialize` on every backbone of KerasHub and all of `keras.applications`.
 
-    KERAS_BACKEND=torch python benchmarks/model_zoo.py > benchmarks/model_zoo.md
-    KERAS_BACKEND=torch python benchmarks/model_zoo.py MixtralBackbone VGG16
+    cd benchmarks/evidence; KERAS_BACKEND=torch python model_zoo.py > model_zoo.md
+    KERAS_BACKEND=torch python benchmarks/evidence/model_zoo.py MixtralBackbone VGG16
 
 For each model: what `audit` finds on the stock model and why; what `initialize` leaves and
 why; what `audit` finds afterwards; whether each constant is what building the model again
@@ -49,8 +49,6 @@ CAUSES = {
     "recurrent": "Glorot on a recurrent kernel",
     "activation": "the layer has an activation that Keras does not know",
 }
-if keras.backend.backend() == "torch":
-    CAUSES["strays"] = "PyTorch's truncated normal gives up after four tries"
 UNEXPLAINED = "UNEXPLAINED"
 
 

@@ -9,7 +9,7 @@ of one degree, in 60 decimal digits. All coefficients come out positive, so that
 evaluating them for 0 <= s <= 1 loses no digits, and s = 0 (the bounds, q = ±2) is a
 node, so that the bounds are exact.
 
-Run it:  python benchmarks/fit_quantile.py     (needs mpmath and SciPy)
+Run it:  python benchmarks/derivations/fit_quantile.py     (needs mpmath and SciPy)
 """
 
 import mpmath as mp

@@ -1,12 +1,12 @@
 """How fast orthogonal kernels are drawn: ours against Keras's `Orthogonal`.
 
-    python benchmarks/orthogonal.py [--sides 64 512 4096] [--backends torch] [--cpu]
+    python benchmarks/speed/orthogonal.py [--sides 64 512 4096] [--backends torch] [--cpu]
 
-One process per backend draws by turns, as `benchmarks/draw.py` does. Figures are medians,
-by the clock or, which is less changed by other work on the machine, by the processor
-(`--cpu`). Keras's first draw of a shape, in which JAX compiles, does not count. Memory is
-the growth of the largest resident set over the kernel's size, each in a fresh process.
-`defect` is the largest entry of QᵀQ - I, in float64.
+One process per backend draws by turns, as `benchmarks/speed/draw.py` does. Figures are
+medians, by the clock or, which is less changed by other work on the machine, by the
+processor (`--cpu`). Keras's first draw of a shape, in which JAX compiles, does not count.
+Memory is the growth of the largest resident set over the kernel's size, each in a fresh
+process. `defect` is the largest entry of QᵀQ - I, in float64.
 """
 
 import argparse

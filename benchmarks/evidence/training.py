@@ -1,8 +1,8 @@
 """Does the initialization matter? Deep nets without normalization, trained briefly.
 
-    python benchmarks/training.py
-    python benchmarks/training.py --datasets digits --nets mlp --methods stock initialize
-    python benchmarks/training.py --report
+    python benchmarks/evidence/training.py
+    python benchmarks/evidence/training.py --datasets digits --nets mlp --methods stock
+    python benchmarks/evidence/training.py --report
 
 Every finished training is one line of the results file. Start the same command again
 after an interruption and it goes on where it was; `--report` only prints the tables. To

@@ -1,6 +1,6 @@
 """How long it takes until somebody who copies the README's first blocks sees a result.
 
-    python benchmarks/first_result.py [BACKEND ...]
+    python benchmarks/speed/first_result.py [BACKEND ...]
 
 Each backend runs the first three Python blocks as one script in a process of its own,
 imports and all: lines of code, seconds of wall and of CPU time.
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 def main(backends):

@@ -1,7 +1,7 @@
 """Time and memory of `initialize` and `audit` on whole models.
 
-    KERAS_BACKEND=jax python benchmarks/whole_models.py EfficientNetB0 MobileNetV2
-    KERAS_BACKEND=jax python benchmarks/whole_models.py --parameters 1e9
+    KERAS_BACKEND=jax python benchmarks/speed/whole_models.py EfficientNetB0 MobileNetV2
+    KERAS_BACKEND=jax python benchmarks/speed/whole_models.py --parameters 1e9
 
 The second builds one Dense layer of that size, and measures the resident memory, sampled
 every millisecond, beyond what the model itself holds.

@@ -1,7 +1,7 @@
 """Draws inside traced programs, ours against Keras's own; and what a shard costs.
 
-    python benchmarks/programs.py [--size N] [--rounds N] [--only shards|tensorflow|xla|jax]
-                                  [--whose ours|stock]
+    python benchmarks/speed/programs.py [--size N] [--rounds N] [--whose ours|stock]
+                                        [--only shards|tensorflow|xla|jax]
 
 Each program runs in a process of its own, ours and the stock one by turns of processes:
 the first call, with its compilation, then the later ones (least and median of wall and of

@@ -9,8 +9,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from cases import CASES, data, fill, mlp
 from keras import layers
-from test_propagation import CASES, data, fill, mlp
 
 import keras_glorot
 from keras_glorot import _backends as backends

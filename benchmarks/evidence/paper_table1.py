@@ -4,7 +4,7 @@ Networks of five hidden layers of 1000 units learn Shapeset-3×2 and 5,000 digit
 MNIST by plain SGD, from "standard" and from "normalized" (Glorot) weights. What differs
 from the paper is the number of updates, 5 million there, and the size of MNIST.
 
-    python benchmarks/paper_table1.py --datasets shapeset --updates 10000 --seeds 5
+    python benchmarks/evidence/paper_table1.py --datasets shapeset --updates 10000 --seeds 5
 
 10,000 updates take about two minutes on one core. Every finished training is one line
 of the results file. Start the same command again after an interruption and it goes on

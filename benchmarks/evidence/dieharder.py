@@ -1,6 +1,8 @@
 """Holds the stream against the battery of statistical tests in `dieharder`.
 
-    python benchmarks/dieharder.py [STREAM ...]     (Debian: apt-get install dieharder)
+    python benchmarks/evidence/dieharder.py [STREAM ...]
+
+(Debian: apt-get install dieharder)
 
 Streams of 32-bit words, each of which goes through `dieharder -a`, for an hour or so:
 
@@ -11,8 +13,8 @@ Streams of 32-bit words, each of which goes through `dieharder -a`, for an hour 
 - `uniform`: the first 16 bits of float32 values, two in a word.
 - `truncated_normal`: the same of what the exact distribution function makes of them.
 
-The table of p-values goes to benchmarks/dieharder/STREAM.txt. About one p-value in 100 is
-called WEAK by chance (p < 0.005 or > 0.995); FAILED means beyond 1e-6.
+The table of p-values goes to benchmarks/evidence/dieharder/STREAM.txt. About one p-value
+in 100 is called WEAK by chance (p < 0.005 or > 0.995); FAILED means beyond 1e-6.
 """
 
 import pathlib

@@ -1,7 +1,8 @@
 """Calls the native kernel with arguments at random: it fills its part of `out`, or raises.
 
-`python tests/fuzz_native.py FILE COUNT` does it COUNT times with a build of `_native.c`, in
-a process of its own, which a wrong kernel would end. `tests/test_native.py` runs it.
+`python tests/helpers/fuzz_native.py FILE COUNT` does it COUNT times with a build of
+`_native.c`, in a process of its own, which a wrong kernel would end.
+`tests/test_native.py` runs it.
 """
 
 import array
