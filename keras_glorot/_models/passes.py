@@ -33,9 +33,8 @@ from keras_glorot._backends.signals import (
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
 from keras_glorot._keras.calls import copy_mask, error_reason, without_remat
 from keras_glorot._keras.graph import LOOPS, replaced_attribute
-from keras_glorot._keras.tree import additions, sublayer_paths, sublayers
 from keras_glorot._models.progress import Advance
-from keras_glorot._models.survey import Weight, describe, unique_paths
+from keras_glorot._models.survey import Survey, Weight, unique_paths
 
 __all__ = [
     "NO_TENSOR",
@@ -222,7 +221,7 @@ def _fit(shapes: list[tuple[int, ...]], declared: list[tuple[int | None, ...]]) 
 
 
 def record(
-    model: keras.Layer,
+    survey: Survey,
     batch: Batch,
     training: bool = True,
     of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
@@ -232,7 +231,7 @@ def record(
     """Calls the model once and differentiates it once.
 
     Args:
-        model: A built model or layer.
+        survey: Of the model.
         batch: What to call it on.
         training: Whether BatchNormalization uses the statistics of the batch.
         of_output: Summarizes the output of a layer. Defaults to `of_tensor`.
@@ -243,8 +242,8 @@ def record(
         The calls in order of execution; the last one is the model's. The layers that were
         called where nothing is seen.
     """
-    weights = describe(model)  # checks the model
-    listener = _Listener(model, weights, of_output, of_tensor, advance)
+    model = survey.root
+    listener = _Listener(survey, of_output, of_tensor, advance)
     unseen: list[keras.Layer] = []
 
     @contextlib.contextmanager
@@ -257,7 +256,7 @@ def record(
             listener.kernel_positions[layer] = position
         # What the model would change, such as a random state, stays in the scope.
         scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
-        call = intercepted_call(batch, model, x, listener.wrappers(), training)
+        call = intercepted_call(batch, survey, x, listener.wrappers(), training)
         with scope, call as (outputs, unseen[:]):
             advance(0.5, "gradients")
             yield batch.objective(outputs), []
@@ -282,20 +281,18 @@ class _Listener:
 
     def __init__(
         self,
-        model: keras.Layer,
-        weights: list[Weight],
+        survey: Survey,
         of_output: Callable[[keras.Layer, np.ndarray], Any] | None,
         of_tensor: Summary,
         advance: Advance,
     ):
-        self.model, self.advance = model, advance
+        self.survey, self.advance = survey, advance
         self.of_output, self.of_tensor = of_output, of_tensor
-        self.loops = loops_around(model)
         self.kernels: dict[int, Weight] = {}
-        for weight in weights:
+        for weight in survey.weights:
             owner = weight.owner
             if weight.fans and owner is not None and "float" in weight.variable.dtype:
-                self.kernels.setdefault(id(self.loops.get(id(owner), owner)), weight)
+                self.kernels.setdefault(id(survey.loops.get(id(owner), owner)), weight)
         self.kernel_positions: dict[int, int] = {}
 
     def start(self, tap: Tap) -> None:
@@ -310,20 +307,20 @@ class _Listener:
         """What replaces the `call` of each layer that can be listened to."""
         layers = [
             layer
-            for layer in sublayers(self.model)
-            if self.loops.get(id(layer), layer) is layer
+            for layer in self.survey.layers
+            if self.survey.loops.get(id(layer), layer) is layer
         ]
         self.expected_calls = len(layers)
         return {id(layer): self._wrapper(layer) for layer in layers}
 
     def _wrapper(self, layer: keras.Layer) -> Callable:
-        always = layer is self.model or isinstance(layer, LOOPS)
-        always |= len(sublayers(layer)) == 1
+        is_root = layer is self.survey.root
+        always = is_root or isinstance(layer, LOOPS) or not self.survey.children(layer)
 
         def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
             before = len(self.notes)
             self.advance(0.5 * min(1.0, before / self.expected_calls), layer.name)
-            if layer is self.model and not before:
+            if is_root and not before:
                 self._remember_inputs((args, kwargs))
             parents = self._origins_of((args, kwargs))
             (args, kwargs), input_position = self._tap_first((args, kwargs), self.of_tensor)
@@ -388,7 +385,7 @@ class _Listener:
         return (len(self.notes) - 1,)
 
     def finish(self, signals: list[Signal]) -> list[Call]:
-        paths = sublayer_paths(self.model)
+        paths = self.survey.paths
 
         def signal(position: int | None) -> Signal:
             return NO_TENSOR if position is None else signals[position]
@@ -440,7 +437,7 @@ class _Place:
 @contextlib.contextmanager
 def intercepted_call(
     batch: Batch,
-    model: keras.Layer,
+    survey: Survey,
     x: Any,
     wrappers: dict[int, Callable],
     training: bool,
@@ -461,7 +458,7 @@ def intercepted_call(
         stack.enter_context(backends.without_compilation())
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))
-        for layer in sublayers(model):
+        for layer in survey.layers:
             stack.enter_context(without_remat(layer))
             for name, function in backends.compiled_methods(layer).items():
                 stack.enter_context(replaced_attribute(layer, name, function))
@@ -472,11 +469,11 @@ def intercepted_call(
                 )
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        for addition in additions(model):
+        for addition in survey.additions:
             if id(addition) in wrappers and not isinstance(addition, keras.Layer):
                 wrapper = wrappers[id(addition)]
                 stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
-        outputs = batch.call(model, x)
+        outputs = batch.call(survey.root, x)
         place.is_over = True
         yield outputs, list(place.unseen.values())
 
@@ -511,15 +508,6 @@ def _replaced_remat(is_other_thread: Callable[[], bool]) -> Any:
 def _call_in_training(call: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("training", None)
     return call(inputs, True, *args[1:], **kwargs)
-
-
-def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
-    """By `id` of each layer in a loop (and of the loop itself), the outermost such loop."""
-    loops: dict[int, keras.Layer] = {}
-    for layer in sublayers(model):
-        if isinstance(layer, LOOPS):
-            loops = {id(inner): layer for inner in sublayers(layer)} | loops
-    return loops
 
 
 def _first_line(error: Exception) -> str:
