@@ -1,6 +1,6 @@
 """Rules of Keras's layer classes: the fans of their kernels, and their activations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import keras
@@ -184,7 +184,7 @@ def _standardize_activation(activation: Any) -> Activation | None:
 
 
 def following_activation(
-    layer: keras.Layer | None, variable: keras.Variable, layer_ids: set[int]
+    layer: keras.Layer | None, variable: keras.Variable, layer_ids: Container[int]
 ) -> Activation | None:
     """The activation that a kernel's output goes through; None where there is none.
 
@@ -297,7 +297,9 @@ _RULES: dict[type, _Rule] = {
 
 
 def is_bias(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
-    return variable is not None and variable is getattr(layer, "bias", None)
+    if variable is None:
+        return False
+    return variable.name == "bias" or variable is getattr(layer, "bias", None)
 
 
 def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> bool:

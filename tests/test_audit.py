@@ -13,7 +13,7 @@ from planted_faults import ARCHITECTURES, FAULTS, audit_fault, false_findings
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
-from keras_glorot._keras.call_site import owned_variables
+from keras_glorot._keras.tree import Tree
 from keras_glorot.tables.view import View
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -28,7 +28,7 @@ def paths_with(code, model):
 
 
 def kernel(model):
-    for _, variable in owned_variables(model):
+    for _, variable in Tree(model).owned_weights:
         if variable.name == "kernel" and math.prod(variable.shape) > 300:
             return variable
     raise LookupError

@@ -15,8 +15,6 @@ from keras import layers
 import keras_glorot
 from keras_glorot import _backends as backends
 from keras_glorot import calibrate, propagate
-from keras_glorot._keras.call_site import owned_variables
-from keras_glorot._models import survey
 from keras_glorot.tools import _scaling
 from keras_glorot.tools import calibrate as calibration
 
@@ -607,19 +605,6 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
             sys.settrace(tracer)
     assert line > 50
     assert snapshot(model) != before
-
-
-def test_the_weights_of_a_model_are_surveyed_once(monkeypatch):
-    model, x = CASES["convnet"]()
-    surveyed = []
-    owners = owned_variables
-    monkeypatch.setattr(
-        survey,
-        "owned_variables",
-        lambda model: surveyed.append(model) or owners(model),
-    )
-    calibrate(model, x)
-    assert surveyed == [model]
 
 
 @pytest.mark.parametrize(

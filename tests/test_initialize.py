@@ -14,7 +14,7 @@ from models import WITH_STATE, convnet, nested_attention, recurrent
 
 import keras_glorot
 from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, initialize
-from keras_glorot._keras.tree import sublayers
+from keras_glorot._keras.tree import Tree
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()
@@ -616,7 +616,7 @@ def test_placement_stays():
 
 def test_every_layer_of_keras_applications_blocks_is_walked():
     model = nested_attention()
-    assert len(sublayers(model)) > len(model.layers)
+    assert len(Tree(model).layers) > len(model.layers)
     assert keras_glorot.initialize is initialize
 
 

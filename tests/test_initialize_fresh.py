@@ -12,11 +12,10 @@ import rich.progress
 from models import convnet
 
 from keras_glorot import audit, initialize, layer_fans, register_fans
-from keras_glorot._keras.call_site import owned_variables
 from keras_glorot._keras.rebuild import rebuild_sources
-from keras_glorot._keras.tree import canonical_name, canonical_paths, sublayers
+from keras_glorot._keras.tree import Tree
 from keras_glorot._models import survey
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 optimizers: Any = keras.optimizers
@@ -214,7 +213,7 @@ def test_states_of_recurrent_layers_start_again():
         model = keras.Sequential([keras.Input(batch_shape=shape), rnn])
         states = [
             state
-            for layer in sublayers(rnn)
+            for layer in Tree(rnn).layers
             if isinstance(layer, layers.RNN)
             for state in keras.tree.flatten(layer.states)
         ]
@@ -334,7 +333,7 @@ def test_what_build_assigns_is_what_fresh_means(make):
         results.append(values(model.variables))
     assert_equal(*results)
     found = {}
-    for weight, new, built in zip(describe(model), results[0], fresh, strict=True):
+    for weight, new, built in zip(Survey(model).weights, results[0], fresh, strict=True):
         found.setdefault(weight.variable.name, []).append(new)
         if weight.variable.name in ("ids", "bias", "kernel"):
             np.testing.assert_array_equal(new, built)
@@ -501,7 +500,7 @@ def test_the_model_can_know_what_its_layer_does_not():
     np.testing.assert_array_equal(model.layers[-1].table, np.ones((2, 2)))
 
 
-def test_describe_changes_nothing():
+def test_a_survey_changes_nothing():
     layer = Unconfigured(object())
     layer.build((None, 6))
     before = values(layer.variables)
@@ -509,7 +508,7 @@ def test_describe_changes_nothing():
     inside = {name: id(value) for name, value in vars(layer.offsets).items()}
     paths = [variable.path for variable in layer.variables]
     initialize(layer, seed=0)
-    describe(layer)
+    layer_fans(layer)
     assert {name: id(value) for name, value in vars(layer).items()} == held
     assert {name: id(value) for name, value in vars(layer.offsets).items()} == inside
     assert [variable.path for variable in layer.variables] == paths
@@ -526,7 +525,7 @@ def test_each_layer_is_rebuilt_once_per_survey(monkeypatch):
         return original(layer)
 
     monkeypatch.setattr(survey, "rebuild_sources", note)
-    describe(model)
+    layer_fans(model)
     assert rebuilt == model.layers  # not the blocks in them again
 
 
@@ -916,7 +915,7 @@ def test_a_block_gets_the_same_weights_whatever_its_number(number):
         model = keras.Sequential([keras.Input((4,)), each])
         initialize(model, seed=3)
         drawn.append(values(model.weights))
-    names = [weight.path for weight in describe(blocks[1])]
+    names = [weight.path for weight in Survey(blocks[1]).weights]
     for other in drawn[1:]:
         for mine, its, name in zip(drawn[0], other, names, strict=True):
             np.testing.assert_array_equal(mine, its, err_msg=name)
@@ -941,7 +940,7 @@ def test_a_loaded_weight_keeps_its_maker(tmp_path):
     head = Tied(dense)
     head.build((None, 8))
     outer = keras.Sequential([keras.Input((4,)), dense, head])
-    owners = [owner.name for owner, _ in owned_variables(outer)]
+    owners = [owner.name for owner, _ in Tree(outer).owned_weights]
     assert owners == ["maker", "maker"]
 
 
@@ -955,12 +954,8 @@ def test_applications_built_again_or_from_config_get_the_same_seeds(name):
         pytest.skip("Keras does not offer it there")
 
     def seeds(model):
-        owned = owned_variables(model)
-        paths = canonical_paths(model)
-        return [
-            f"{paths[id(owner)]}/{canonical_name(variable, owner)}"
-            for owner, variable in owned
-        ]
+        tree = Tree(model)
+        return [tree.seed_path(*owned) for owned in tree.owned_weights]
 
     with keras.StatelessScope(initialize_variables=False):
         build = getattr(keras.applications, name)

@@ -96,10 +96,16 @@ def taken(module):
 
 
 def test_each_module_lists_the_names_that_others_take():
-    used = {pair for path in FILES.values() for pair in taken(path)}
+    used = {module: taken(path) for module, path in FILES.items()}
     for module, path in FILES.items():
-        listed = all_of(path)
-        names = {name for source, name in used if source == module}
+        listed = all_of(FILES["_backends.common"] if module == "_backends" else path)
+        folder = module.rpartition(".")[0]
+        names = {
+            name
+            for user, pairs in used.items()
+            for source, name in pairs
+            if source == module and not (folder and user.startswith(folder))
+        }
         assert names <= listed, f"{module} does not list {sorted(names - listed)}"
 
 
@@ -126,6 +132,34 @@ def test_tests_import_neither_tests_nor_benchmarks():
                 case _:
                     continue
             assert not sources & others, f"{path.name} imports {sorted(sources & others)}"
+
+
+def functions(module):
+    """The public functions of a module, with their arguments."""
+    return {
+        node.name: ast.unparse(node.args)
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def test_backends_have_the_same_names():
+    """A file of one backend answers to what the package asks of each, and to no more."""
+    asked = functions("_backends.common")
+    for backend in ("tensorflow", "jax", "torch"):
+        answered = functions(f"_backends.{backend}")
+        assert answered == {name: asked.get(name) for name in answered}
+
+
+def test_only_the_backends_know_which_one_it_is():
+    """In a report it is a word, and in `_fitting` a fault of Keras."""
+    asking = {
+        module
+        for module, path in FILES.items()
+        if "backend.backend()" in path.read_text(encoding="utf-8")
+    }
+    allowed = {"_backends", "_backends.traced", "tools.report", "tools._fitting"}
+    assert asking <= allowed
 
 
 def test_only_public_names_are_visible():

@@ -34,7 +34,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from keras_glorot import GlorotUniform, calibrate, initialize, propagate
-from keras_glorot._keras.tree import sublayers
+from keras_glorot._keras.tree import Tree
 from keras_glorot.tools.calibrate import measure_ends
 
 # fmt: off
@@ -291,7 +291,7 @@ def measure(name, build, anyinit_modes):
     model, x = build()
     stock = model.get_weights()
     norms = [
-        each for each in sublayers(model) if isinstance(each, layers.BatchNormalization)
+        each for each in Tree(model).layers if isinstance(each, layers.BatchNormalization)
     ]
     for training in (False, True) if norms else (True,):
         view = "training" if training else "identity"

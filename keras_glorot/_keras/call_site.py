@@ -23,12 +23,7 @@ from keras_glorot import _backends as backends
 from keras_glorot._drawing.stream import state_words
 from keras_glorot._keras.calls import get_keras_mask, set_keras_mask
 from keras_glorot._keras.state import get_global_attribute
-from keras_glorot._keras.tree import (
-    downstream_operations,
-    find_owners,
-    own_variables,
-    sublayers,
-)
+from keras_glorot._keras.tree import Tree, downstream_operations, own_variables
 
 try:
     from keras.src.initializers import ALL_OBJECTS_DICT
@@ -40,7 +35,7 @@ __all__ = [
     "CallSite",
     "current_call_site",
     "initializer_tables",
-    "owned_variables",
+    "owned_weights",
     "seed_words",
 ]
 
@@ -76,16 +71,13 @@ def _find_call_site(initializer: Any) -> CallSite:
     return CallSite(callers[-1] if is_layer else None)
 
 
-def owned_variables(
-    layer: keras.Layer,
+def owned_weights(
+    tree: Tree,
 ) -> list[tuple[keras.Layer | None, keras.Variable]]:
-    """Each of `layer.weights` with the layer, in any nested model, that made it.
-
-    None in its place where Keras does not tell.
-    """
+    """Each weight with the layer that made it; None in its place if Keras does not tell."""
     if not _is_keras_as_expected():
-        return [(None, variable) for variable in layer.weights]
-    return find_owners(layer)
+        return [(None, variable) for variable in tree.root.weights]
+    return tree.owned_weights
 
 
 class _Deferred(threading.local):
@@ -108,7 +100,7 @@ class _Deferred(threading.local):
             self.owners = {
                 id(owned): (weakref.ref(layer), weakref.ref(model))
                 for model in models
-                for layer, owned in find_owners(model)
+                for layer, owned in Tree(model).owned_weights
                 if layer is not None
             }
         layer, model = self._look_up(variable) or (None, None)
@@ -180,13 +172,14 @@ def _probe() -> bool:
         )
         model(entry.output)
         dropout, kernel = model.dropout, model.inner.weights[0]
+        tree = Tree(model)
         found = (
             # The symbolic call asks first, if at all.
             all(site is not None and site.layer is model.inner for site in sites),
             sites[-1] == CallSite(model.inner, kernel),
-            find_owners(model) == [(model.inner, kernel)],
+            tree.owned_weights == [(model.inner, kernel)],
             own_variables(model.inner) == [kernel],
-            set(map(id, sublayers(model))) == set(map(id, (model, model.inner, dropout))),
+            set(map(id, tree.layers)) == set(map(id, (model, model.inner, dropout))),
             dropout._seed_generators == [dropout.seed_generator],
             downstream_operations(entry) == [model],
             get_keras_mask is not None and set_keras_mask is not None,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.tree import direct_sublayers, sublayers
+from keras_glorot._keras.tree import Tree, direct_sublayers
 
 __all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
 
@@ -144,7 +144,7 @@ class _Tracer:
     def trace(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Graph:
         args, kwargs = arguments
         with keras.StatelessScope(), contextlib.ExitStack() as stack:
-            for layer in sublayers(self.model):
+            for layer in Tree(self.model).layers:
                 stack.enter_context(_restored_nodes(layer))
                 if _is_open(layer):
                     call = self._call_inside(layer, layer.symbolic_call)

@@ -10,7 +10,7 @@ import keras
 
 from keras_glorot import _backends as backends
 from keras_glorot._keras.state import unmoved_generators
-from keras_glorot._keras.tree import attributes, optimizers, signature, unique
+from keras_glorot._keras.tree import attributes, signature, unique
 
 __all__ = ["optimizer_values", "used_learning_rates"]
 
@@ -76,7 +76,7 @@ _first_rates: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary(
 
 
 def used_learning_rates(
-    layer: keras.Layer,
+    optimizers: list[keras.optimizers.Optimizer],
 ) -> list[tuple[keras.optimizers.Optimizer, keras.Variable, float | None]]:
     """The learning rate of each optimizer that has made steps, with its first value.
 
@@ -84,7 +84,7 @@ def used_learning_rates(
     its first step.
     """
     found = []
-    for optimizer in optimizers(layer):
+    for optimizer in optimizers:
         rate: Any = getattr(optimizer, "_learning_rate", None)
         if not isinstance(rate, keras.Variable):
             continue  # a schedule, which follows the steps

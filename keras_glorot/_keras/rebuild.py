@@ -26,11 +26,11 @@ from keras_glorot._keras.state import (
     unmoved_generators,
 )
 from keras_glorot._keras.tree import (
+    Tree,
     attributes,
     direct_sublayers,
     own_variables,
     signature,
-    sublayers,
 )
 
 __all__ = [
@@ -297,7 +297,7 @@ class _Replica:
         self.original = original
         self.keeps_built = False
         self.copies: dict[int, tuple[Any, Any]] = {}  # with the original: `id`s come again
-        members = sublayers(original)
+        members = Tree(original).layers
         self.left_out = {id(each) for layer in members for each in own_variables(layer)}
         self.code: list[tuple[str, Any]] = [(type(m).__name__, type(m)) for m in members]
         self.failed: list[str] = []

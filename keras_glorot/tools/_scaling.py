@@ -16,7 +16,6 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._keras.graph import replaced_attribute
-from keras_glorot._keras.tree import additions, direct_sublayers, sublayers
 from keras_glorot._models.passes import (
     Batch,
     Tap,
@@ -24,10 +23,9 @@ from keras_glorot._models.passes import (
     differentiator,
     intercepted_call,
     is_float,
-    loops_around,
     moments,
 )
-from keras_glorot._models.survey import Weight
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import is_normalization
 
 __all__ = ["Measured", "Measurement", "Site", "find_sites", "scaled"]
@@ -47,19 +45,15 @@ class Site(NamedTuple):
 
 
 def find_sites(
-    model: keras.Layer, weights: list[Weight], selected: list[keras.Layer] | None
+    survey: Survey, selected: set[int]
 ) -> tuple[list[Site], list[tuple[Weight, str]]]:
     """What may be scaled, and what may not, with the reason."""
-    loops = loops_around(model)
-    selected_ids = None if selected is None else {id(layer) for layer in selected}
+    loops = survey.loops
     by_owner: dict[int, list[Weight]] = {}
     left = []
-    for weight in weights:
-        variable = weight.variable
-        is_float = keras.backend.is_float_dtype(variable.dtype)
-        if weight.fans is None or not is_float or variable.name == "bias":
-            continue
-        if selected_ids is not None and id(weight.owner) not in selected_ids:
+    for weight in survey.weights:
+        is_float = keras.backend.is_float_dtype(weight.variable.dtype)
+        if weight.fans is None or not is_float or id(weight.owner) not in selected:
             continue
         reason = _reason_to_leave(weight, loops)
         if reason:
@@ -158,18 +152,15 @@ class Measurement:
 
     def __init__(
         self,
-        model: keras.Layer,
+        survey: Survey,
         batch: Batch,
-        weights: list[Weight],
         sites: list[Site],
         training: bool,
     ):
-        self.model, self.batch, self.sites, self.training = model, batch, sites, training
+        self.survey, self.batch, self.sites, self.training = survey, batch, sites, training
         self.differentiate = differentiator(self._run)
-        self.additions = additions(model)
-        loops = loops_around(model)
-        owners = [weight.owner for weight in weights if _is_table(weight)]
-        self.tables = [owner for owner in owners if id(owner) not in loops]
+        owners = [weight.owner for weight in survey.weights if _is_table(weight)]
+        self.tables = [owner for owner in owners if id(owner) not in survey.loops]
         self.unseen: list[keras.Layer] = []
         self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
@@ -180,7 +171,7 @@ class Measurement:
         free = np.float32(targets is not None)
         targets = np.zeros(len(self.sites)) if targets is None else targets
         signals, extras = self.differentiate(
-            [variable.value for variable in self.model.variables],
+            [variable.value for variable in self.survey.root.variables],
             self.batch.x,
             ops.convert_to_tensor(targets.astype(np.float32)),
             ops.convert_to_tensor(free),
@@ -249,10 +240,10 @@ class Measurement:
         self.others: dict[int, Tensor] = {}
         self.stem: int | None = None
         self.normalized: set[int] = set()
-        variables = self.model.variables
+        variables = self.survey.root.variables
         self.scope = keras.StatelessScope(zip(variables, values, strict=True))
         wrappers = self._wrappers()
-        call = intercepted_call(self.batch, self.model, x, wrappers, self.training)
+        call = intercepted_call(self.batch, self.survey, x, wrappers, self.training)
         with self.scope, call as (outputs, self.unseen):
             one = ops.ones(())
             factors = [self.factors.get(i, one) for i in range(len(self.sites))]
@@ -268,15 +259,15 @@ class Measurement:
 
     def _wrappers(self) -> dict[int, Callable]:
         wrappers: dict[int, Callable] = {}
-        for layer in sublayers(self.model):
+        for layer in self.survey.layers:
             if is_normalization(layer):
                 observe = functools.partial(self._observe_normalization, layer)
                 wrappers[id(layer)] = observe
-            elif not (self.additions or direct_sublayers(layer)):
+            elif not (self.survey.additions or self.survey.children(layer)):
                 wrappers[id(layer)] = functools.partial(self._observe_single, layer)
         for layer in self.tables:
             wrappers[id(layer)] = self._observe_table
-        for addition in self.additions:
+        for addition in self.survey.additions:
             wrappers[id(addition)] = self._observe_addition
         for i, site in enumerate(self.sites):
             call = functools.partial(self._call_site, i, site)
@@ -321,7 +312,7 @@ class Measurement:
         first = _first_float((args, kwargs))
         if id(first) in self.outputs:
             self.normalized.add(self.outputs[id(first)][1])
-        elif self._may_be_sum(first) and not (self.additions or _is_batch(layer)):
+        elif self._may_be_sum(first) and not (self.survey.additions or _is_batch(layer)):
             last, _ = next(reversed(self.outputs.values()), (first, None))
             self._note_sum(first, _std(last))
         outputs = call(*args, **kwargs)

@@ -10,9 +10,8 @@ from keras_glorot import _backends as backends
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.call_site import CallSite
-from keras_glorot._keras.tree import optimizers
-from keras_glorot._models.survey import Weight, describe, distribution_of
-from keras_glorot.fans import Fans, compute_fans
+from keras_glorot._models.survey import Survey, Weight, distribution_of
+from keras_glorot.fans import compute_fans
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import (
@@ -37,7 +36,7 @@ from keras_glorot.tools._slices import (
     relation,
 )
 
-__all__ = ["CODES", "audit"]
+__all__ = ["CODES", "audit", "audited"]
 
 _GLOROT = (
     keras.initializers.GlorotNormal,
@@ -98,10 +97,15 @@ def audit(model: keras.Layer) -> Table:
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 12 and
       16, for the std of Glorot's kernels
     """
-    measured = [_measure_weight(weight) for weight in describe(model)]
+    return audited(Survey(model))
+
+
+def audited(survey: Survey) -> Table:
+    """As `audit`, of a model that has been looked at."""
+    measured = [_measure_weight(weight) for weight in survey.weights]
     findings = [finding for subject in measured for finding in _check(subject)]
     findings += _find_twins(measured)
-    trained = _find_trained(model, measured)
+    trained = _find_trained(survey, measured)
     if trained is not None:
         kernels = {each.weight.path for each in measured if each.weight.is_kernel}
         findings = [each for each in findings if _is_wrong_if_trained(each, kernels)]
@@ -484,9 +488,9 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
     return not can_be_chance(len(measured), size, collision(weight, random))
 
 
-def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
+def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, optimizers(model)), default=0)
+    steps = max(map(_count_steps, survey.optimizers), default=0)
     kernels = [
         each
         for each in measured
@@ -514,7 +518,7 @@ def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | No
     else:
         return None
     advice = "Audit it before training, or after `initialize`."
-    return Finding("info", "trained", model.name, message, advice)
+    return Finding("info", "trained", survey.root.name, message, advice)
 
 
 def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
@@ -557,16 +561,9 @@ def _explain_std(weight: Weight, statistics: Statistics) -> str:
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
-def _counted_fans(weight: Weight) -> Fans | None:
-    """The fans; None of a bias of rank 2, as of attention, which connects nothing."""
-    declared = weight.distribution
-    is_constant = declared is not None and declared.form == "constant"
-    return None if is_constant and not weight.is_kernel else weight.fans
-
-
 def _row(subject: _Measured) -> Row:
     weight, statistics, expected = subject[:3]
-    fan_in, fan_out = _counted_fans(weight) or (None, None)
+    fan_in, fan_out = weight.fans or (None, None)
     std = statistics.std if statistics.size > 1 else None
     row: Row = {
         "path": weight.path,

@@ -9,15 +9,13 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.tree import sublayers
 from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
-from keras_glorot._models.survey import Weight, describe
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import activation_growth
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
 from keras_glorot.tools._scaling import Measured, Measurement, Site, find_sites, scaled
-from keras_glorot.tools.initialize import select_layers
 
 __all__ = ["calibrate", "measure_ends"]
 
@@ -150,9 +148,8 @@ def calibrate(
     _check_mode(mode)
     batch = Batch.check(x, y, loss, seed)
     _check_tells(batch)
-    weights = describe(model)
-    selected = None if layers is None else select_layers(sublayers(model), layers)
-    sites, left = find_sites(model, weights, selected)
+    survey = Survey(model)
+    sites, left = find_sites(survey, survey.select(layers))
     if not sites:
         raise ValueError(
             "Argument `model` must have a kernel that may be scaled: one that is trainable "
@@ -160,7 +157,7 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         advance(0.0, "as it is")
-        measure, first = _first_pass(model, batch, weights, sites, training)
+        measure, first = _first_pass(survey, batch, sites, training)
         left += _unseen(sites, measure.sites)
         result = _solve(measure, first, mode, advance)
     table = _table(result, left)
@@ -179,25 +176,24 @@ def calibrate(
 
 
 def _first_pass(
-    model: keras.Layer,
+    survey: Survey,
     batch: Batch,
-    weights: list[Weight],
     sites: list[Site],
     training: bool,
 ) -> tuple[Measurement, Measured]:
     """The pass before, over those sites of which each call is seen."""
-    measure = Measurement(model, batch, weights, sites, training)
+    measure = Measurement(survey, batch, sites, training)
     before = measure(None)
     unseen = {id(layer) for layer in measure.unseen}
     seen = [site for site in sites if id(site.layer) not in unseen]
     if len(seen) < len(sites):
-        measure = Measurement(model, batch, weights, seen, training)
+        measure = Measurement(survey, batch, seen, training)
         before = measure(None)
     if not before.order:
         raise ValueError(
             "Argument `model` must call a layer whose kernel may be scaled, outside of "
             "loops, derivatives and programs that the backend traces. "
-            f"Received: model={model}"
+            f"Received: model={survey.root}"
         )
     return measure, before
 
@@ -215,9 +211,9 @@ def measure_ends(
 
     `on_path` is what an earlier call returned, to measure between the same two kernels.
     """
-    weights = describe(model)
-    sites, _ = find_sites(model, weights, None)
-    seen = Measurement(model, Batch.check(x), weights, sites, training)(None)
+    survey = Survey(model)
+    sites, _ = find_sites(survey, survey.select(None))
+    seen = Measurement(survey, Batch.check(x), sites, training)(None)
     on_path = _on_path(sites, seen) if on_path is None else on_path
     return (*_ends(seen, on_path), on_path)
 

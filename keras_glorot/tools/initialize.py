@@ -9,7 +9,7 @@ import numbers
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -21,24 +21,14 @@ from keras_glorot._keras.call_site import seed_words
 from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
 from keras_glorot._keras.rebuild import BuildValue, build_values
 from keras_glorot._keras.state import unmoved_generators
-from keras_glorot._keras.tree import (
-    canonical_name,
-    canonical_paths,
-    initial_state,
-    metrics,
-    optimizers,
-    seed_generators,
-    sublayer_paths,
-    sublayers,
-    untracked_variables,
-)
+from keras_glorot._keras.tree import initial_state
 from keras_glorot._models.progress import progress
-from keras_glorot._models.survey import Weight, describe
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import check_alone, find_initializer, is_unshared
 from keras_glorot.tables import Finding, Layout, Row, Table
 
-__all__ = ["initialize", "select_layers"]
+__all__ = ["initialize"]
 
 
 class _Assignment(NamedTuple):
@@ -136,45 +126,12 @@ def initialize(
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
     """
-    weights = describe(model)
-    # An initializer without a seed makes one up.
-    is_seeded = seed is not None
-    with unmoved_generators() if is_seeded else contextlib.nullcontext():
-        kernel_initializer = find_initializer(initializer)
-    if not callable(kernel_initializer):
-        raise TypeError(
-            "Argument `initializer` must be an initializer or the name of one, such as "
-            f"'xavier_uniform'. Received: initializer={initializer}"
-        )
+    survey = Survey(model)
+    kernel_initializer = _kernel_initializer(initializer, seed)
     root = _root_seed(seed, kernel_initializer)
-    all_layers = sublayers(model)
-    selected = all_layers if layers is None else select_layers(all_layers, layers)
-    selected_ids = {id(layer) for layer in selected}
-    derive = _seed_deriver(root, canonical_paths(model))
-
-    assignments = []
-    for weight in weights:
-        derived = derive(weight.owner, weight.variable)
-        if layers is None or id(weight.owner) in selected_ids:
-            assignments.append(_plan_weight(weight, kernel_initializer, derived))
-    layer_paths = sublayer_paths(model)
-    for layer in all_layers:
-        for generator in seed_generators(layer):
-            derived = derive(layer, generator.state)
-            if id(layer) in selected_ids:
-                path = f"{layer_paths[id(layer)]}/{generator.state.name}"
-                assignments.append(_plan_generator(layer, generator, path, derived))
-    for layer, variable in untracked_variables(model):
-        if id(layer) in selected_ids:
-            path = f"{layer_paths[id(layer)]}/{variable.name}"
-            assignments.append(_plan_untracked(layer, variable, path))
-
+    assignments = list(_plan(survey, kernel_initializer, root, survey.select(layers)))
     _assign_all(assignments, verbose)
-    unknown_rates = _reset_learning_rates(model)  # while the optimizers know their steps
-    findings = _reset_optimizers(model) + unknown_rates
-    for metric in metrics(model):
-        with backends.writable(metric.variables):
-            metric.reset_state()
+    findings = _reset_around(survey)
 
     skipped = [assignment for assignment in assignments if not assignment.new_value]
     findings += [_explain_skipped(assignment) for assignment in skipped]
@@ -184,6 +141,48 @@ def initialize(
     note = f"Reinitialized {count} variables (seed {root})."
     rows = [assignment.row for assignment in assignments]
     return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
+
+
+def _plan(
+    survey: Survey, kernel_initializer: Any, root: int, selected: set[int]
+) -> Iterator[_Assignment]:
+    """Each variable is counted, selected or not: its seed depends on those before it."""
+    derive = _seed_deriver(root, survey)
+    for weight in survey.weights:
+        seed = derive(weight.owner, weight.variable)
+        if id(weight.owner) in selected:
+            yield _plan_weight(weight, kernel_initializer, seed)
+    for layer, generator in survey.seed_generators:
+        seed = derive(layer, generator.state)
+        if id(layer) in selected:
+            path = survey.path(layer, generator.state)
+            yield _plan_generator(layer, generator, path, seed)
+    for layer, variable in survey.untracked_variables:
+        if id(layer) in selected:
+            yield _plan_untracked(layer, variable, survey.path(layer, variable))
+
+
+def _kernel_initializer(initializer: Any, seed: int | None) -> Any:
+    # An initializer without a seed makes one up.
+    is_seeded = seed is not None
+    with unmoved_generators() if is_seeded else contextlib.nullcontext():
+        found = find_initializer(initializer)
+    if not callable(found):
+        raise TypeError(
+            "Argument `initializer` must be an initializer or the name of one, such as "
+            f"'xavier_uniform'. Received: initializer={initializer}"
+        )
+    return found
+
+
+def _reset_around(survey: Survey) -> list[Finding]:
+    """Resets optimizers and metrics."""
+    unknown_rates = _reset_learning_rates(survey)  # while the optimizers know their steps
+    findings = _reset_optimizers(survey) + unknown_rates
+    for metric in survey.metrics:
+        with backends.writable(metric.variables):
+            metric.reset_state()
+    return findings
 
 
 def _explain_skipped(assignment: _Assignment) -> Finding:
@@ -223,32 +222,14 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
-    """The layers that `layers` stands for, with all that is in them."""
-    selected = []
-    for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
-        matches = [
-            member for member in all_layers if member is layer or member.name == layer
-        ]
-        if not matches:
-            raise ValueError(
-                "Argument `layers` must list layers of the model, or their names. "
-                f"Received: layers={layers}, of which {layer} is not in the model."
-            )
-        for match in matches:
-            selected += sublayers(match)
-    return selected
-
-
 def _seed_deriver(
-    root: int, layer_paths: dict[int, str]
+    root: int, survey: Survey
 ) -> Callable[[keras.Layer | None, keras.Variable], int]:
     """Makes one seed for each path; a path that comes again gets another one."""
     counts = Counter()
 
     def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
-        layer_path = layer_paths.get(id(owner), "")
-        path = f"{layer_path}/{canonical_name(variable, owner)}"
+        path = survey.seed_path(owner, variable)
         counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
@@ -395,12 +376,12 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
         backends.assign(source.variable, value)
 
 
-def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
+def _reset_learning_rates(survey: Survey) -> list[Finding]:
     """To those before the first step. Keras's callbacks that set one log it."""
-    log = getattr(getattr(model, "history", None), "history", {})
+    log = getattr(getattr(survey.root, "history", None), "history", {})
     severity = "warning" if any("learning_rate" in name for name in log) else "info"
     findings = []
-    for optimizer, rate, first in used_learning_rates(model):
+    for optimizer, rate, first in used_learning_rates(survey.optimizers):
         if first is not None:
             backends.assign(rate, first)
             continue
@@ -411,9 +392,9 @@ def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
     return findings
 
 
-def _reset_optimizers(model: keras.Layer) -> list[Finding]:
+def _reset_optimizers(survey: Survey) -> list[Finding]:
     findings = []
-    for optimizer in optimizers(model):
+    for optimizer in survey.optimizers:
         try:
             values = optimizer_values(optimizer)
             for variable, new_value in values:

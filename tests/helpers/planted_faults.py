@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_glorot import GlorotNormal, GlorotUniform, audit, initialize
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 layers: Any = keras.layers
 
@@ -420,7 +420,7 @@ def false_findings(make: Callable[..., keras.Model], seeds: int) -> list[str]:
 
 def redraw(model: keras.Model, seed: int) -> None:
     """Draws all random weights again by their initializers: faster than building."""
-    for number, weight in enumerate(describe(model)):
+    for number, weight in enumerate(Survey(model).weights):
         if weight.distribution is not None and weight.distribution.std:
             config = {**weight.initializer.get_config(), "seed": 1000 * seed + number}
             initializer = type(weight.initializer).from_config(config)
