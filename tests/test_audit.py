@@ -392,6 +392,14 @@ def test_a_scale_that_explains_the_values_comes_before_a_form():
     assert found["std"] > 20  # of the others, chance says nothing
 
 
+def test_positive_values_are_no_orthogonal_matrix():
+    """Their mean square is right, and of an orthogonal matrix that alone is its std."""
+    model = dense(kernel_initializer="xavier_uniform")
+    change(kernel(model), lambda w: np.abs(w, out=w))
+    assert found("std", model)
+    assert not found("mean", model)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="only there")
 def test_a_truncated_normal_of_torch_has_no_hard_bound():
     """Keras gives up after four tries to draw a value within two stds."""

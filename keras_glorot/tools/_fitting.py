@@ -59,7 +59,8 @@ def best_fit(
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
     orthogonal = [d for d in plausible if _is_nearly_orthogonal(weight, d)]
-    plausible = orthogonal or plausible
+    others = [d for d in plausible[1:] if d.form != "orthogonal"]
+    plausible = orthogonal or [plausible[0], *others]
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
     known = any(_has_form(statistics, distribution) for distribution in plausible)
 
