@@ -129,6 +129,7 @@ def test_after_a_fork(native, monkeypatch):
     child.join()
 
 
+@pytest.mark.slow
 def test_in_a_spawned_process():
     arguments = ("truncated_normal", (3000, 1000), 1.0, "float32", (5,))
     with multiprocessing.get_context("spawn").Pool(1) as pool:

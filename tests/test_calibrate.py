@@ -518,6 +518,7 @@ def test_half_precision():
     assert half.layers[0].kernel.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_what_no_scale_can_mend_is_said():
     """A gate doubles a relative error: the gradient doubles where the signal is level."""
     inputs = x = keras.Input((32,))
@@ -568,6 +569,7 @@ def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch
     assert snapshot(model) == before
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatch):
     model, x = CASES["convnet"]()
     before, results = snapshot(model), []
