@@ -47,7 +47,6 @@ __all__ = [
     "differentiator",
     "intercepted_call",
     "is_float",
-    "loops_around",
     "moments",
     "record",
 ]
