@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
+from keras_glorot._backends.signals import Differentiator, Run
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.stream import Bounds
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_same",
     "compiled_methods",
     "current_trace",
+    "differentiator",
     "held_value",
     "is_symbolic",
     "is_tracing",
@@ -535,3 +538,18 @@ def without_compilation() -> contextlib.AbstractContextManager[Any]:
         if hasattr(torch.compiler, "set_stance"):  # since 2.6
             return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
+
+
+def differentiator(run: Run) -> Differentiator:
+    """What runs and differentiates `run`; on JAX compiled once for all calls.
+
+    `run(tap, *arguments)` is a context that gives the objective and extras. Eager backends
+    differentiate in the context: there they may call layers again.
+
+    Returns:
+        A function of the arguments: the signals of all taps, and the extras as arrays.
+    """
+    backend = keras.backend.backend()
+    if backend not in ("tensorflow", "jax", "torch"):
+        raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
+    return importlib.import_module(f"{__name__}.{backend}").differentiator(run)

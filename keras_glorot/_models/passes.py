@@ -9,18 +9,27 @@ that returns the tensors, so that it compiles little more than autodiff's own pr
 import contextlib
 import functools
 import inspect
-import logging
 import math
 import numbers
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import (
+    Differentiator,
+    Outcome,
+    Run,
+    Signal,
+    Summary,
+    Tap,
+    Tensor,
+    is_float,
+)
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
 from keras_glorot._keras.calls import copy_mask, error_reason, without_remat
 from keras_glorot._keras.graph import LOOPS, replaced_attribute
@@ -47,9 +56,6 @@ __all__ = [
 ops: Any = keras.ops  # Keras declares that many of these may return None
 tree: Any = keras.tree
 
-Tensor = Any
-Summary = Callable[[np.ndarray], Any]
-
 # Layers are shared by threads, and the replaced `call` of one by two recordings.
 _lock = threading.RLock()
 
@@ -59,13 +65,6 @@ class Moments(NamedTuple):
 
     mean: float
     std: float
-
-
-class Signal(NamedTuple):
-    """What was seen of one tensor: a summary of its values and of its gradient."""
-
-    value: Any
-    gradient: Any
 
 
 NO_TENSOR = Signal(None, None)  # where there is no float tensor
@@ -93,14 +92,6 @@ class Call(NamedTuple):
     kernel: Signal
     weight: Weight | None
     parents: tuple[int, ...]
-
-
-class Tap(Protocol):
-    """Hands a tensor on; its summaries are in the result at the position returned."""
-
-    def __call__(
-        self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary
-    ) -> tuple[Tensor, int]: ...
 
 
 def moments(values: np.ndarray) -> Moments:
@@ -257,7 +248,7 @@ def record(
     unseen: list[keras.Layer] = []
 
     @contextlib.contextmanager
-    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[_Outcome]:
+    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[Outcome]:
         listener.start(tap)
         state = dict(zip(map(id, model.variables), values, strict=True))
         for layer, weight in listener.kernels.items():
@@ -535,35 +526,19 @@ def _first_line(error: Exception) -> str:
     return error_reason(error).splitlines()[0].removesuffix(".")
 
 
-def is_float(value: Any) -> bool:
-    return ops.is_tensor(value) and "float" in keras.backend.standardize_dtype(value.dtype)
-
-
-# One entry per backend: from `run(tap, *arguments)`, a context that gives the objective and
-# extras, to a function of the arguments that returns the signals of all taps, and the
-# extras as arrays. Eager backends differentiate in the context: there they may call layers
-# again.
-_Outcome = tuple[Tensor, list[Tensor]]
-Run = Callable[..., contextlib.AbstractContextManager[_Outcome]]
-Differentiator = Callable[..., tuple[list[Signal], list[np.ndarray]]]
-
-
 def differentiator(run: Run) -> Differentiator:
-    """What runs and differentiates `run`; on JAX compiled once for all calls."""
-    build = _DIFFERENTIATORS.get(keras.backend.backend())
-    if build is None:
-        raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
+    """As that of the backend, with a reason if `run` can't be differentiated."""
     has_run = False
 
     @contextlib.contextmanager
-    def noted_run(tap: Tap, *arguments: Any) -> Iterator[_Outcome]:
+    def noted_run(tap: Tap, *arguments: Any) -> Iterator[Outcome]:
         nonlocal has_run
         has_run = False
         with run(tap, *arguments) as outcome:
             has_run = True
             yield outcome
 
-    differentiate = build(noted_run)
+    differentiate = backends.differentiator(noted_run)
 
     def explained(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
         try:
@@ -577,199 +552,3 @@ def differentiator(run: Run) -> Differentiator:
             ) from error
 
     return explained
-
-
-class _EagerSignals:
-    """Summarizes values as they come, and gradients as they come back."""
-
-    def __init__(self) -> None:
-        self.taps: list[tuple[Any, tuple[int, ...], Summary]] = []
-        self.gradients: dict[int, Any] = {}
-        self.is_called = False  # before, gradients are those of derivatives in the model
-
-    def see(self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary) -> int:
-        value = of_value and of_value(to_numpy(tensor))
-        self.taps.append((value, tuple(tensor.shape), of_gradient))
-        return len(self.taps) - 1
-
-    def see_gradient(self, position: int, gradient: Tensor) -> None:
-        if not self.is_called:
-            return
-        of_gradient = self.taps[position][2]
-        self.gradients[position] = of_gradient(to_numpy(gradient))
-
-    def signals(self) -> list[Signal]:
-        for position, (_, shape, of_gradient) in enumerate(self.taps):
-            if position not in self.gradients:  # the objective does not depend on it
-                self.gradients[position] = of_gradient(np.zeros(shape, np.float32))
-        return [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
-
-
-@contextlib.contextmanager
-def _without_retracing_warnings(logger: logging.Logger) -> Iterator[None]:
-    """Hides that Keras compiles grouped convolutions anew: here they run once."""
-
-    def is_worth_saying(record: logging.LogRecord) -> bool:
-        return "triggered tf.function retracing" not in record.getMessage()
-
-    logger.addFilter(is_worth_saying)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_worth_saying)
-
-
-def _tensorflow(run: Run) -> Differentiator:
-    import tensorflow as tf
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        seen = _EagerSignals()
-
-        def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor, of_value, of_gradient)
-
-            @tf.custom_gradient
-            def identity(tensor):
-                def gradient(upstream):
-                    seen.see_gradient(position, tf.convert_to_tensor(upstream))
-                    return upstream
-
-                return tf.identity(tensor), gradient
-
-            return identity(tensor), position
-
-        sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
-        sources = list(map(tf.convert_to_tensor, sources))
-        quiet = _without_retracing_warnings(tf.get_logger())
-        with quiet, contextlib.ExitStack() as stack:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(sources)
-                flat = iter(sources)
-                watched = tree.map_structure(
-                    lambda argument: next(flat) if is_float(argument) else argument,
-                    arguments,
-                )
-                objective, extras = stack.enter_context(run(tap, *watched))
-            seen.is_called = True
-            tape.gradient(objective, sources)
-            return seen.signals(), list(map(to_numpy, extras))
-
-    return differentiate
-
-
-def _torch(run: Run) -> Differentiator:
-    import torch
-
-    class Identity(torch.autograd.Function):
-        """Hangs on a leaf, whose gradient is asked for: so all of them are passed."""
-
-        @staticmethod
-        def forward(ctx: Any, tensor: Any, leaf: Any, see_gradient: Callable) -> Any:
-            ctx.see_gradient = see_gradient
-            return tensor.clone()  # the layer may work in place
-
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            ctx.see_gradient(*grad_outputs)
-            return *grad_outputs, None, None
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        seen = _EagerSignals()
-
-        def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor.detach(), of_value, of_gradient)
-            see_gradient = functools.partial(seen.see_gradient, position)
-            return Identity.apply(tensor, leaf, see_gradient), position
-
-        def detach(argument: Any) -> Any:
-            if not ops.is_tensor(argument):
-                return argument
-            # Those of inference mode can't be saved for the way back.
-            return argument.clone() if argument.is_inference() else argument.detach()
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            # Layers may be called again on the way back, where this thread's scopes hold.
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            leaf = torch.zeros((), requires_grad=True)
-            detached = tree.map_structure(detach, arguments)
-            objective, extras = stack.enter_context(run(tap, *detached))
-            seen.is_called = True
-            if objective.requires_grad:
-                torch.autograd.grad(objective, leaf, allow_unused=True)
-            return seen.signals(), list(map(to_numpy, extras))
-
-    return differentiate
-
-
-def _jax(run: Run) -> Differentiator:
-    import jax
-
-    taps: list[tuple[Summary | None, Summary]] = []
-
-    def objective(probes: Sequence[Any], *arguments: Any) -> Any:
-        """What a probe is added to has the gradient of the probe."""
-        left, values = iter(probes), []
-        taps.clear()
-
-        def tap(tensor, of_value, of_gradient):
-            taps.append((of_value, of_gradient))
-            values.append(tensor if of_value else None)
-            return tensor + next(left), len(taps) - 1
-
-        with run(tap, *arguments) as (target, extras):
-            return target, (values, extras)
-
-    def shapes_of_taps(*arguments: Any) -> list[Any]:
-        shapes = []
-
-        def tap(tensor, of_value, of_gradient):
-            shapes.append((tensor.shape, tensor.dtype))
-            return tensor + 0, len(shapes) - 1
-
-        def target(*arguments: Any) -> Any:
-            with run(tap, *arguments) as (target, _):
-                return target
-
-        jax.eval_shape(target, *arguments)
-        return shapes
-
-    def program(*arguments: Any) -> Any:
-        probes = [jax.numpy.zeros(*shape) for shape in shapes_of_taps(*arguments)]
-        return jax.grad(objective, has_aux=True)(probes, *arguments)
-
-    @functools.cache
-    def compiled(placement: Any) -> Callable:
-        # It runs a few times at most: most of the time goes into compiling it.
-        options: Any = {"xla_backend_optimization_level": 0}
-        return jax.jit(program, compiler_options=options, out_shardings=placement)
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        arguments, placement = backends.with_all_processes(arguments)
-        gradients, (values, extras) = compiled(placement)(*arguments)
-        signals = []
-        while gradients:  # frees each as it goes
-            of_value, of_gradient = taps[len(signals)]
-            value, gradient = values.pop(0), gradients.pop(0)
-            signals.append(
-                Signal(
-                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
-                )
-            )
-        return signals, list(map(to_numpy, extras))
-
-    return differentiate
-
-
-_DIFFERENTIATORS: dict[str, Callable[[Run], Differentiator]] = {
-    "tensorflow": _tensorflow,
-    "jax": _jax,
-    "torch": _torch,
-}
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The values as float32, or as they are if they are doubles."""
-    values = np.asarray(ops.convert_to_numpy(tensor))
-    return values if values.dtype == np.float64 else values.astype(np.float32, copy=False)
