@@ -13,7 +13,6 @@ from typing import Any, Self
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._backends.traced import called_draw, traced_draw
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot._keras.call_site import (
     CallSite,
@@ -106,9 +105,9 @@ class _Glorot(keras.initializers.Initializer):
         if backends.is_tracing() or not isinstance(seed, tuple):
             if distribution.matrices is not None:
                 draw = functools.partial(distribution.draw, shape, dtype)
-                return called_draw(draw, shape, dtype, seed, layout)
+                return backends.program.call(draw, shape, dtype, seed, layout)
             form, scale = distribution.form, distribution.scale
-            return traced_draw(form, shape, scale, dtype, seed, layout)
+            return backends.program.draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)

@@ -10,7 +10,6 @@ import pytest
 
 from keras_glorot import GlorotNormal, GlorotOrthogonal, GlorotUniform, audit, initialize
 from keras_glorot import _backends as backends
-from keras_glorot._backends.traced import _indices, traced_draw
 from keras_glorot._drawing import stream
 from keras_glorot._drawing.stream import draw
 
@@ -231,7 +230,9 @@ def test_float64_programs_of_jax():
         for form, values in wanted.items():
             state = np.uint32([5, 0])
             traced = jax.jit(
-                lambda state, form=form: traced_draw(form, (33, 65), 0.3, "float64", state)
+                lambda state, form=form: backends.program.draw(
+                    form, (33, 65), 0.3, "float64", state
+                )
             )
             np.testing.assert_allclose(traced(state), values, rtol=1e-14)
             if form == "uniform":
@@ -300,7 +301,8 @@ def test_elements_of_large_tensors_are_counted_in_64_bits(monkeypatch):
         monkeypatch.setattr(
             jax.lax, "broadcasted_iota", lambda _, __, axis, grids=grids: grids[axis]
         )
-        low, high = (np.asarray(half, np.int64) for half in _indices(shape, np.uint32(0)))
+        halves = backends.program.indices(shape, np.uint32(0))
+        low, high = (np.asarray(half, np.int64) for half in halves)
         wanted = np.ravel_multi_index([grid.astype(np.int64) for grid in grids], shape)
         np.testing.assert_array_equal(low + (high << 32), wanted)
 
@@ -312,7 +314,7 @@ def test_a_program_of_tensorflow_counts_elements_in_64_bits(shape):
     import tensorflow as tf
 
     def corner():
-        drawn = traced_draw("uniform", shape, 1.0, "float32", (5,))
+        drawn = backends.program.draw("uniform", shape, 1.0, "float32", (5,))
         return drawn[tuple(slice(size - 1, size) for size in shape[:-1])][..., -3:]
 
     region = tuple((size - 1, size) for size in shape[:-1])

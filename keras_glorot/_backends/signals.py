@@ -11,6 +11,7 @@ __all__ = [
     "Differentiator",
     "EagerSignals",
     "Outcome",
+    "Results",
     "Run",
     "Signal",
     "Summary",
@@ -41,7 +42,8 @@ class Tap(Protocol):
 
 Outcome = tuple[Tensor, list[Tensor]]  # the objective and extras
 Run = Callable[..., contextlib.AbstractContextManager[Outcome]]  # of a tap and arguments
-Differentiator = Callable[..., tuple[list[Signal], list[np.ndarray]]]  # of the arguments
+Results = tuple[list[Signal], list[np.ndarray]]  # all taps, and the extras
+Differentiator = Callable[..., Results]  # of the arguments
 
 
 class EagerSignals:
@@ -63,11 +65,12 @@ class EagerSignals:
         of_gradient = self.taps[position][2]
         self.gradients[position] = of_gradient(to_numpy(gradient))
 
-    def signals(self) -> list[Signal]:
+    def results(self, extras: list[Tensor]) -> Results:
         for position, (_, shape, of_gradient) in enumerate(self.taps):
             if position not in self.gradients:  # the objective does not depend on it
                 self.gradients[position] = of_gradient(np.zeros(shape, np.float32))
-        return [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
+        signals = [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
+        return signals, list(map(to_numpy, extras))
 
 
 def is_float(value: Any) -> bool:

@@ -1,25 +1,101 @@
-"""What PyTorch does in its own way."""
+"""PyTorch's own ways."""
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
 import torch
+from torch import distributed
 
-from keras_glorot._backends.signals import (
-    Differentiator,
-    EagerSignals,
-    Run,
-    Signal,
-    to_numpy,
-)
+from keras_glorot._backends.common import Scope
+from keras_glorot._backends.signals import Differentiator, EagerSignals, Results, Run
+from keras_glorot._backends.values import Values
+
+untouched = torch.compiler.disable
+
+
+def to_tensor(array: np.ndarray) -> Any:
+    if array.dtype.kind == "V":
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    return keras.ops.convert_to_tensor(tensor)  # moves it to Keras's device
+
+
+def to_array(variable: keras.Variable) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
+
+
+def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
+    if torch.empty(0).is_meta:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    return None
+
+
+def values(variable: keras.Variable) -> Values:
+    return Values.of(to_array(variable))
+
+
+def held_value(variable: keras.Variable) -> Any:
+    return to_array(variable).copy()  # a new value goes into the same memory
+
+
+def map_parts(
+    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
+) -> Any:
+    return function(to_array(variable))
+
+
+def assign(variable: keras.Variable, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value = to_tensor(value)
+    with writable([variable]):
+        variable.assign(value)
+
+
+def writable(variables: Iterable[keras.Variable]) -> Scope:
+    """Those that were made in inference mode can be assigned only there."""
+    tensors: list[Any] = [variable.value for variable in variables]
+    if any(tensor.is_inference() for tensor in tensors):
+        return torch.inference_mode()
+    return contextlib.nullcontext()
+
+
+def process_count() -> int:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
+def current_trace() -> Any:
+    try:
+        from torch._C._autograd import _top_saved_tensors_default_hooks
+        from torch._C._functorch import maybe_current_level
+        from torch.autograd.forward_ad import _current_level
+    except ImportError:
+        return None
+    hooks = _top_saved_tensors_default_hooks(True)
+    return maybe_current_level(), _current_level, hooks
+
+
+def without_compilation() -> Scope:
+    if hasattr(torch.compiler, "set_stance"):  # since 2.6
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def unmoved_generators() -> Scope:
+    # Devices that are not in use yet have nothing to put back.
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count() if in_use else 0)
+    return torch.random.fork_rng(list(devices))
 
 
 def differentiator(run: Run) -> Differentiator:
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
+    def differentiate(*arguments: Any) -> Results:
         seen = EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
@@ -38,7 +114,7 @@ def differentiator(run: Run) -> Differentiator:
             seen.is_called = True
             if objective.requires_grad:
                 torch.autograd.grad(objective, leaf, allow_unused=True)
-            return seen.signals(), list(map(to_numpy, extras))
+            return seen.results(extras)
 
     return differentiate
 
