@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tracemalloc
 
 import keras
@@ -324,6 +326,15 @@ def test_a_program_of_tensorflow_counts_elements_in_64_bits(shape):
     assert array_of(drawn).tobytes() == wanted.tobytes()
 
 
+@only["tensorflow"]
+@pytest.mark.parametrize("cls", ALL)
+def test_a_program_of_tensorflow_refuses_a_layout(cls):
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="Argument `layout` must be left out on the tens"):
+        tf.function(lambda: cls(seed=5)((2, 3), layout=5))()
+
+
 @only["jax"]
 @pytest.mark.parametrize("name", ["rows", "columns", "blocks"])
 def test_a_program_divides_the_draw_among_devices(name, eight_devices):
@@ -564,6 +575,44 @@ def test_audit_of_a_sharded_kernel_is_that_of_a_whole_one(sharded_layer):
     assert {each.code for each in tables[0].findings} >= {"zero-slice", "repeated-slice"}
     assert tables[0].findings == tables[1].findings
     assert len(sharded_layer.kernel.value.addressable_shards) == 8
+
+
+def test_the_file_of_no_other_backend_is_imported():
+    files = {name for name in only if f"keras_glorot._backends.{name}" in sys.modules}
+    assert files == {BACKEND}
+
+
+@pytest.mark.slow
+def test_other_backends_of_keras_draw_the_same_bits():
+    """And all that needs no gradients: `numpy` stands for `openvino` and what will come."""
+    source = """
+import keras, numpy as np, keras_glorot
+model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7), keras.layers.Dense(3)])
+keras_glorot.initialize(model, "xavier_normal", seed=1)
+assert not keras_glorot.audit(model).findings
+assert "jax" not in keras_glorot._backends.to_tensor.__module__
+try:
+    keras_glorot.propagate(model, np.ones((4, 5)))
+except RuntimeError as error:
+    print(error)
+generator = keras_glorot.GlorotUniform(seed=keras.random.SeedGenerator(9))
+print([generator((5, 6)).tobytes().hex(), model.layers[0].kernel.value.tobytes().hex()])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": "numpy"},
+        check=True,
+    )
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(7), keras.layers.Dense(3)]
+    )
+    initialize(model, "xavier_normal", seed=1)
+    drawn = GlorotUniform(seed=keras.random.SeedGenerator(9))((5, 6))
+    wanted = [array_of(each).tobytes().hex() for each in (drawn, model.layers[0].kernel)]
+    error = "Gradients need KERAS_BACKEND to be tensorflow, jax or torch."
+    assert done.stdout.splitlines() == [error, str(wanted)]
 
 
 def test_an_assigned_value_can_be_given_back():

@@ -92,7 +92,7 @@ def taken(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found.add((modules.get(node.value.id), node.attr))
-    return found
+    return {(source, name) for source, name in found if name not in ("*", "__all__")}
 
 
 def test_each_module_lists_the_names_that_others_take():
@@ -104,10 +104,13 @@ def test_each_module_lists_the_names_that_others_take():
 
 
 def all_of(path):
-    """The names in the `__all__` of a file."""
+    """The names in the `__all__` of a file, or of the one that it takes all from."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return set(ast.literal_eval(node.value))
+        match node:
+            case ast.Assign(targets=[ast.Name("__all__")]):
+                return set(ast.literal_eval(node.value))
+            case ast.ImportFrom(names=[ast.alias("*")], module=str(source)):
+                return all_of(FILES[source.removeprefix("keras_glorot.")])
     return set()
 
 
@@ -126,6 +129,34 @@ def test_tests_import_neither_tests_nor_benchmarks():
                 case _:
                     continue
             assert not sources & others, f"{path.name} imports {sorted(sources & others)}"
+
+
+def functions(module):
+    """The public functions of a module, with their arguments."""
+    return {
+        node.name: ast.unparse(node.args)
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def test_backends_have_the_same_names():
+    """A file of one backend answers to what the package asks of each, and to no more."""
+    asked = functions("_backends.common")
+    for backend in ("tensorflow", "jax", "torch"):
+        answered = functions(f"_backends.{backend}")
+        assert answered == {name: asked.get(name) for name in answered}
+
+
+def test_only_the_backends_know_which_one_it_is():
+    """In a report it is a word, and in `_fitting` a fault of Keras."""
+    asking = {
+        module
+        for module, path in FILES.items()
+        if "backend.backend()" in path.read_text(encoding="utf-8")
+    }
+    allowed = {"_backends", "_backends.traced", "tools.report", "tools._fitting"}
+    assert asking <= allowed
 
 
 def test_only_public_names_are_visible():

@@ -21,8 +21,6 @@ from keras_glorot._backends.signals import (
 )
 from keras_glorot._backends.traced import Program
 
-tree: Any = keras.tree
-
 is_symbolic = tf.is_symbolic_tensor
 shares_new_variables = tf.distribute.has_strategy
 untouched = tf.autograph.experimental.do_not_convert
@@ -64,9 +62,9 @@ def current_trace() -> Any:
     return tf.executing_eagerly(), could_possibly_record()
 
 
-def compiled_methods(owner: Any) -> dict[str, Callable]:
-    kind = tf.types.experimental.PolymorphicFunction
-    return common.methods_inside(owner, kind, "python_function")
+def python_function(value: Any) -> Callable | None:
+    is_compiled = isinstance(value, tf.types.experimental.PolymorphicFunction)
+    return value.python_function if is_compiled else None
 
 
 @contextlib.contextmanager
@@ -151,14 +149,14 @@ def differentiator(run: Run) -> Differentiator:
 
             return identity(tensor), position
 
-        sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
+        sources = [tensor for tensor in keras.tree.flatten(arguments) if is_float(tensor)]
         sources = list(map(tf.convert_to_tensor, sources))
         quiet = _without_retracing_warnings(tf.get_logger())
         with quiet, contextlib.ExitStack() as stack:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(sources)
                 flat = iter(sources)
-                watched = tree.map_structure(
+                watched = keras.tree.map_structure(
                     lambda argument: next(flat) if is_float(argument) else argument,
                     arguments,
                 )
