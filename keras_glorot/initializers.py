@@ -34,6 +34,7 @@ __all__ = [
     "check_alone",
     "find_initializer",
     "is_unshared",
+    "kernel_distribution",
 ]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
@@ -41,7 +42,7 @@ _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
-    """What the variants share: all but the form of the distribution."""
+    """All but the form of the distribution."""
 
     _is_unshared = False  # of what an older version pickled
 
@@ -89,7 +90,7 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
                 f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
-        distribution = self.distribution(shape, current_call_site(self))
+        distribution = kernel_distribution(self, shape, current_call_site(self))
         if fault := distribution.range_fault(dtype):
             raise ValueError(
                 f"Argument `gain` must be {fault}. "
@@ -120,18 +121,7 @@ class _Glorot(keras.initializers.Initializer):
         else from the shape: no layer is known here, and with `gain="auto"` the gain is
         1. `compute_fans` and `layer_fans` tell more.
         """
-        return self.distribution(standardize_shape(shape)).std
-
-    def distribution(
-        self, shape: tuple[int, ...], site: CallSite = _NO_LAYER
-    ) -> Distribution:
-        """What a kernel of this shape is drawn from, where it is made."""
-        if self.input_axes is not None:
-            fans = compute_fans(shape, self.input_axes, self.output_axes)
-        else:
-            fans = kernel_fans(shape, *site)
-        # At least 2, as in Keras: a kernel without an entry still has a finite std.
-        return self._distribution(self._numeric_gain(site), max(2, sum(fans)))
+        return kernel_distribution(self, standardize_shape(shape)).std
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, as the user wrote them."""
@@ -168,14 +158,6 @@ class _Glorot(keras.initializers.Initializer):
             arguments["seed"] = self._init_seed
         listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         return f"{type(self).__name__}({listed})"
-
-    def _numeric_gain(self, site: CallSite) -> float:
-        if self.gain == "auto":
-            return activation_gain(kernel_activation(*site))
-        return calculate_gain(self.gain) if isinstance(self.gain, str) else self.gain
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        raise NotImplementedError
 
 
 @keras.saving.register_keras_serializable("keras_glorot")
@@ -223,12 +205,7 @@ class GlorotUniform(_Glorot):
 
     def limit(self, shape: Sequence[int]) -> float:
         """The bound of a kernel of this shape: `sqrt(3)` times `stddev(shape)`."""
-        return self.distribution(standardize_shape(shape)).scale
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        # Not sqrt(3) times the std, whose last bit differs for two fifths of all sums.
-        limit, std = gain * math.sqrt(6 / fan_sum), gain * math.sqrt(2 / fan_sum)
-        return Distribution("uniform", limit, std)
+        return kernel_distribution(self, standardize_shape(shape)).scale
 
 
 @keras.saving.register_keras_serializable("keras_glorot")
@@ -236,7 +213,7 @@ class GlorotNormal(_Glorot):
     """Glorot (Xavier) normal initializer, truncated.
 
     Draws from a normal distribution truncated at two of its standard deviations, std',
-    with `std' = std / 0.8796256610342398`, so that what is left after truncation has
+    with `std' = std / 0.8796256610342398`, so that the truncated distribution has
     `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`. In half
     precision the largest is rounded, and can exceed it by half a unit in the last place.
 
@@ -265,9 +242,6 @@ class GlorotNormal(_Glorot):
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
     """
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        return Distribution.from_std("truncated_normal", gain * math.sqrt(2 / fan_sum))
 
 
 @keras.saving.register_keras_serializable("keras_glorot")
@@ -322,21 +296,35 @@ class GlorotOrthogonal(_Glorot):
     - [Mezzadri, 2007](https://arxiv.org/abs/math-ph/0609050), the uniform distribution
     """
 
-    def distribution(
-        self, shape: tuple[int, ...], site: CallSite = _NO_LAYER
-    ) -> Distribution:
-        """What a kernel of this shape is drawn from, where it is made."""
-        std = super().distribution(shape, site).std
-        axes = None
-        if self.input_axes is not None and self.output_axes is not None:
-            axes = self.input_axes, self.output_axes
-        return Distribution.orthogonal(std, kernel_matrices(shape, *site, axes))
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        return Distribution.from_std("normal", gain * math.sqrt(2 / fan_sum))  # for its std
-
 
 GLOROT = (GlorotUniform, GlorotNormal, GlorotOrthogonal)
+
+
+def kernel_distribution(
+    initializer: _Glorot, shape: tuple[int, ...], site: CallSite = _NO_LAYER
+) -> Distribution:
+    """The distribution of a kernel of this shape, where it is made."""
+    axes = None
+    if initializer.input_axes is not None and initializer.output_axes is not None:
+        axes = initializer.input_axes, initializer.output_axes
+    fans = compute_fans(shape, *axes) if axes else kernel_fans(shape, *site)
+    gain = _numeric_gain(initializer.gain, site)
+    fan_sum = max(2, sum(fans))  # as in Keras: a kernel without an entry has a finite std
+    std = gain * math.sqrt(2 / fan_sum)
+    match initializer:
+        case GlorotUniform():
+            # Not sqrt(3) times the std, whose last bit differs for two fifths of all sums.
+            return Distribution("uniform", gain * math.sqrt(6 / fan_sum), std)
+        case GlorotOrthogonal():
+            return Distribution.orthogonal(std, kernel_matrices(shape, *site, axes))
+    return Distribution.from_std("truncated_normal", std)
+
+
+def _numeric_gain(gain: float | str, site: CallSite) -> float:
+    if gain == "auto":
+        return activation_gain(kernel_activation(*site))
+    return calculate_gain(gain) if isinstance(gain, str) else gain
+
 
 # Keras itself has no name "xavier". Strings can have the registered names, too.
 _NAMES: dict[str, Any] = {

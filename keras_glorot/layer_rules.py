@@ -1,4 +1,4 @@
-"""What each Keras layer class means: the fans of its kernels, and its activations."""
+"""Rules of Keras's layer classes: the fans of their kernels, and their activations."""
 
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -167,7 +167,7 @@ def kernel_activation(
 ) -> Activation | None:
     """The activation of the layer itself behind this weight, or None."""
     if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
-        return None  # what follows it is the pointwise kernel
+        return None  # the pointwise kernel comes next
     return _standardize_activation(getattr(layer, "activation", None))
 
 

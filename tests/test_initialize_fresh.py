@@ -500,7 +500,7 @@ def test_the_model_can_know_what_its_layer_does_not():
     np.testing.assert_array_equal(model.layers[-1].table, np.ones((2, 2)))
 
 
-def test_looking_leaves_a_layer_as_it_is():
+def test_a_survey_changes_nothing():
     layer = Unconfigured(object())
     layer.build((None, 6))
     before = values(layer.variables)

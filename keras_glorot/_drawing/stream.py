@@ -103,7 +103,7 @@ TRUNCATED_STD = 0.8796256610342398
 FORMS = {"uniform": 0, "truncated_normal": 1, "orthogonal": 2}
 SEGMENTS = 1 << 12
 
-# What one thread takes at a time, in elements: long enough for the hand-over of Python's
+# Elements that one thread takes at a time: long enough for the hand-over of Python's
 # lock to be nothing, and for NumPy short enough for the cache.
 NATIVE_PIECE = 1 << 20
 NUMPY_PIECE = 1 << 17
@@ -113,7 +113,7 @@ WORTH_THREADS = 1 << 18
 MOST_THREADS = 32
 
 _MASK = 0xFFFFFFFF
-# Philox4x32: the multipliers, and what is added to the key in each round.
+# Philox4x32: the multipliers, and the numbers added to the key in each round.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
@@ -152,14 +152,14 @@ _native, _reason = _load_native()
 
 
 def native_name() -> str:
-    """What draws here: the native kernel with its instruction set, or NumPy, and why."""
+    """Whether the native kernel draws, and with which instructions, or NumPy, and why."""
     if _native is None:
         return f"NumPy ({_reason})"
     return f"native kernel, {_native.CLONES[-1]}"
 
 
 def native_multiply() -> Callable[..., None] | None:
-    """What multiplies reflections for `orthogonal.py`; None where NumPy must."""
+    """The native product of reflections for `orthogonal.py`; None where NumPy must."""
     return None if _native is None else _native.multiply
 
 
@@ -432,7 +432,7 @@ def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
     x2: Any
     k0, k1 = key
     high = blocks >> 32
-    # What is one number for all blocks stays one, for two rounds.
+    # A number that all blocks share stays one number, for two rounds.
     x0, x1 = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high
     x2, x3 = key
     for _ in range(10):

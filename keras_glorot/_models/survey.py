@@ -21,7 +21,7 @@ from keras_glorot._keras.rebuild import (
 )
 from keras_glorot._keras.tree import Tree
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.initializers import GLOROT
+from keras_glorot.initializers import GLOROT, kernel_distribution
 from keras_glorot.layer_rules import (
     Activation,
     fans_by_rule,
@@ -261,7 +261,7 @@ def distribution_of(
         if own is None and axes is not None:
             initializer = copy.copy(initializer)
             initializer.input_axes, initializer.output_axes = axes
-        return initializer.distribution(tuple(shape), site)
+        return kernel_distribution(initializer, tuple(shape), site)
     if own is not None:
         fans = compute_fans(shape, *own)
     return keras_distribution(initializer, shape, fans)

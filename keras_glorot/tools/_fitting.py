@@ -25,7 +25,7 @@ __all__ = [
 # Six standard errors: one false alarm in 500 million tensors (`ONE_IN`), so a model of a
 # thousand weights is called wrong by chance once in half a million times.
 _SIGMAS = 6.0
-# What is significant can still be too small to matter.
+# A significant difference can still be too small to matter.
 _TOLERANCE = 0.05
 # That of the kurtosis: uniform and truncated normal values differ by 24 %.
 _KURTOSIS_TOLERANCE = 0.1
@@ -36,7 +36,7 @@ _FEWEST_FOR_KURTOSIS = 100
 
 
 class Statistics(NamedTuple):
-    """What the values of a variable are like."""
+    """Statistics of the values of a variable."""
 
     size: int
     mean: float
@@ -94,16 +94,16 @@ def _fault(
     return None
 
 
-# What can speak against a distribution: the later in this list, the more.
+# The faults, the gravest last.
 _FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
 
 
-@np.errstate(all="ignore")  # what is not finite is found by its range
+@np.errstate(all="ignore")  # values that are not finite are found by their range
 def measure(variable: keras.Variable, center: float) -> Statistics:
     """One pass, in float64: a float32 sum over a large kernel loses its digits.
 
     Args:
-        variable: What to measure.
+        variable: The variable to measure.
         center: The mean that is expected; the moments are taken around it.
     """
     total, squares, fourths = 0.0, 0.0, 0.0
@@ -188,7 +188,7 @@ def _limit(weight: Weight, distribution: Distribution) -> float:
 
 
 def _rounding(weight: Weight) -> float:
-    """What rounding can change, relative to the value; 0 for integers."""
+    """The relative change that rounding can make; 0 for integers."""
     dtype = weight.variable.dtype
     if not keras.backend.is_float_dtype(dtype):
         return 0.0

@@ -25,7 +25,7 @@ Index = tuple[Any, ...]
 
 
 class Slices(NamedTuple):
-    """The slices of a tensor that fix the same axes, and what is wrong with them.
+    """The slices of a tensor that fix the same axes, and those that are zero or repeated.
 
     Attributes:
         axes: The fixed axes.

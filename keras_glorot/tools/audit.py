@@ -1,4 +1,4 @@
-"""`audit`: what initialization did to a model, and where it went wrong."""
+"""`audit`: compares the fresh weights of a model with their declared initializers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -152,7 +152,7 @@ class _Measured(NamedTuple):
         expected: The plausible distribution nearest to the values: small tensors fit
             several. None where nothing is known.
         fault: The code of what speaks against it; None if nothing does.
-        repeats: Slices of it that are zero or repeated; looked for in what is random.
+        repeats: Slices of it that are zero or repeated; looked for in random weights.
         gain: That of its activation; None where it can't be computed.
     """
 
@@ -188,7 +188,7 @@ def _measure_weight(weight: Weight) -> _Measured:
             plausible += _glorot_distributions(weight, gain or 1.0)
         expected, fault = best_fit(weight, statistics, plausible)
     repeats = []
-    random = _random(weight, expected)
+    random = _random_distribution(weight, expected)
     if random is not None and statistics.std and statistics.is_finite:
         values = _values_drawn(weight, random)
         window = window_rank(weight.owner, weight.shape)
@@ -204,14 +204,16 @@ def _values_drawn(weight: Weight, random: Distribution) -> Values:
     return Values.of(random.matrices.at_tap(values))
 
 
-def _random(weight: Weight, expected: Distribution | None) -> Distribution | None:
+def _random_distribution(
+    weight: Weight, expected: Distribution | None
+) -> Distribution | None:
     """The expected distribution, if it has more than one value."""
     is_float = keras.backend.is_float_dtype(weight.variable.dtype)
     return expected if is_float and expected is not None and expected.std > 0 else None
 
 
 def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
-    """What `initialize` may draw a kernel from."""
+    """The distributions that `initialize` may draw a kernel from."""
     for std in _glorot_stds(weight, gain):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
@@ -219,13 +221,13 @@ def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]
 
 
 def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
-    """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
+    """The stds that `initialize` gives: with gain 1, and with the activation's gain."""
     std = math.sqrt(2 / max(2, sum(weight.fans or ())))
     return std, std * gain
 
 
 class _Verdict(NamedTuple):
-    """What a check says of a weight: a `Finding` without its code and path."""
+    """The result of a check: a `Finding` without its code and path."""
 
     severity: Severity
     message: str
@@ -260,19 +262,19 @@ def _check_constant_kernel(subject: _Measured) -> _Verdict | None:
     if not _is_constant_kernel(subject):
         return None
     is_declared = expected is not None and not expected.std
-    is_meant = is_declared and subject.fault is None
+    is_intended = is_declared and subject.fault is None
     message = (
         f"All kernel values are {statistics.low:.4g}, so every unit learns the same thing."
     )
     advice = "Use a random initializer, unless this is intended."
-    return _Verdict("info" if is_meant else "error", message, advice)
+    return _Verdict("info" if is_intended else "error", message, advice)
 
 
 def _is_constant_kernel(subject: _Measured) -> bool:
     size, expected = subject.statistics.size, subject.expected
     if not (subject.weight.is_kernel and subject.is_constant and size > 1):
         return False
-    random = _random(subject.weight, expected)
+    random = _random_distribution(subject.weight, expected)
     # A few random values of half precision can be equal by chance.
     return random is None or not can_be_chance(
         1, size - 1, collision(subject.weight, random)
@@ -435,7 +437,7 @@ _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
 }
 
 
-# What `audit` can find, by code.
+# The codes of all findings of `audit`.
 CODES = (*_CHECKS, "twin", "trained")
 
 
@@ -476,7 +478,7 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
     weight, statistics, expected = subject[:3]
     if not statistics.std or not subject.is_finite:
         return False
-    random = _random(weight, expected)
+    random = _random_distribution(weight, expected)
     if random is None:
         if not weight.is_kernel:
             return False
@@ -492,26 +494,26 @@ def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:
     kernels = [
         each
         for each in measured
-        if each.weight.is_kernel and _random(each.weight, each.expected)
+        if each.weight.is_kernel and _random_distribution(each.weight, each.expected)
     ]
     constants = [
         each
         for each in measured
         if each.expected is not None and each.expected.form == "constant"
     ]
-    left = [each for each in kernels if _has_left(each)]
+    deviating = [each for each in kernels if _deviates_from_declaration(each)]
     changed = [each for each in constants if each.fault == "constant"]
     if steps:
         message = f"Looks trained: its optimizer has made {steps} steps."
     # A fresh model can be wrong in every kernel, but not in its biases as well.
     elif (
-        2 * len(left) > len(kernels)
+        2 * len(deviating) > len(kernels)
         and (2 * len(changed) > len(constants) or not constants)
-        and len(left) + len(changed) > 1
+        and len(deviating) + len(changed) > 1
     ):
         message = (
-            f"Looks trained: {len(left)} of {len(kernels)} kernels and {len(changed)} of "
-            f"{len(constants)} constants are not what was declared."
+            f"Looks trained: {len(deviating)} of {len(kernels)} kernels and "
+            f"{len(changed)} of {len(constants)} constants are not what was declared."
         )
     else:
         return None
@@ -524,13 +526,13 @@ def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
     return int(steps)
 
 
-def _has_left(subject: _Measured) -> bool:
+def _deviates_from_declaration(subject: _Measured) -> bool:
     """Whether a kernel is not as declared, for another reason than Keras's fans."""
     is_off = subject.fault in ("std", "mean", "bounds", "form")
     return is_off and _explain_std(subject.weight, subject.statistics) == _UNEXPLAINED
 
 
-# What is wrong in a trained model too.
+# Wrong in a trained model too.
 _WRONG_IF_TRAINED = {"not-finite", "negative-variance", "constant-kernel"}
 
 

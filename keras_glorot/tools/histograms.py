@@ -22,6 +22,7 @@ def plot_histograms(
     x: Any,
     y: Any = None,
     loss: Any = None,
+    *,
     seed: int = 0,
     layers: Iterable[str] | None = None,
     axes: Any = None,
@@ -104,7 +105,7 @@ def plotted_histograms(
 
 
 _BINS = 81  # odd: zero is in the middle of one
-_LEAST = 1e-3  # what a sample can tell from nothing
+_LEAST = 1e-3  # less, a sample can't tell from nothing
 
 
 def _bands(samples: list[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:

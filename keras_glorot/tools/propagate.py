@@ -37,8 +37,8 @@ def propagate(
     x: Any,
     y: Any = None,
     loss: Any = None,
-    seed: int = 0,
     *,
+    seed: int = 0,
     training: bool = True,
     verbose: Literal["auto"] | bool = "auto",
 ) -> Table:

@@ -89,7 +89,7 @@ def report(
 
 
 def audit_section(table: Table) -> Section:
-    """What `audit` found, with a picture if there is a kernel to draw."""
+    """The findings of `audit`, with a picture if there is a kernel to draw."""
     return Section("Weights", table, _picture_of(table))
 
 
@@ -186,7 +186,7 @@ def _section_html(section: Section) -> str:
     )
 
 
-# What stands for the color of text while a picture is drawn.
+# Stands for the color of text while a picture is drawn.
 _INK = "#010203"
 
 
