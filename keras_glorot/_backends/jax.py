@@ -226,7 +226,8 @@ def current_trace() -> Any:
 
 
 def python_function(value: Any) -> Callable | None:
-    return value.__wrapped__ if isinstance(value, _CompiledFunction) else None
+    is_compiled = isinstance(value, _CompiledFunction)
+    return getattr(value, "__wrapped__", None) if is_compiled else None
 
 
 class _Program(Program):

@@ -64,7 +64,7 @@ def current_trace() -> Any:
 
 def python_function(value: Any) -> Callable | None:
     is_compiled = isinstance(value, tf.types.experimental.PolymorphicFunction)
-    return value.python_function if is_compiled else None
+    return getattr(value, "python_function", None) if is_compiled else None
 
 
 @contextlib.contextmanager
