@@ -92,7 +92,7 @@ def taken(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found.add((modules.get(node.value.id), node.attr))
-    return found
+    return {(source, name) for source, name in found if name not in ("*", "__all__")}
 
 
 def test_each_module_lists_the_names_that_others_take():
@@ -110,10 +110,13 @@ def test_each_module_lists_the_names_that_others_take():
 
 
 def all_of(path):
-    """The names in the `__all__` of a file."""
+    """The names in the `__all__` of a file, or of the one that it takes all from."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return set(ast.literal_eval(node.value))
+        match node:
+            case ast.Assign(targets=[ast.Name("__all__")]):
+                return set(ast.literal_eval(node.value))
+            case ast.ImportFrom(names=[ast.alias("*")], module=str(source)):
+                return all_of(FILES[source.removeprefix("keras_glorot.")])
     return set()
 
 

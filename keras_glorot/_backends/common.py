@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from keras_glorot._drawing.stream import Bounds
 __all__ = [
     "assign",
     "check_same",
-    "compiled_methods",
     "current_trace",
     "differentiator",
     "held_value",
@@ -32,6 +30,7 @@ __all__ = [
     "outside_traces",
     "process_count",
     "program",
+    "python_function",
     "shares_new_variables",
     "to_array",
     "to_sharded_tensor",
@@ -43,7 +42,7 @@ __all__ = [
     "writable",
 ]
 
-Scope = contextlib.AbstractContextManager[Any]
+_Scope = contextlib.AbstractContextManager[Any]
 _Result = TypeVar("_Result")
 
 program = Program()  # draws in the program that the backend makes
@@ -108,7 +107,7 @@ def assign(variable: keras.Variable, value: Any) -> None:
     variable.assign(value)
 
 
-def writable(variables: Iterable[keras.Variable]) -> Scope:
+def writable(variables: Iterable[keras.Variable]) -> _Scope:
     """Where they can be assigned."""
     return contextlib.nullcontext()
 
@@ -169,32 +168,14 @@ def untouched(function: Callable) -> Callable:
     return function
 
 
-def without_compilation() -> Scope:
+def without_compilation() -> _Scope:
     """Where `torch.compile` leaves Python functions as they are."""
     return contextlib.nullcontext()
 
 
-def compiled_methods(owner: Any) -> dict[str, Callable]:
-    """By name, the Python functions in what an object holds of `tf.function` or `jax.jit`.
-
-    Those of its class and its own attributes, but not of the classes of Keras.
-    """
-    return {}
-
-
-def methods_inside(owner: Any, kind: type, attribute: str) -> dict[str, Callable]:
-    """`compiled_methods`, from the kind and the attribute that has the Python function."""
-    methods = {}
-    for each in reversed(type(owner).__mro__):
-        if not each.__module__.startswith("keras."):
-            for key, value in vars(each).items():
-                methods.pop(key, None)
-                if isinstance(value, kind):
-                    methods[key] = types.MethodType(getattr(value, attribute), owner)
-    for key, value in vars(owner).items():
-        if isinstance(value, kind):
-            methods[key] = getattr(value, attribute)
-    return methods
+def python_function(value: Any) -> Callable | None:
+    """The function of Python in one of `tf.function` or `jax.jit`; None for all else."""
+    return None
 
 
 def differentiator(run: Run) -> Differentiator:
@@ -209,6 +190,6 @@ def differentiator(run: Run) -> Differentiator:
     raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
 
 
-def unmoved_generators() -> Scope:
+def unmoved_generators() -> _Scope:
     """Puts back the backend's global generators of random numbers."""
     return contextlib.nullcontext()

@@ -23,9 +23,11 @@ from keras_glorot._backends.signals import (
     Summary,
     to_numpy,
 )
-from keras_glorot._backends.traced import Program, cast
+from keras_glorot._backends.traced import Program
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.stream import Bounds
+
+_CompiledFunction = type(jax.jit(len))
 
 process_count = jax.process_count
 to_tensor = jax.device_put
@@ -223,8 +225,9 @@ def current_trace() -> Any:
     return get_opaque_trace_state(convention="keras_glorot")
 
 
-def compiled_methods(owner: Any) -> dict[str, Callable]:
-    return common.methods_inside(owner, type(jax.jit(len)), "__wrapped__")
+def python_function(value: Any) -> Callable | None:
+    is_compiled = isinstance(value, _CompiledFunction)
+    return getattr(value, "__wrapped__", None) if is_compiled else None
 
 
 class _Program(Program):
@@ -249,7 +252,7 @@ class _Program(Program):
         return jnp.asarray(table).at[indices].get(mode="promise_in_bounds")
 
     def halves(self, word: Any) -> tuple[Any, Any]:
-        return cast(word, "uint32"), np.uint32(0)  # it has 32 bits on JAX
+        return lax.convert_element_type(word, np.uint32), np.uint32(0)  # it has 32 bits
 
     def high_product(self, a: Any, b: int) -> Any:
         # Not `lax.mulhi`: JAX 0.10 can't compile it in a program for several devices.

@@ -62,9 +62,9 @@ def current_trace() -> Any:
     return tf.executing_eagerly(), could_possibly_record()
 
 
-def compiled_methods(owner: Any) -> dict[str, Callable]:
-    kind = tf.types.experimental.PolymorphicFunction
-    return common.methods_inside(owner, kind, "python_function")
+def python_function(value: Any) -> Callable | None:
+    is_compiled = isinstance(value, tf.types.experimental.PolymorphicFunction)
+    return getattr(value, "python_function", None) if is_compiled else None
 
 
 @contextlib.contextmanager

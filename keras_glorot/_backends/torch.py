@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import distributed
 
-from keras_glorot._backends.common import Scope
 from keras_glorot._backends.signals import Differentiator, EagerSignals, Results, Run
 from keras_glorot._backends.values import Values
 
@@ -56,7 +55,7 @@ def assign(variable: keras.Variable, value: Any) -> None:
         variable.assign(value)
 
 
-def writable(variables: Iterable[keras.Variable]) -> Scope:
+def writable(variables: Iterable[keras.Variable]) -> contextlib.AbstractContextManager[Any]:
     """Those that were made in inference mode can be assigned only there."""
     tensors: list[Any] = [variable.value for variable in variables]
     if any(tensor.is_inference() for tensor in tensors):
@@ -81,13 +80,13 @@ def current_trace() -> Any:
     return maybe_current_level(), _current_level, hooks
 
 
-def without_compilation() -> Scope:
+def without_compilation() -> contextlib.AbstractContextManager[Any]:
     if hasattr(torch.compiler, "set_stance"):  # since 2.6
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
 
 
-def unmoved_generators() -> Scope:
+def unmoved_generators() -> contextlib.AbstractContextManager[Any]:
     # Devices that are not in use yet have nothing to put back.
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count() if in_use else 0)

@@ -12,6 +12,7 @@ import inspect
 import math
 import numbers
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -459,7 +460,7 @@ def intercepted_call(
         stack.enter_context(_replaced_remat(place.is_other_thread))
         for layer in survey.layers:
             stack.enter_context(without_remat(layer))
-            for name, function in backends.compiled_methods(layer).items():
+            for name, function in _compiled_methods(layer).items():
                 stack.enter_context(replaced_attribute(layer, name, function))
             wrapper = wrappers.get(id(layer))
             if training and isinstance(layer, keras.layers.BatchNormalization):
@@ -507,6 +508,24 @@ def _replaced_remat(is_other_thread: Callable[[], bool]) -> Any:
 def _call_in_training(call: Callable, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("training", None)
     return call(inputs, True, *args[1:], **kwargs)
+
+
+def _compiled_methods(layer: keras.Layer) -> dict[str, Callable]:
+    """By name, the Python functions in what a layer holds of `tf.function` or `jax.jit`.
+
+    Those of its class and its own attributes, but not of the classes of Keras.
+    """
+    methods = {}
+    for kind in reversed(type(layer).__mro__):
+        if not kind.__module__.startswith("keras."):
+            for name, value in vars(kind).items():
+                methods.pop(name, None)
+                if function := backends.python_function(value):
+                    methods[name] = types.MethodType(function, layer)
+    for name, value in vars(layer).items():
+        if function := backends.python_function(value):
+            methods[name] = function
+    return methods
 
 
 def _first_line(error: Exception) -> str:

@@ -145,10 +145,11 @@ class Weight:
         by the rule of Keras's class, else by its shape. What was made constant, as a scale
         or a slope, connects nothing either, unless its name says that it does.
         """
+        if self.is_kernel or re.search("kernel|embedding", self.variable.name):
+            return self._counts
         declared = self.distribution
         is_constant = declared is not None and declared.form == "constant"
-        connects = self.is_kernel or re.search("kernel|embedding", self.variable.name)
-        return None if is_constant and not connects else self._counts
+        return None if is_constant else self._counts
 
     @functools.cached_property
     def distribution(self) -> Distribution | None:
