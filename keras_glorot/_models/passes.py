@@ -34,6 +34,7 @@ __all__ = [
     "Call",
     "Moments",
     "Signal",
+    "arguments_of",
     "intercepted_call",
     "moments",
     "record",
@@ -152,7 +153,7 @@ class Batch(NamedTuple):
 
     def call(self, model: keras.Layer, x: Any) -> Any:
         """The outputs of the model, or an error that begins with the reason."""
-        args, kwargs = _arguments(model, x)
+        args, kwargs = arguments_of(model, x)
         try:
             return model(*args, training=False, **kwargs)
         except Exception as error:
@@ -196,7 +197,7 @@ class Batch(NamedTuple):
             ) from error
 
 
-def _arguments(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
     """What `call` takes of a structure: all of it as one argument, or each part as one.
 
     Models that know their inputs take it as it is. Other ones take the parts of a list if
