@@ -140,7 +140,10 @@ class Batch(NamedTuple):
                 f"structure of arrays. Received: x of type {type(x)} with shapes "
                 f"{shapes[:4]}"
             )
-        x = tree.map_structure(ops.convert_to_tensor, x)
+        try:
+            x = tree.map_structure(ops.convert_to_tensor, x)
+        except Exception as error:
+            raise _not_numbers(x) from error
         if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
             raise ValueError(f"Argument `x` must be finite. Received: x={x}")
         loss = None if loss is None else keras.losses.get(loss)
@@ -157,6 +160,8 @@ class Batch(NamedTuple):
         try:
             return model(*args, training=False, **kwargs)
         except Exception as error:
+            if any("string" in str(tensor.dtype) for tensor in tree.flatten(x)):
+                raise _not_numbers(x) from error
             shapes = [tuple(tensor.shape) for tensor in tree.flatten(x)]
             reason = _first_line(error)
             received = f"Received: x of shape {str(shapes)[1:-1]}"
@@ -195,6 +200,14 @@ class Batch(NamedTuple):
                 f"{str(shapes)[1:-1]}, loss={self.loss}. Calling the loss failed: "
                 f"{_first_line(error)}"
             ) from error
+
+
+def _not_numbers(x: Any) -> TypeError:
+    dtypes = [str(array.dtype) for array in tree.flatten(x)]
+    return TypeError(
+        "Argument `x` must be a batch of numbers, as the model takes them: text has to be "
+        f"turned into numbers first. Received: x with dtypes {dtypes[:4]}"
+    )
 
 
 def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:

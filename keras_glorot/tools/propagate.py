@@ -87,7 +87,8 @@ def propagate(
         ValueError: If the model is not built, can't be called on `x` or differentiated; `x`
             is empty, not finite or does not fit; `y` does not fit, or comes without `loss`,
             or `loss` without it; or no gradient reaches the layers.
-        TypeError: If `model` is not a Keras layer, or `seed` not an integer.
+        TypeError: If `model` is not a Keras layer, `seed` not an integer, or `x` does not
+            hold numbers.
 
     Example:
 
