@@ -1,13 +1,15 @@
 """What feeds each kernel and what it feeds: by the graph, or by the calls of one pass."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 from models import Late
 
-from keras_glorot._models.kernels import flow_of_model
-from keras_glorot._models.passes import Batch
+from keras_glorot._models.kernels import flow_of_calls, flow_of_model
+from keras_glorot._models.passes import Batch, record
 from keras_glorot._models.survey import describe
 
 
@@ -100,8 +102,10 @@ def test_queries_and_keys_feed_a_softmax_whatever_their_names():
     inputs = keras.Input((5, 8))
     x = Attention()(inputs)
     x = layers.MultiHeadAttention(2, 4, name="own")(x, x)
+    q, v, k = (layers.Dense(8, name=name)(x) for name in "qvk")
+    x = layers.Attention()([q, v, k])
     flow = flow_of(keras.Model(inputs, layers.Dense(3, name="last")(x)))
-    assert layers_that(flow, flow.feeds_gate) == {"a", "b", "query", "key"}
+    assert layers_that(flow, flow.feeds_gate) == {"a", "b", "query", "key", "q", "k"}
     assert sources(flow)["attention_output"]["value"] == set()
 
 
@@ -154,6 +158,64 @@ def test_a_learned_table_that_is_added_to_the_first_kernel(added):
     )
     flow = flow_of(keras.Model(inputs, x))
     assert getattr(flow.stem, "name", None) == ("stem" if added else None)
+
+
+class Tied(layers.Layer):
+    """Has one kernel of its own, and one of another layer."""
+
+    def __init__(self, other):
+        super().__init__(name="tied")
+        self.other = other
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 8), name="kernel")
+
+    def call(self, x):
+        x = ops.relu(ops.matmul(x, self.kernel))
+        return ops.matmul(x, ops.transpose(self.other.kernel))
+
+
+def test_kernels_that_a_layer_multiplies_by_itself():
+    """Also one that can't be told: no other kernel behind it is taken for its input."""
+    one = layers.Dense(8, name="one")
+    inputs = keras.Input((8,))
+    x = layers.Dense(2, name="last")(Tied(one)(layers.Dense(8, name="two")(one(inputs))))
+    flow = flow_of(keras.Model(inputs, x))
+    names = [getattr(kernel.layer, "name", None) for kernel in flow.kernels]
+    assert names == ["one", "two", "tied", None, "last"]
+    assert [dict(kernel.sources) for kernel in flow.kernels] == [
+        {},
+        {0: set()},
+        {1: set()},
+        {2: {"activation"}},
+        {3: set()},
+    ]
+
+
+def test_each_call_of_a_shared_layer_has_its_row():
+    shared = layers.Dense(8, name="shared")
+    a, b = keras.Input((8,)), keras.Input((8,))
+    last = layers.Dense(2, name="last")
+    x = last(layers.Concatenate()([shared(a), shared(shared(b))]))
+    model = keras.Model([a, b], x)
+    batch = Batch.check([np.ones((4, 8), "float32")] * 2)
+    calls, _ = record(model, batch)
+    flow = flow_of_calls(model, batch, calls)
+    rows = flow.rows([call.layer for call in calls[:-1]])
+    assert {calls[row].layer for row in rows} == {shared, last}
+    assert len(set(rows)) == 4
+    for kernel, row in zip(flow.kernels, rows, strict=True):
+        if kernel.layer is shared and kernel.sources:  # after the other call on `b`
+            assert row > min(row for row in rows if calls[row].layer is shared)
+
+
+def test_threads_may_look_at_one_model():
+    inputs = keras.Input((8,))
+    x = Block(8, "two")(Block(8, "one")(inputs))
+    model = keras.Model(inputs, layers.Dense(3, name="last")(x))
+    with ThreadPoolExecutor(4) as pool:
+        flows = list(pool.map(lambda _: flow_of(model), range(40)))
+    assert {len(flow.sums) for flow in flows} == {2}
 
 
 def test_a_model_that_needs_values_is_known_by_its_calls():

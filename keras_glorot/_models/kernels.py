@@ -4,14 +4,21 @@ All of it is derived here, once for a model: from the graph, which is known with
 from the calls of one pass where the model can't be called on symbolic tensors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_glorot._keras.bridge import additions, sublayers
 from keras_glorot._keras.graph import Graph, Step, trace
-from keras_glorot._models.passes import Batch, Call, arguments_of, loops_around, record
+from keras_glorot._models.passes import (
+    Batch,
+    Call,
+    arguments_of,
+    lock,
+    loops_around,
+    record,
+)
 from keras_glorot._models.survey import Weight
 from keras_glorot.layer_rules import is_normalization
 
@@ -23,7 +30,8 @@ Kinds = frozenset[str]
 
 # What stands between kernels, by the names of layers and operations in lower case.
 _KINDS = {
-    "softmax": ("softmax", "logsoftmax", "exp", "attention", "additiveattention"),
+    "softmax": ("softmax", "logsoftmax", "exp", "attention", "additiveattention",
+                "dotproductattention"),
     "gate": ("sigmoid", "hardsigmoid", "logsigmoid"),
     "addition": ("add",),
     "product": ("multiply",),
@@ -38,6 +46,8 @@ _KINDS = {
 }  # fmt: skip
 _KIND_BY_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
 _POOLINGS = ("mean", "max", "sum", "averagepool", "maxpool")
+# Which of their three inputs, the values, passes by the softmax of queries and keys.
+_VALUES = {"dotproductattention": 2, "attention": 1, "additiveattention": 1}
 # Of two tensors they mean something only together.
 _JOINS = ("addition", "product")
 # Operations that multiply by a kernel if only one of their arguments comes from the inputs.
@@ -144,31 +154,30 @@ def flow_of_model(
     if graph is None:
         calls, _ = record(model, batch, training)
         graph = _graph_of_calls(calls)
-    return _Derivation(graph, model, weights).flow()
+    return _derive(graph, model, weights)
 
 
 def flow_of_calls(model: keras.Layer, batch: Batch, calls: Sequence[Call]) -> Flow:
     """By the graph or, where there is none, by these calls."""
     weights = [call.weight for call in calls if call.weight is not None]
     graph = _graph(model, batch, weights) or _graph_of_calls(calls)
-    return _Derivation(graph, model, weights).flow()
+    return _derive(graph, model, weights)
 
 
 def _graph(model: keras.Layer, batch: Batch, weights: Sequence[Weight]) -> Graph | None:
     """None if the model, or a layer with kernels in it, can't be looked into."""
 
     def symbol(tensor: Any) -> Any:
-        return keras.KerasTensor(tuple(tensor.shape), tensor_dtype(tensor))
-
-    def tensor_dtype(tensor: Any) -> str:
-        return keras.backend.standardize_dtype(tensor.dtype)
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        return keras.KerasTensor(tuple(tensor.shape), dtype)
 
     args, kwargs = arguments_of(model, tree.map_structure(symbol, batch.x))
     try:
-        graph = trace(model, (tuple(args), {**kwargs, "training": False}))
+        with lock:
+            graph = trace(model, (tuple(args), {**kwargs, "training": False}))
     except Exception:  # it does what only values allow
         return None
-    owners = {id(weight.owner) for weight in weights if is_kernel(weight)}
+    owners = {id(weight.owner) for weight in weights if _is_kernel(weight)}
     hidden = {id(layer) for closed in graph.closed for layer in sublayers(closed)[1:]}
     return None if owners & hidden or not graph.outputs else graph
 
@@ -191,7 +200,7 @@ def _graph_of_calls(calls: Sequence[Call]) -> Graph:
     return Graph(steps, tensors, tuple(range(len(inputs))), last, [])
 
 
-def is_kernel(weight: Weight) -> bool:
+def _is_kernel(weight: Weight) -> bool:
     """Whether it multiplies what passes: no table to look up, or to add."""
     name = weight.variable.name
     is_float = keras.backend.is_float_dtype(weight.variable.dtype)
@@ -199,69 +208,38 @@ def is_kernel(weight: Weight) -> bool:
     return is_float and weight.fans is not None and (weight.is_kernel or is_named)
 
 
-def is_table(weight: Weight) -> bool:
+def _is_table(weight: Weight) -> bool:
     """Whether it is a learned table, such as of positions: its scale is left as it is."""
     variable = weight.variable
     is_learned = variable.trainable and keras.backend.is_float_dtype(variable.dtype)
-    return is_learned and not is_kernel(weight) and _is_wide(variable)
+    return is_learned and not _is_kernel(weight) and _is_wide(variable)
 
 
 def _is_wide(array: Any) -> bool:
     return sum(size > 1 for size in getattr(array, "shape", ())) > 1
 
 
-class _Derivation:
+class _Walk:
     """One walk over the steps, from the inputs to the outputs."""
 
-    def __init__(self, graph: Graph, model: keras.Layer, weights: Iterable[Weight]):
-        self.graph = graph
-        loops = loops_around(model)
-        # By `id` of layers and of variables: the layer that is called.
-        self.layers: dict[int, Any] = {}
-        self.tables: set[int] = set()
-        for weight in weights:
-            owner = loops.get(id(weight.owner), weight.owner)
-            if is_kernel(weight):
-                self.layers |= {id(owner): owner, id(weight.variable): owner}
-            elif is_table(weight):
-                self.tables |= {id(owner), id(weight.variable)}
-        self.visible = {id(each) for each in (*sublayers(model), *additions(model))}
+    def __init__(self, graph: Graph, layers: dict[int, Any]):
+        self.graph, self.layers = graph, layers
         self.kernels: list[Kernel] = []
-        self.sums: list[Sum] = []
-        self.stem: Any = None
         # By number of each tensor: the kernels that reach it without another one between,
         # and through which kinds; which inputs reach it; past how many kernels at least.
         self.behind: dict[int, dict[int, Kinds]] = {}
         self.inputs = {number: frozenset({number}) for number in graph.inputs}
         self.depths: dict[int, int] = {}
-        self.from_tables: set[int] = set()
+        self.others = [step for step in graph.steps if not self._follow(step)]
 
-    def flow(self) -> Flow:
-        for step in self.graph.steps:
-            self._follow(step)
-        kinds: list[Kinds] = [frozenset()] * len(self.kernels)
-        at_end = [self.behind.get(number, {}) for number in self.graph.outputs]
-        for reached in [*(kernel.sources for kernel in self.kernels), *at_end]:
-            for i, through in reached.items():
-                kinds[i] |= through
-        heads = {i for reached in at_end for i in reached}
-        kernels = [
-            kernel._replace(kinds=kinds[i], is_head=i in heads)
-            for i, kernel in enumerate(self.kernels)
-        ]
-        # What belongs to the scores of a softmax is no sum that passes by.
-        sums = [
-            each
-            for each in self.sums
-            if not any("softmax" in kinds[i] for i in self.behind[each.total])
-        ]
-        return Flow(kernels, sums, self.stem, self._places())
+    def floats(self, step: Step) -> list[int]:
+        """The inputs of a step that a signal can come by."""
+        return [i for i in step.inputs if "float" in str(self.graph.tensors[i].dtype)]
 
-    def _follow(self, step: Step) -> None:
-        inputs = [i for i in step.inputs if "float" in str(self.graph.tensors[i].dtype)]
-        layer = self._kernel_layer(step)
-        kind = _kind(step) if layer is None else ""
-        sources = self._reaching(step, kind, inputs)
+    def _follow(self, step: Step) -> bool:
+        """Whether the step multiplies by a kernel."""
+        inputs, layer = self.floats(step), self._kernel_layer(step)
+        sources = self._reaching(step, _kind(step) if layer is None else "", inputs)
         depth = min((self.depths.get(number, 0) for number in inputs), default=0)
         reached = frozenset().union(
             *(self.inputs.get(number, frozenset()) for number in step.inputs)
@@ -274,14 +252,11 @@ class _Derivation:
             own = _activation_kind(getattr(inner, "activation", None))
             sources = {len(self.kernels) - 1: frozenset({own} - {""})}
             depth += 1
-        else:
-            self._note_table(step, inputs, sources)
-            if kind == "addition" and len(inputs) > 1:
-                self._note_sum(step, inputs)
         for number in step.outputs:
             self.behind[number] = sources
             self.inputs[number] = reached
             self.depths[number] = depth
+        return layer is not None
 
     def _kernel_layer(self, step: Step) -> Any:
         """The layer whose kernel the step multiplies by, or None."""
@@ -292,17 +267,15 @@ class _Derivation:
         for argument in tree.flatten(step.arguments):
             if id(argument) in self.layers:
                 return self.layers[id(argument)]
-        is_product = _name(step.operation) in _PRODUCTS and len(set(step.inputs)) == 1
+        is_product = _name(step.operation) in _PRODUCTS and len(step.inputs) == 1
         return _UNKNOWN if is_product else None
 
     def _reaching(self, step: Step, kind: str, inputs: Sequence[int]) -> dict[int, Kinds]:
         """The kernels that reach the step, with its own kind."""
         merged: dict[int, Kinds] = {}
-        is_attention = _name(step.operation) == "dotproductattention"
+        values = _VALUES.get(_name(step.operation)) if len(inputs) > 2 else None
         for position, number in enumerate(inputs):
-            own = kind
-            if is_attention:  # the values pass by the softmax of queries and keys
-                own = "softmax" if position < 2 else ""
+            own = "" if position == values else kind
             for i, through in self.behind.get(number, {}).items():
                 known = merged.get(i, through)
                 both = known | through
@@ -311,64 +284,96 @@ class _Derivation:
                 merged[i] = both | ({own} - {""})
         return merged
 
-    def _note_table(
-        self, step: Step, inputs: Sequence[int], sources: dict[int, Kinds]
-    ) -> None:
-        """The first kernel, with nothing but a table added to its output, is the stem."""
-        others = [
-            argument
+
+def _derive(graph: Graph, model: keras.Layer, weights: Sequence[Weight]) -> Flow:
+    loops = loops_around(model)
+    # By `id` of layers and of variables: the layer that is called.
+    layers: dict[int, Any] = {}
+    for weight in filter(_is_kernel, weights):
+        owner = loops.get(id(weight.owner), weight.owner)
+        layers |= {id(owner): owner, id(weight.variable): owner}
+    walk = _Walk(graph, layers)
+    kinds: list[Kinds] = [frozenset()] * len(walk.kernels)
+    at_end = [walk.behind.get(number, {}) for number in graph.outputs]
+    for reached in [*(kernel.sources for kernel in walk.kernels), *at_end]:
+        for i, through in reached.items():
+            kinds[i] |= through
+    heads = {i for reached in at_end for i in reached}
+    kernels = [
+        kernel._replace(kinds=kinds[i], is_head=i in heads)
+        for i, kernel in enumerate(walk.kernels)
+    ]
+    tables = {id(weight.owner) for weight in weights if _is_table(weight)} - layers.keys()
+    visible = {id(each) for each in (*sublayers(model), *additions(model))}
+    return Flow(kernels, _sums(walk, kinds), _stem(walk, tables), _places(graph, visible))
+
+
+def _sums(walk: _Walk, kinds: list[Kinds]) -> list[Sum]:
+    """The additions, without those that belong to the scores of a softmax."""
+    sums = []
+    for step in walk.others:
+        terms, total = walk.floats(step), step.outputs[0]
+        is_score = any("softmax" in kinds[i] for i in walk.behind[total])
+        if _kind(step) != "addition" or len(terms) < 2 or is_score:
+            continue
+        depths = [walk.depths.get(number, 0) for number in terms]
+        least = min(depths)
+        pairs = zip(terms, depths, strict=True)
+        branches = [number for number, depth in pairs if depth > least] or terms[-1:]
+        ends = [_end(walk.behind.get(number, {})) for number in branches]
+        sums.append(Sum(total, tuple(terms), tuple(i for i in ends if i is not None)))
+    return sums
+
+
+def _end(behind: dict[int, Kinds]) -> int | None:
+    """The kernel that ends a branch, unless a normalization gives that its own scale."""
+    scaled = {"normalization", "softmax", "gate"}
+    return max((i for i, through in behind.items() if not through & scaled), default=None)
+
+
+def _stem(walk: _Walk, tables: set[int]) -> Any:
+    """The layer of a first kernel, if nothing but a learned table is added to its output.
+
+    `tables` are the layers that have one, by `id`.
+    """
+    from_tables: set[int] = set()
+    for step in walk.others:
+        sources, is_own = walk.behind[step.outputs[0]], id(step.operation) in tables
+        has_table = is_own or bool(from_tables.intersection(step.inputs))
+        has_table |= any(
+            _is_wide(argument) and (bool(tables) or getattr(argument, "trainable", False))
             for argument in tree.flatten(step.arguments)
             if not isinstance(argument, keras.KerasTensor)
-            and _is_wide(argument)
-            and (self.tables or getattr(argument, "trainable", False))
-        ]
-        is_own = id(step.operation) in self.tables
-        with_table = self.from_tables.intersection(inputs) or others or is_own
-        if not with_table:
-            return
+        )
         is_sum = is_own or _name(step.operation) == "add"
-        if self.stem is None and is_sum and list(sources) == [0] and len(self.kernels) == 1:
-            self.stem = self.kernels[0].layer
-        if not sources:
-            self.from_tables.update(step.outputs)
+        if has_table and not sources:
+            from_tables.update(step.outputs)
+        elif has_table and is_sum and len(sources) == 1:
+            (first,) = sources
+            if not walk.kernels[first].sources:
+                return walk.kernels[first].layer
+    return None
 
-    def _note_sum(self, step: Step, inputs: Sequence[int]) -> None:
-        depths = [self.depths.get(number, 0) for number in inputs]
-        branches = [
-            number
-            for number, depth in zip(inputs, depths, strict=True)
-            if depth > min(depths)
-        ] or inputs[-1:]
-        ends = []
-        for number in branches:
-            # A normalization gives the branch a scale of its own, as scores have one.
-            own = [
-                i
-                for i, through in self.behind.get(number, {}).items()
-                if not through & {"normalization", "softmax", "gate"}
-            ]
-            ends += [max(own)] if own else []
-        self.sums.append(Sum(step.outputs[0], tuple(inputs), tuple(ends)))
 
-    def _places(self) -> dict[int, Place]:
-        """Where a call sees each tensor: as its output or, else, as its first input."""
-        as_outputs: dict[int, Place] = {}
-        as_inputs: dict[int, Place] = {}
-        same: dict[int, int] = {}  # what only was cast, or made a tensor
-        calls: dict[int, list[int]] = {}
-        for step in self.graph.steps:
-            calls.setdefault(id(step.operation), []).append(step.call)
-        for step in self.graph.steps:
-            operation = step.operation
-            if _name(operation) in ("converttotensor", "cast"):
-                same[step.outputs[0]] = same.get(step.inputs[0], step.inputs[0])
-            if id(operation) in self.visible:
-                call = sorted(calls[id(operation)]).index(step.call)
-                as_outputs[step.outputs[0]] = Place(operation, call, False)
-                for number in step.inputs[:1]:
-                    place = Place(operation, call, True)
-                    as_inputs.setdefault(same.get(number, number), place)
-        return as_inputs | as_outputs
+def _places(graph: Graph, visible: set[int]) -> dict[int, Place]:
+    """Where a call sees each tensor: as its output or, else, as its first input."""
+    as_outputs: dict[int, Place] = {}
+    as_inputs: dict[int, Place] = {}
+    same: dict[int, int] = {}  # what only was cast, or made a tensor
+    calls: dict[int, list[int]] = {}
+    for step in graph.steps:
+        calls.setdefault(id(step.operation), []).append(step.call)
+    for step in graph.steps:
+        operation = step.operation
+        if _name(operation) in ("converttotensor", "cast"):
+            same[step.outputs[0]] = same.get(step.inputs[0], step.inputs[0])
+        if id(operation) in visible:
+            call = sorted(calls[id(operation)]).index(step.call)
+            as_outputs[step.outputs[0]] = Place(operation, call, False)
+            for number in step.inputs[:1]:
+                place = Place(operation, call, True)
+                as_inputs.setdefault(same.get(number, number), place)
+    return as_inputs | as_outputs
 
 
 _UNKNOWN = object()  # stands for a layer that the graph does not tell

@@ -36,6 +36,7 @@ __all__ = [
     "Signal",
     "arguments_of",
     "intercepted_call",
+    "lock",
     "moments",
     "record",
 ]
@@ -47,7 +48,7 @@ Tensor = Any
 Summary = Callable[[np.ndarray], Any]
 
 # Layers are shared by threads, and the replaced `call` of one by two recordings.
-_lock = threading.RLock()
+lock = threading.RLock()
 
 
 class Moments(NamedTuple):
@@ -475,7 +476,7 @@ def intercepted_call(
         the layers are as in the call, so that what is called again gives the same.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_lock)
+        stack.enter_context(lock)
         stack.enter_context(backends.without_compilation())
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))

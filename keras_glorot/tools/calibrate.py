@@ -129,9 +129,9 @@ def calibrate(
         A `Table` with a row per kernel. Keys: `path`, `factor`; `std`, `gradient_std`:
         s and g, this relative to their geometric mean; `std_before`; `share`: the part of
         the gradient that it gets of what passes by; `target`: `"balanced"`, `"unit"`,
-        `"small"` (a head), `"off path"` or `""` (not scaled); `shape`, `layer`. The note has forward (s of the
-        last kernel over the first), backward (g of the first over the last), and what the
-        mode holds of them.
+        `"small"` (a head), `"off path"` or `""` (not scaled); `shape`, `layer`. The note
+        has forward (s of the last kernel over the first), backward (g of the first over
+        the last), and what the mode holds of them.
 
     Raises:
         ValueError: If the model is not built or not finite, the batch does not fit, or

@@ -234,20 +234,21 @@ def _findings(calls: list[Call], rows: list[Row], flow: Flow) -> list[Finding]:
     found = []
     for row in rows[:-1] or rows:
         found += _unit_findings(row)
-    positions = flow.rows([call.layer for call in calls[:-1]])
     chains = _chains(flow.kernels)
+    places = flow.rows([call.layer for call in calls[:-1]])
     for chain in chains:
-        hidden = [rows[i] for i in _known(positions, chain)]
+        hidden = [rows[i] for i in _known(places, chain)]
         if len(hidden) >= 3:
             found += _trend(hidden, "std", "Signal")
             found += _trend(hidden[::-1], "gradient_std", "Gradient")
             found += _collapse(hidden)
-    return found + _residual_growth(calls[:-1], rows) + _instability(calls, flow)
+    plain = [_known(places, chain) for chain in chains if _is_plain(flow, chain)]
+    return found + _residual_growth(calls[:-1], rows) + _instability(calls, plain)
 
 
-def _known(positions: list[int | None], chain: list[int]) -> list[int]:
+def _known(places: list[int | None], chain: list[int]) -> list[int]:
     """The calls of a chain of kernels that were seen, each once."""
-    found = [positions[i] for i in chain]
+    found = [places[i] for i in chain]
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
@@ -366,26 +367,27 @@ def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
 _JOINED = {"addition", "product", "concatenation", "softmax", "gate"}
 
 
-def _instability(calls: list[Call], flow: Flow) -> list[Finding]:
+def _is_plain(flow: Flow, chain: list[int]) -> bool:
+    """Whether each kernel feeds the next one alone, and nothing is added or multiplied."""
+    sources = [flow.kernels[i].sources for i in chain[1:]]
+    between = frozenset().union(*(kinds for each in sources for kinds in each.values()))
+    return all(len(each) == 1 for each in sources) and not _JOINED & between
+
+
+def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
     """Where activations by themselves let small differences explode along plain layers."""
     if any(is_normalization(call.layer) for call in calls):
         return []
-    positions = flow.rows([call.layer for call in calls[:-1]])
-    for chain in _chains(flow.kernels):
-        sources = [flow.kernels[i].sources for i in chain[1:]]
-        between = [kinds for each in sources for kinds in each.values()]
-        if any(len(each) > 1 for each in sources) or _JOINED & frozenset().union(*between):
-            continue
-        seen = _known(positions, chain)
-        growths = [_growth(calls[i]) for i in seen]
+    for chain in filter(None, chains):
+        growths = [_growth(calls[i]) for i in chain]
         total, worst = math.prod(growths), max(growths)
         if total > 10:
             message = (
                 f"Its activation lets a deviation grow {worst:.3g}x per layer (chi) even "
                 f"where the signal is level: {total:.2g}x from "
-                f"{calls[seen[0]].path} to here."
+                f"{calls[chain[0]].path} to here."
             )
-            path, advice = calls[seen[-1]].path, _ADVICE["unstable-activation"]
+            path, advice = calls[chain[-1]].path, _ADVICE["unstable-activation"]
             return [Finding("warning", "unstable-activation", path, message, advice)]
     return []
 
