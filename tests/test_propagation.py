@@ -704,7 +704,12 @@ def test_no_remarks_on_retracing(caplog):
 
 @pytest.mark.parametrize("tool", [propagate, calibrate])
 @pytest.mark.parametrize(
-    "x", [np.full((4, 12), "a"), np.full((4, 12), None), np.full((4, 12), {}, object)]
+    "x",
+    [
+        np.arange(48).reshape(4, 12).astype(str),
+        np.full((4, 12), None),
+        np.full((4, 12), {}, object),
+    ],
 )
 def test_a_batch_of_text_or_objects_is_refused_by_its_name(tool, x):
     with pytest.raises((TypeError, ValueError), match=r"Argument `x` must .* numbers"):
