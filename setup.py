@@ -11,7 +11,13 @@ stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 kernel = Extension(
     "keras_glorot._drawing._native",
     ["keras_glorot/_drawing/_native.c"],
-    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-trapping-math"],
+    depends=["keras_glorot/_drawing/_orthogonal.h"],
+    extra_compile_args=[
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+    ],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if stable else [],
     py_limited_api=stable,
     optional=True,

@@ -10,7 +10,12 @@ from importlib.metadata import version as _version
 from keras_glorot._models.survey import layer_fans
 from keras_glorot.fans import Fans, compute_fans
 from keras_glorot.gains import calculate_gain
-from keras_glorot.initializers import GlorotNormal, GlorotUniform, as_default
+from keras_glorot.initializers import (
+    GlorotNormal,
+    GlorotOrthogonal,
+    GlorotUniform,
+    as_default,
+)
 from keras_glorot.layer_rules import register_fans
 from keras_glorot.tables import Finding, Table
 from keras_glorot.tools.audit import audit
@@ -24,6 +29,7 @@ __all__ = [
     "Fans",
     "Finding",
     "GlorotNormal",
+    "GlorotOrthogonal",
     "GlorotUniform",
     "Table",
     "__version__",

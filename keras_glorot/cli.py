@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:  # a damaged file makes Keras raise anything
-            from keras_glorot._keras.bridge import error_reason
+            from keras_glorot._keras.calls import error_reason
 
             _complain("error", error_reason(error))
             return 2

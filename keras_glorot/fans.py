@@ -9,7 +9,7 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
-__all__ = ["Fans", "compute_fans", "standardize_axes", "standardize_shape"]
+__all__ = ["Fans", "axes_of", "compute_fans", "standardize_axes", "standardize_shape"]
 
 
 # Python would take these for sequences of integers, but no order or no size is meant.
@@ -76,10 +76,7 @@ def compute_fans(
     sizes = standardize_shape(shape)
     pair = standardize_axes(input_axes, output_axes)
     if pair is not None:
-        inputs, outputs = (
-            _resolve_axes(axes, sizes, name)
-            for axes, name in zip(pair, ("input_axes", "output_axes"), strict=True)
-        )
+        inputs, outputs = axes_of(sizes, *pair)
         return Fans(
             math.prod(sizes[axis] for axis in inputs),
             math.prod(sizes[axis] for axis in outputs),
@@ -146,6 +143,14 @@ def standardize_axes(
             )
         pair.append(axes)
     return pair[0], pair[1]
+
+
+def axes_of(
+    sizes: tuple[int, ...], input_axes: Sequence[int], output_axes: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Both axes lists, counted from the start."""
+    inputs = _resolve_axes(tuple(input_axes), sizes, "input_axes")
+    return inputs, _resolve_axes(tuple(output_axes), sizes, "output_axes")
 
 
 def _resolve_axes(

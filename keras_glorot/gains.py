@@ -1,4 +1,4 @@
-"""What a nonlinearity asks of the weights before it: a factor on their std."""
+"""Gains: the factor on the std that compensates for an activation."""
 
 import functools
 import math

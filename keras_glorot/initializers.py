@@ -1,4 +1,4 @@
-"""`GlorotUniform` and `GlorotNormal`: arguments, config, shape → distribution → draw."""
+"""`GlorotUniform` and its siblings: arguments, config, shape → distribution → draw."""
 
 import contextlib
 import functools
@@ -13,22 +13,36 @@ from typing import Any, Self
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._backends.traced import traced_draw
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import CallSite
+from keras_glorot._keras.call_site import (
+    CallSite,
+    current_call_site,
+    initializer_tables,
+    seed_words,
+)
+from keras_glorot._keras.state import is_random_seeded, is_shape_inference
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
-from keras_glorot.layer_rules import kernel_activation, kernel_fans
+from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
 
-__all__ = ["GlorotNormal", "GlorotUniform", "as_default"]
+__all__ = [
+    "GLOROT",
+    "GlorotNormal",
+    "GlorotOrthogonal",
+    "GlorotUniform",
+    "as_default",
+    "check_alone",
+    "find_initializer",
+    "is_unshared",
+    "kernel_distribution",
+]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
 _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
-    """What both variants share: all but the form of the distribution."""
+    """All but the form of the distribution."""
 
     _is_unshared = False  # of what an older version pickled
 
@@ -38,10 +52,7 @@ class _Glorot(keras.initializers.Initializer):
         seed: "int | keras.random.SeedGenerator | None" = None,
         input_axes: Sequence[int] | None = None,
         output_axes: Sequence[int] | None = None,
-        **unknown: Any,
     ):
-        if unknown:
-            raise TypeError(_explain_unknown(type(self).__name__, unknown))
         self.gain = _standardize_gain(gain)
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
@@ -79,22 +90,25 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `dtype` must be a dtype that can hold a weight: one of "
                 f"{', '.join(WEIGHT_DTYPES)}. Received: dtype={dtype}"
             )
-        distribution = self.distribution(shape, bridge.current_call_site(self))
+        distribution = kernel_distribution(self, shape, current_call_site(self))
         if fault := distribution.range_fault(dtype):
             raise ValueError(
                 f"Argument `gain` must be {fault}. "
                 f"Received: gain={self.gain} for shape={shape}"
             )
-        if bridge.is_shape_inference():
+        if is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
         if (valueless := backends.meta_tensor(shape, dtype)) is not None:
             return valueless
         if self._is_unshared and not backends.shares_new_variables():
             check_alone()
-        seed = bridge.seed_words(self.seed)
+        seed = seed_words(self.seed)
         if backends.is_tracing() or not isinstance(seed, tuple):
+            if distribution.matrices is not None:
+                draw = functools.partial(distribution.draw, shape, dtype)
+                return backends.program.call(draw, shape, dtype, seed, layout)
             form, scale = distribution.form, distribution.scale
-            return traced_draw(form, shape, scale, dtype, seed, layout)
+            return backends.program.draw(form, shape, scale, dtype, seed, layout)
         draw_region = functools.partial(distribution.draw, shape, dtype, seed)
         if layout is not None:
             return backends.to_sharded_tensor(shape, layout, draw_region)
@@ -107,18 +121,7 @@ class _Glorot(keras.initializers.Initializer):
         else from the shape: no layer is known here, and with `gain="auto"` the gain is
         1. `compute_fans` and `layer_fans` tell more.
         """
-        return self.distribution(standardize_shape(shape)).std
-
-    def distribution(
-        self, shape: tuple[int, ...], site: CallSite = _NO_LAYER
-    ) -> Distribution:
-        """What a kernel of this shape is drawn from, where it is made."""
-        if self.input_axes is not None:
-            fans = compute_fans(shape, self.input_axes, self.output_axes)
-        else:
-            fans = kernel_fans(shape, *site)
-        # At least 2, as in Keras: a kernel without an entry still has a finite std.
-        return self._distribution(self._numeric_gain(site), max(2, sum(fans)))
+        return kernel_distribution(self, standardize_shape(shape)).std
 
     def get_config(self) -> dict[str, Any]:
         """The arguments that differ from their defaults, as the user wrote them."""
@@ -156,14 +159,6 @@ class _Glorot(keras.initializers.Initializer):
         listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         return f"{type(self).__name__}({listed})"
 
-    def _numeric_gain(self, site: CallSite) -> float:
-        if self.gain == "auto":
-            return activation_gain(kernel_activation(*site))
-        return calculate_gain(self.gain) if isinstance(self.gain, str) else self.gain
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        raise NotImplementedError
-
 
 @keras.saving.register_keras_serializable("keras_glorot")
 class GlorotUniform(_Glorot):
@@ -192,8 +187,7 @@ class GlorotUniform(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
-            argument of another name (`**unknown` is there to say what is meant).
+        TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
@@ -211,12 +205,7 @@ class GlorotUniform(_Glorot):
 
     def limit(self, shape: Sequence[int]) -> float:
         """The bound of a kernel of this shape: `sqrt(3)` times `stddev(shape)`."""
-        return self.distribution(standardize_shape(shape)).scale
-
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        # Not sqrt(3) times the std, whose last bit differs for two fifths of all sums.
-        limit, std = gain * math.sqrt(6 / fan_sum), gain * math.sqrt(2 / fan_sum)
-        return Distribution("uniform", limit, std)
+        return kernel_distribution(self, standardize_shape(shape)).scale
 
 
 @keras.saving.register_keras_serializable("keras_glorot")
@@ -224,7 +213,7 @@ class GlorotNormal(_Glorot):
     """Glorot (Xavier) normal initializer, truncated.
 
     Draws from a normal distribution truncated at two of its standard deviations, std',
-    with `std' = std / 0.8796256610342398`, so that what is left after truncation has
+    with `std' = std / 0.8796256610342398`, so that the truncated distribution has
     `std = gain * sqrt(2 / (fan_in + fan_out))`. No value exceeds `2 * std'`. In half
     precision the largest is rounded, and can exceed it by half a unit in the last place.
 
@@ -241,8 +230,7 @@ class GlorotNormal(_Glorot):
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, or axes
             are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type, or there is an
-            argument of another name (`**unknown` is there to say what is meant).
+        TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
@@ -255,18 +243,99 @@ class GlorotNormal(_Glorot):
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
     """
 
-    def _distribution(self, gain: float, fan_sum: int) -> Distribution:
-        return Distribution.from_std("truncated_normal", gain * math.sqrt(2 / fan_sum))
+
+@keras.saving.register_keras_serializable("keras_glorot")
+class GlorotOrthogonal(_Glorot):
+    """Glorot (Xavier) orthogonal initializer.
+
+    Draws a random orthogonal matrix, uniform over the orthogonal group, or some of its rows
+    or columns, times `gain * sqrt(2 * max(rows, columns) / (fan_in + fan_out))`, with
+    inputs as rows and outputs as columns. All singular values are equal, and the variance
+    is that of its siblings, `gain² * 2 / (fan_in + fan_out)`. With as many outputs as
+    inputs and gain 1 a layer keeps every length, at any depth, forward and back.
+
+    There is a matrix of its own for each group of a convolution, each channel of a
+    depthwise one, each expert, each gate of a recurrent kernel. The window of a
+    convolution, also a transposed one, is zero but for one tap, the middle one (of an even
+    window the one before, of a causal one the last): so the matrix is the map of each
+    position, and it is larger than that of a dense layer by the root of the window's size
+    in its entries' std. The std of the whole kernel, zeros included, is Glorot's. The map
+    of the whole layer then has singular values that are all equal or, where a stride or a
+    border leaves positions out, zero. A depthwise kernel of one output for each channel is
+    a random sign.
+
+    Args:
+        gain: Factor on the singular values: a positive float; the name of an activation,
+            for `calculate_gain(name)`; or `"auto"`, for the gain of the `activation` of the
+            layer being built: 1 where it has none, or SELU or softmax. Defaults to 1.
+        seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has it.
+            A traced program calls the host for the draw, with the same bits, so TensorFlow
+            can't have XLA compile it.
+        input_axes: Axes of the kernel that are rows of the matrix. With `output_axes` they
+            decide, whatever the layer. An axis in both is one of the window, an axis in
+            neither is a batch axis, of which each index has its own matrix (experts).
+        output_axes: Axes of the kernel that are columns of the matrix.
+
+    Raises:
+        ValueError: If the gain is not positive and finite or not a known name, or axes
+            are repeated or given on one side only.
+        TypeError: If the gain, the seed or the axes are of a wrong type.
+
+    Example:
+
+    >>> kernel = keras.ops.convert_to_numpy(GlorotOrthogonal(seed=1)((64, 64)))
+    >>> bool(np.allclose(kernel.T @ kernel, np.eye(64), atol=1e-6))
+    True
+    >>> layer = keras.layers.Conv2D(64, 3, kernel_initializer="xavier_orthogonal")
+
+    Reference:
+
+    - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
+    - [Saxe et al., 2014](https://arxiv.org/abs/1312.6120), orthogonal kernels
+    - [Xiao et al., 2018](https://arxiv.org/abs/1806.05393), section 3.3: one tap
+    - [Mezzadri, 2007](https://arxiv.org/abs/math-ph/0609050), the uniform distribution
+    """
+
+
+GLOROT = (GlorotUniform, GlorotNormal, GlorotOrthogonal)
+
+
+def kernel_distribution(
+    initializer: _Glorot, shape: tuple[int, ...], site: CallSite = _NO_LAYER
+) -> Distribution:
+    """The distribution of a kernel of this shape, where it is made."""
+    axes = None
+    if initializer.input_axes is not None and initializer.output_axes is not None:
+        axes = initializer.input_axes, initializer.output_axes
+    fans = compute_fans(shape, *axes) if axes else kernel_fans(shape, *site)
+    gain = _numeric_gain(initializer.gain, site)
+    fan_sum = max(2, sum(fans))  # as in Keras: a kernel without an entry has a finite std
+    std = gain * math.sqrt(2 / fan_sum)
+    match initializer:
+        case GlorotUniform():
+            # Not sqrt(3) times the std, whose last bit differs for two fifths of all sums.
+            return Distribution("uniform", gain * math.sqrt(6 / fan_sum), std)
+        case GlorotOrthogonal():
+            return Distribution.orthogonal(std, kernel_matrices(shape, *site, axes))
+    return Distribution.from_std("truncated_normal", std)
+
+
+def _numeric_gain(gain: float | str, site: CallSite) -> float:
+    if gain == "auto":
+        return activation_gain(kernel_activation(*site))
+    return calculate_gain(gain) if isinstance(gain, str) else gain
 
 
 # Keras itself has no name "xavier". Strings can have the registered names, too.
 _NAMES: dict[str, Any] = {
     "xavier_uniform": GlorotUniform,
     "xavier_normal": GlorotNormal,
+    "xavier_orthogonal": GlorotOrthogonal,
     "keras_glorot>GlorotUniform": GlorotUniform,
     "keras_glorot>GlorotNormal": GlorotNormal,
+    "keras_glorot>GlorotOrthogonal": GlorotOrthogonal,
 }
-for _table in bridge.initializer_tables():
+for _table in initializer_tables():
     _table.update(_NAMES)
 
 
@@ -376,7 +445,7 @@ class _Redirection:
             self.open_scopes += 1
 
     def _replace(self) -> None:
-        tables = bridge.initializer_tables()
+        tables = initializer_tables()
         if not tables:
             raise RuntimeError(
                 f"`as_default` can't change the names of Keras {keras.__version__}. Use "
@@ -450,7 +519,7 @@ def is_unshared(seed: Any) -> bool:
     """Whether each process would have another seed in its place."""
     if isinstance(seed, keras.random.SeedGenerator):
         seed = seed.get_config()["seed"]
-    return seed is None and not bridge.is_random_seeded()
+    return seed is None and not is_random_seeded()
 
 
 def check_alone() -> None:
@@ -476,14 +545,3 @@ def _deserialize_seed(seed: Any) -> Any:
             f"None as its seed. Received: seed={seed}"
         )
     return keras.random.SeedGenerator(arguments.get("seed"), name=arguments.get("name"))
-
-
-def _explain_unknown(name: str, unknown: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{argument}={value!r}" for argument, value in unknown.items())
-    text = f"{name} has the arguments gain, seed, input_axes and output_axes only."
-    if "scale" in unknown:
-        text += (
-            " In place of the `scale` of `VarianceScaling` it takes the square root of it "
-            "as `gain`."
-        )
-    return f"{text} Received: {listed}"

@@ -12,7 +12,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def missing_backend() -> str | None:
-    """What to install or set, if Keras would end in a traceback: else None."""
+    """The package to install or name to set, where Keras would end in a traceback."""
     backend = backend_name()
     if backend in sys.modules or importlib.util.find_spec(backend):
         return None

@@ -1,12 +1,12 @@
-"""What each Keras layer class means: the fans of its kernels, and its activations."""
+"""Rules of Keras's layer classes: the fans of their kernels, and their activations."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import keras
 
-from keras_glorot._keras import bridge
+from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._keras.tree import downstream_operations
 from keras_glorot.fans import Fans, compute_fans, standardize_shape
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "following_activation",
     "has_registered_rule",
     "is_bias",
+    "is_normalization",
     "is_relu_like",
     "kernel_activation",
     "kernel_fans",
+    "kernel_matrices",
     "register_fans",
     "unit_axis",
     "window_rank",
@@ -26,6 +28,8 @@ __all__ = [
 # A string stands for an activation that can't be called: Keras does not know it.
 Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
+# A rule for Keras's layers tells more than the fans.
+_Rule = Callable[[Any, tuple[int, ...]], Fans | Matrices | None]
 
 _TRANSPOSED = (
     keras.layers.Conv1DTranspose,
@@ -110,14 +114,43 @@ def fans_by_rule(
     shape: tuple[int, ...], layer: keras.Layer | None, variable: keras.Variable | None
 ) -> Fans | None:
     """Fans by the rule of the layer's class; None where there is none or it passes."""
+    found = _by_rule(shape, layer, variable)
+    return found.fans if isinstance(found, Matrices) else found
+
+
+def kernel_matrices(
+    shape: tuple[int, ...],
+    layer: keras.Layer | None = None,
+    variable: keras.Variable | None = None,
+    axes: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Matrices:
+    """The matrices that one weight is made of: by axes, by its layer, else by its shape."""
+    found = _by_rule(shape, layer, variable)
+    if axes is not None:
+        matrices = Matrices.from_axes(shape, *axes)
+    elif isinstance(found, Matrices):
+        matrices = found
+    elif found is not None:
+        return Matrices.from_fans(shape, found)
+    elif _is_recurrent(layer, variable) and shape[-1] % shape[-2] == 0:
+        gates = shape[-1] // shape[-2]
+        return Matrices.from_shape(shape)._replace(parts=gates)
+    else:
+        return Matrices.from_shape(shape)
+    # There a causal convolution sees the present.
+    return matrices._replace(last_tap=getattr(layer, "padding", None) == "causal")
+
+
+def _by_rule(
+    shape: tuple[int, ...], layer: keras.Layer | None, variable: keras.Variable | None
+) -> Fans | Matrices | None:
     if layer is None or is_bias(layer, variable):
         return None
     for layer_class in type(layer).__mro__:
         if layer_class in _SEPARABLE and not _is_depthwise_half(layer, variable):
             return None  # a pointwise kernel: its shape tells
         if layer_class in _RULES:
-            fans = _RULES[layer_class](layer, tuple(shape))
-            return None if fans is None else Fans(*fans)
+            return _RULES[layer_class](layer, tuple(shape))
     return None
 
 
@@ -134,7 +167,7 @@ def kernel_activation(
 ) -> Activation | None:
     """The activation of the layer itself behind this weight, or None."""
     if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
-        return None  # what follows it is the pointwise kernel
+        return None  # the pointwise kernel comes next
     return _standardize_activation(getattr(layer, "activation", None))
 
 
@@ -151,7 +184,7 @@ def _standardize_activation(activation: Any) -> Activation | None:
 
 
 def following_activation(
-    layer: keras.Layer | None, variable: keras.Variable, layer_ids: set[int]
+    layer: keras.Layer | None, variable: keras.Variable, layer_ids: Container[int]
 ) -> Activation | None:
     """The activation that a kernel's output goes through; None where there is none.
 
@@ -166,7 +199,7 @@ def following_activation(
         return None  # it belongs to another kernel of this layer
     activations = [
         _layer_activation(operation)
-        for operation in bridge.downstream_operations(layer)
+        for operation in downstream_operations(layer)
         if id(operation) in layer_ids
     ]
     agree = all(activation == activations[0] for activation in activations)
@@ -220,63 +253,69 @@ def _layer_activation(layer: Any) -> Activation | None:
 # weights of their own, and LoRA adds factors.
 
 
-def _grouped_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+def _grouped_conv(layer: Any, shape: tuple[int, ...]) -> Matrices | None:
     if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.filters:
         return None
-    fan_in, fan_out = compute_fans(shape)  # Keras has divided the inputs already
-    return Fans(fan_in, fan_out // layer.groups)
+    # Keras has divided the inputs already.
+    return Matrices.from_shape(shape)._replace(parts=layer.groups)
 
 
-def _transposed_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+def _transposed_conv(layer: Any, shape: tuple[int, ...]) -> Matrices | None:
     if shape[:-2] != tuple(layer.kernel_size) or shape[-2] != layer.filters:
         return None
-    fan_out, fan_in = compute_fans(shape)  # (*window, outputs, inputs)
-    return Fans(fan_in, fan_out)
+    *window, outputs, inputs = range(len(shape))
+    return Matrices(shape, (inputs,), (outputs,), tuple(window))
 
 
-def _depthwise_conv_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
+def _depthwise_conv(layer: Any, shape: tuple[int, ...]) -> Matrices | None:
     if shape[:-2] != tuple(layer.kernel_size) or shape[-1] != layer.depth_multiplier:
         return None
-    window = math.prod(shape[:-2])  # (*window, channels, multiplier)
-    return Fans(window, window * layer.depth_multiplier)
+    *window, _, multiplied = range(len(shape))
+    return Matrices(shape, (), (multiplied,), tuple(window))
 
 
-def _einsum_fans(layer: Any, shape: tuple[int, ...]) -> Fans | None:
-    operands, outputs = layer.equation.split("->")
-    inputs, kernel = operands.split(",")
+def _einsum(layer: Any, shape: tuple[int, ...]) -> Matrices | None:
+    kernel = layer.equation.split("->")[0].split(",")[1]
     if len(kernel) != len(shape):
         return None
-    # A letter in all three is a batch: there is a kernel for each of its values.
-    sizes = list(zip(kernel, shape, strict=True))
-    return Fans(
-        math.prod(size for letter, size in sizes if letter not in outputs),
-        math.prod(size for letter, size in sizes if letter not in inputs),
-    )
+    return Matrices.from_letters(shape, layer.equation)
 
 
-_RULES: dict[type, Rule] = {
-    keras.layers.Conv1D: _grouped_conv_fans,
-    keras.layers.Conv2D: _grouped_conv_fans,
-    keras.layers.Conv3D: _grouped_conv_fans,
-    keras.layers.Conv1DTranspose: _transposed_conv_fans,
-    keras.layers.Conv2DTranspose: _transposed_conv_fans,
-    keras.layers.Conv3DTranspose: _transposed_conv_fans,
-    keras.layers.DepthwiseConv1D: _depthwise_conv_fans,
-    keras.layers.DepthwiseConv2D: _depthwise_conv_fans,
-    keras.layers.SeparableConv1D: _depthwise_conv_fans,
-    keras.layers.SeparableConv2D: _depthwise_conv_fans,
-    keras.layers.EinsumDense: _einsum_fans,
+_RULES: dict[type, _Rule] = {
+    keras.layers.Conv1D: _grouped_conv,
+    keras.layers.Conv2D: _grouped_conv,
+    keras.layers.Conv3D: _grouped_conv,
+    keras.layers.Conv1DTranspose: _transposed_conv,
+    keras.layers.Conv2DTranspose: _transposed_conv,
+    keras.layers.Conv3DTranspose: _transposed_conv,
+    keras.layers.DepthwiseConv1D: _depthwise_conv,
+    keras.layers.DepthwiseConv2D: _depthwise_conv,
+    keras.layers.SeparableConv1D: _depthwise_conv,
+    keras.layers.SeparableConv2D: _depthwise_conv,
+    keras.layers.EinsumDense: _einsum,
 }
 
 
 def is_bias(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
-    return variable is not None and variable is getattr(layer, "bias", None)
+    if variable is None:
+        return False
+    return variable.name == "bias" or variable is getattr(layer, "bias", None)
 
 
 def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> bool:
     # The shapes can be equal, so they don't tell. The depthwise kernel is made first:
     # while it is drawn there is none yet, and no variable either.
     return getattr(layer, "depthwise_kernel", None) is variable
+
+
+def _is_recurrent(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
+    """Whether a weight is, or is going to be, the recurrent kernel of a cell."""
+    if layer is None or not hasattr(layer, "recurrent_initializer"):
+        return False
+    recurrent = getattr(layer, "recurrent_kernel", None)
+    if recurrent is None:  # it is made after the kernel
+        return getattr(layer, "kernel", None) is not None
+    return variable is recurrent
 
 
 # A rule that the user registers says more than these: that the weight is a kernel.

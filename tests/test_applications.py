@@ -11,7 +11,7 @@ import keras
 import pytest
 
 from keras_glorot import compute_fans, layer_fans
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 # Model: (kernels, those whose std differs by more than 5 % from stock Keras's).
 # All that differ are depthwise, grouped by channel, or halves of separable layers.
@@ -80,7 +80,7 @@ def test_every_kernel_has_fans(name):
     if name == "NASNetMobile" and keras.backend.backend() == "torch":
         pytest.skip("Keras does not offer it there")
     model = build(name)
-    shapes = {w.path: w.shape for w in describe(model) if len(w.shape) >= 2}
+    shapes = {w.path: w.shape for w in Survey(model).weights if len(w.shape) >= 2}
     found = layer_fans(model)
     assert found.keys() == shapes.keys()
     differ = 0

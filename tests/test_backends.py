@@ -2,17 +2,19 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tracemalloc
 
 import keras
 import numpy as np
 import pytest
 
-from keras_glorot import GlorotNormal, GlorotUniform, audit, initialize
+from keras_glorot import GlorotNormal, GlorotOrthogonal, GlorotUniform, audit, initialize
 from keras_glorot import _backends as backends
-from keras_glorot._backends.traced import _indices, traced_draw
 from keras_glorot._drawing import stream
 from keras_glorot._drawing.stream import draw
+from keras_glorot.initializers import kernel_distribution
 
 BACKEND = keras.backend.backend()
 only = {
@@ -136,6 +138,8 @@ def test_in_a_spawned_process():
 
 # Inside traced programs ----------------------------------------------------------------
 
+ALL = [GlorotUniform, GlorotNormal, GlorotOrthogonal]
+
 
 def array_of(tensor):
     return np.asarray(keras.ops.convert_to_numpy(tensor))
@@ -170,10 +174,10 @@ def program_of_state(initializer, shape, dtype):
 # One shape of more elements than TensorFlow counts in a row, with a rest.
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (5, 20011), (1,), (0, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_draws_the_same_bits(cls, dtype, shape, compiled):
-    if compiled and BACKEND != "tensorflow":
+    if compiled and (BACKEND != "tensorflow" or cls is GlorotOrthogonal):
         pytest.skip("one way to trace")
     for seed in (5, -(2**70)) if dtype == "float32" else (5,):
         wanted = array_of(cls(seed=seed)(shape, dtype))
@@ -181,11 +185,11 @@ def test_a_program_draws_the_same_bits(cls, dtype, shape, compiled):
         assert array_of(drawn).tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_program_draws_the_same_bits_for_a_generator(cls, compiled):
     # Its state is a symbol in the program; it advances there as outside.
-    if compiled and BACKEND != "tensorflow":
+    if compiled and (BACKEND != "tensorflow" or cls is GlorotOrthogonal):
         pytest.skip("one way to trace")
     shape, seed = (37, 41), 2**32 - 5
     if BACKEND == "torch":
@@ -229,7 +233,9 @@ def test_float64_programs_of_jax():
         for form, values in wanted.items():
             state = np.uint32([5, 0])
             traced = jax.jit(
-                lambda state, form=form: traced_draw(form, (33, 65), 0.3, "float64", state)
+                lambda state, form=form: backends.program.draw(
+                    form, (33, 65), 0.3, "float64", state
+                )
             )
             np.testing.assert_allclose(traced(state), values, rtol=1e-14)
             if form == "uniform":
@@ -246,6 +252,35 @@ FORMS = ("uniform", "truncated_normal")
 
 
 @only["jax"]
+def test_vmap_calls_the_host_for_each_state():
+    import jax
+
+    initializer = GlorotOrthogonal(seed=keras.random.SeedGenerator(9))
+    states = np.uint32([[9, 0], [9, 1], [10, 0]])
+    drawn = jax.vmap(program_of_state(initializer, (5, 7), "float32"))(states)
+    distribution = kernel_distribution(initializer, (5, 7))
+    for values, state in zip(np.asarray(drawn), states.tolist(), strict=True):
+        wanted = distribution.draw((5, 7), "float32", state)
+        assert values.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch makes no such program")
+def test_a_program_has_no_constant_of_orthogonal_values():
+    def traced():
+        return GlorotOrthogonal(seed=5)((512, 512))
+
+    if BACKEND == "jax":
+        import jax
+
+        assert len(jax.jit(traced).lower().as_text()) < 10_000
+    else:
+        import tensorflow as tf
+
+        graph = tf.function(traced).get_concrete_function().graph.as_graph_def()
+        assert graph.ByteSize() < 10_000
+
+
+@only["jax"]
 def test_vmap_draws_each_state():
     import jax
 
@@ -253,7 +288,7 @@ def test_vmap_draws_each_state():
     states = np.uint32([[9, 0], [9, 1], [10, 0]])
     drawn = jax.vmap(program_of_state(initializer, (5, 7), "float32"))(states)
     for values, (seed, counter) in zip(np.asarray(drawn), states.tolist(), strict=True):
-        scale = initializer.distribution((5, 7)).scale
+        scale = kernel_distribution(initializer, (5, 7)).scale
         wanted = draw("truncated_normal", (5, 7), scale, "float32", (seed, counter))
         assert values.tobytes() == wanted.tobytes()
 
@@ -269,7 +304,8 @@ def test_elements_of_large_tensors_are_counted_in_64_bits(monkeypatch):
         monkeypatch.setattr(
             jax.lax, "broadcasted_iota", lambda _, __, axis, grids=grids: grids[axis]
         )
-        low, high = (np.asarray(half, np.int64) for half in _indices(shape, np.uint32(0)))
+        halves = backends.program.indices(shape, np.uint32(0))
+        low, high = (np.asarray(half, np.int64) for half in halves)
         wanted = np.ravel_multi_index([grid.astype(np.int64) for grid in grids], shape)
         np.testing.assert_array_equal(low + (high << 32), wanted)
 
@@ -281,7 +317,7 @@ def test_a_program_of_tensorflow_counts_elements_in_64_bits(shape):
     import tensorflow as tf
 
     def corner():
-        drawn = traced_draw("uniform", shape, 1.0, "float32", (5,))
+        drawn = backends.program.draw("uniform", shape, 1.0, "float32", (5,))
         return drawn[tuple(slice(size - 1, size) for size in shape[:-1])][..., -3:]
 
     region = tuple((size - 1, size) for size in shape[:-1])
@@ -289,6 +325,15 @@ def test_a_program_of_tensorflow_counts_elements_in_64_bits(shape):
     wanted = draw("uniform", shape, 1.0, "float32", (5,), region)
     drawn = tf.function(corner, jit_compile=True)()
     assert array_of(drawn).tobytes() == wanted.tobytes()
+
+
+@only["tensorflow"]
+@pytest.mark.parametrize("cls", ALL)
+def test_a_program_of_tensorflow_refuses_a_layout(cls):
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="Argument `layout` must be left out on the tens"):
+        tf.function(lambda: cls(seed=5)((2, 3), layout=5))()
 
 
 @only["jax"]
@@ -326,7 +371,7 @@ def test_in_a_shard_map(eight_devices):
     drawn = jax.jit(
         shard_map(lambda s: one(s[0])[None], mesh=mesh, in_specs=split, out_specs=split)
     )(states)
-    scale = initializer.distribution((5, 7)).scale
+    scale = kernel_distribution(initializer, (5, 7)).scale
     for values, state in zip(np.asarray(drawn), states.tolist(), strict=True):
         wanted = draw("truncated_normal", (5, 7), scale, "float32", state)
         assert values.tobytes() == wanted.tobytes()
@@ -400,7 +445,7 @@ SPECS = {
 
 @only["jax"]
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("cls", [GlorotUniform, GlorotNormal])
+@pytest.mark.parametrize("cls", ALL)
 def test_sharded_bytes_are_the_whole_ones(cls, name, eight_devices):
     import jax
 
@@ -531,6 +576,44 @@ def test_audit_of_a_sharded_kernel_is_that_of_a_whole_one(sharded_layer):
     assert {each.code for each in tables[0].findings} >= {"zero-slice", "repeated-slice"}
     assert tables[0].findings == tables[1].findings
     assert len(sharded_layer.kernel.value.addressable_shards) == 8
+
+
+def test_the_file_of_no_other_backend_is_imported():
+    files = {name for name in only if f"keras_glorot._backends.{name}" in sys.modules}
+    assert files == {BACKEND}
+
+
+@pytest.mark.slow
+def test_other_backends_of_keras_draw_the_same_bits():
+    """And all that needs no gradients: `numpy` stands for `openvino` and what will come."""
+    source = """
+import keras, numpy as np, keras_glorot
+model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7), keras.layers.Dense(3)])
+keras_glorot.initialize(model, "xavier_normal", seed=1)
+assert not keras_glorot.audit(model).findings
+assert "jax" not in keras_glorot._backends.to_tensor.__module__
+try:
+    keras_glorot.propagate(model, np.ones((4, 5)))
+except RuntimeError as error:
+    print(error)
+generator = keras_glorot.GlorotUniform(seed=keras.random.SeedGenerator(9))
+print([generator((5, 6)).tobytes().hex(), model.layers[0].kernel.value.tobytes().hex()])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": "numpy"},
+        check=True,
+    )
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(7), keras.layers.Dense(3)]
+    )
+    initialize(model, "xavier_normal", seed=1)
+    drawn = GlorotUniform(seed=keras.random.SeedGenerator(9))((5, 6))
+    wanted = [array_of(each).tobytes().hex() for each in (drawn, model.layers[0].kernel)]
+    error = "Gradients need KERAS_BACKEND to be tensorflow, jax or torch."
+    assert done.stdout.splitlines() == [error, str(wanted)]
 
 
 def test_an_assigned_value_can_be_given_back():

@@ -453,7 +453,8 @@ def test_a_closed_stderr(model_file, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_head(model_file):
-    command = f"{sys.executable} -m keras_glorot audit {model_file} --json | head -1"
+    program = f"{sys.executable} -c 'import keras_glorot_cli as c; c.main()'"
+    command = f"{program} audit {model_file} --json | head -1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, cwd=ROOT
     )

@@ -1,6 +1,6 @@
 """Right fans in every layer, whichever way Keras comes to build it.
 
-The right numbers are written out by hand here; test_connections.py counts them.
+The right numbers are written out by hand here; test_layer_rules_counted.py counts them.
 """
 
 import math
@@ -13,7 +13,7 @@ from drawn import assert_drawn
 from models import WAYS, SelfAttention, late_called, sequential
 
 from keras_glorot import GlorotNormal, GlorotUniform, layer_fans
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()
@@ -116,7 +116,7 @@ def test_drawn_std_is_right(way):
         model = way(layer, shape)
         for suffix, pair in kernels.items():
             end = "/" + suffix
-            (weight,) = (w for w in describe(model) if f"/{w.path}".endswith(end))
+            (weight,) = (w for w in Survey(model).weights if f"/{w.path}".endswith(end))
             assert_drawn(weight.variable, *pair)
             reported = layer_fans(model)[weight.path]
             assert reported == pair, f"{name}: {weight.path}"
@@ -178,7 +178,7 @@ def test_auto_gain_is_that_of_the_layers_activation(kind, late):
     layer = make(kernel_initializer=GlorotUniform(gain="auto", seed=1))
     shape = (size,) if kind in ("Dense", "without activation", "softmax") else (5, size)
     model = (late_called if late else sequential)(layer, shape)
-    for weight in describe(model):
+    for weight in Survey(model).weights:
         if weight.path.endswith("/kernel"):
             assert_drawn(weight.variable, *weight.fans, gain=gain)
 

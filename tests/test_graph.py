@@ -6,8 +6,8 @@ import pytest
 from keras import layers, ops
 from models import WITH_STATE, Late, attention, convnet, gru, nested_twice
 
-from keras_glorot._keras.bridge import sublayers
 from keras_glorot._keras.graph import trace
+from keras_glorot._keras.tree import Tree
 
 
 def names(graph):
@@ -123,13 +123,13 @@ def test_nothing_is_left_behind(make):
     model = make()
     before = [
         (len(layer._inbound_nodes), len(layer._outbound_nodes), set(vars(layer)))
-        for layer in sublayers(model)
+        for layer in Tree(model).layers
     ]
     name = layers.Dense(1).name
     trace(model)
     assert [
         (len(layer._inbound_nodes), len(layer._outbound_nodes), set(vars(layer)))
-        for layer in sublayers(model)
+        for layer in Tree(model).layers
     ] == before
     number = int(name.rpartition("_")[2]) if name != "dense" else 0
     assert layers.Dense(1).name == f"dense_{number + 1}"

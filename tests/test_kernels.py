@@ -10,12 +10,12 @@ from models import Late
 
 from keras_glorot._models.kernels import flow_of_calls, flow_of_model
 from keras_glorot._models.passes import Batch, record
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 
 def flow_of(model, *shape):
     x = np.random.default_rng(0).normal(size=shape or (4, *model.input_shape[1:]))
-    return flow_of_model(model, Batch.check(x.astype("float32")), describe(model), True)
+    return flow_of_model(Survey(model), Batch.check(x.astype("float32")), True)
 
 
 def sources(flow):
@@ -199,8 +199,8 @@ def test_each_call_of_a_shared_layer_has_its_row():
     x = last(layers.Concatenate()([shared(a), shared(shared(b))]))
     model = keras.Model([a, b], x)
     batch = Batch.check([np.ones((4, 8), "float32")] * 2)
-    calls, _ = record(model, batch)
-    flow = flow_of_calls(model, batch, calls)
+    calls, _ = record(Survey(model), batch)
+    flow = flow_of_calls(Survey(model), batch, calls)
     rows = flow.rows([call.layer for call in calls[:-1]])
     assert {calls[row].layer for row in rows} == {shared, last}
     assert len(set(rows)) == 4

@@ -1,11 +1,12 @@
-"""What the bridge takes from inside Keras: without any one of these names, the results
+"""The names that `_keras` takes from inside Keras: without any one of them, the results
 are right, or a warning says that they are not."""
 
 import ast
+import importlib
 import math
 import sys
-import types
 import warnings
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import keras
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 import keras_glorot
-from keras_glorot._keras import bridge
+from keras_glorot import _keras
 
-SOURCE = Path(bridge.__file__).read_text(encoding="utf-8")
+SOURCES = sorted(Path(_keras.__path__[0]).glob("[!_]*.py"))
+MODULES = [f"{_keras.__name__}.{source.stem}" for source in SOURCES]
 # Its own private attributes are those of these two.
 OWN = {"self", "_deferred"}
 
@@ -42,7 +44,8 @@ def private_name(node):
 
 
 def private_names():
-    nodes = list(ast.walk(ast.parse(SOURCE)))
+    trees = [ast.parse(source.read_text(encoding="utf-8")) for source in SOURCES]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
     imports = [each for each in nodes if isinstance(each, ast.ImportFrom)]
     inner = [each for each in imports if (each.module or "").startswith("keras.src")]
     names = {private_name(node) for node in nodes} - {None}
@@ -63,8 +66,10 @@ class Rename(ast.NodeTransformer):
                 node.attr += "_gone"
             case ast.Call() if asked:
                 node.args = [self.rename_constant(argument) for argument in node.args]
-            case ast.alias(name=self.name):
-                node.name, node.asname = f"{self.name}_gone", self.name
+            case ast.ImportFrom(module=str(module)) if module.startswith("keras.src"):
+                for alias in node.names:
+                    if alias.name == self.name:
+                        alias.name, alias.asname = f"{self.name}_gone", self.name
         return node
 
     def rename_constant(self, node):
@@ -74,17 +79,31 @@ class Rename(ast.NodeTransformer):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Puts a bridge in place that knows a name of Keras by a wrong one."""
+    """Puts copies of the modules in place that know a name of Keras by a wrong one."""
 
     def replace(name):
-        copy = types.ModuleType(bridge.__name__)
-        copy.__package__ = bridge.__package__
-        tree = ast.fix_missing_locations(Rename(name).visit(ast.parse(SOURCE)))
-        exec(compile(tree, bridge.__file__, "exec"), copy.__dict__)
+        originals = [importlib.import_module(module) for module in MODULES]
+        for module in originals:
+            monkeypatch.delitem(sys.modules, module.__name__)
+            monkeypatch.delattr(_keras, module.__name__.rpartition(".")[2])
+
+        def get_code(loader, module):
+            tree = Rename(name).visit(ast.parse(loader.get_source(module)))
+            return compile(ast.fix_missing_locations(tree), loader.path, "exec")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SourceFileLoader, "get_code", get_code)
+            copies = [importlib.import_module(module) for module in MODULES]
+        pairs = {
+            id(vars(original)[public]): vars(copy)[public]
+            for original, copy in zip(originals, copies, strict=True)
+            for public in original.__all__
+        }
         for path, module in list(sys.modules.items()):
-            if path.startswith("keras_glorot.") and hasattr(module, "bridge"):
-                monkeypatch.setattr(module, "bridge", copy)
-        return copy
+            if path.startswith("keras_glorot.") and module not in copies:
+                for key, value in list(vars(module).items()):
+                    if id(value) in pairs:
+                        monkeypatch.setattr(module, key, pairs[id(value)])
 
     return replace
 

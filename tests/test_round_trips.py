@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_glorot import GlorotNormal, GlorotUniform, as_default
+from keras_glorot import GlorotNormal, GlorotOrthogonal, GlorotUniform, as_default
 
 TESTS = Path(__file__).parent
 
@@ -23,6 +23,7 @@ def make_model():
         [
             keras.Input((8, 8, 1)),
             keras.layers.Conv2D(4, 3, kernel_initializer="xavier_uniform"),
+            keras.layers.Conv2D(4, 1, kernel_initializer=GlorotOrthogonal("relu", 7)),
             keras.layers.DepthwiseConv2D(3, depthwise_initializer=GlorotNormal(seed=4)),
             keras.layers.Flatten(),
             keras.layers.Dense(
@@ -83,7 +84,7 @@ def test_clone_model(model):
     clone = keras.models.clone_model(model)
     assert_same(model, clone, weights=False)
     # What is seeded by a number is drawn the same again, and so is a fresh generator.
-    for index in (1, 3, 4):
+    for index in (1, 2, 4, 5):
         np.testing.assert_array_equal(
             model.layers[index].get_weights()[0], clone.layers[index].get_weights()[0]
         )
@@ -104,6 +105,7 @@ def test_copied_model(model, copied):
         GlorotUniform("tanh", seed=3),
         GlorotNormal(),
         GlorotNormal("auto", input_axes=[0], output_axes=[1]),
+        GlorotOrthogonal("relu", input_axes=[0], output_axes=[1]),
     ],
 )
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -234,7 +236,7 @@ def main():
         assert configs == stored, (configs, stored)
         # Seeded kernels are redrawn alike: the stream is the same in every process.
         redrawn = keras.models.clone_model(loaded)
-        for index in (1, 3, 4):
+        for index in (1, 2, 4, 5):
             np.testing.assert_array_equal(
                 redrawn.layers[index].get_weights()[0],
                 loaded.layers[index].get_weights()[0],
@@ -270,13 +272,13 @@ LOADED: list = [
     GlorotUniform(seed=keras.random.SeedGenerator(3)),
 ]
 # (Keras's own class takes axes since 3.15.)
-REFUSED = GlorotNormal(gain="tanh")
+REFUSED = [GlorotOrthogonal(), GlorotNormal(gain="tanh")]
 
 
 def test_loading_without_the_import(tmp_path):
     # As the README says: Keras takes its own class of the same name, if it can.
     layers, paths = [], []
-    for initializer in [*LOADED, REFUSED]:
+    for initializer in [*LOADED, *REFUSED]:
         layers.append(keras.layers.Dense(2, kernel_initializer=initializer))
         paths.append(str(tmp_path / f"model_{len(paths)}.keras"))
         keras.Sequential([keras.Input((4,)), layers[-1]]).save(paths[-1])
@@ -290,4 +292,5 @@ def test_loading_without_the_import(tmp_path):
         assert is_stock
         kernel = keras.ops.convert_to_numpy(layer.kernel)
         assert total == pytest.approx(kernel.sum(), rel=1e-6)
+    assert "'class_name': 'GlorotOrthogonal'" in results[-2]
     assert "unexpected keyword argument 'gain'" in results[-1]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import keras_glorot
-from keras_glorot._keras import bridge
+from keras_glorot._keras.state import unmoved_generators
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
 ops: Any = keras.ops
@@ -109,7 +109,7 @@ def untest_generators_also_in_this_thread():
     for inside in (lambda: None, draw_from_all):
         keras.utils.clear_session()
         keras.utils.set_random_seed(1)
-        with bridge.unmoved_generators():
+        with unmoved_generators():
             inside()
         drawn.append(draw_from_all())
     assert drawn[0] == drawn[1]

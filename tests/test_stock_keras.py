@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from models import SelfAttention
 
-from keras_glorot._models.survey import describe
+from keras_glorot._models.survey import Survey
 
 layers: Any = keras.layers
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_ratio_of_stds(row):
     keras.utils.set_random_seed(0)
     layer = make()
     layer.build((None, *shape))
-    weight = next(each for each in describe(layer) if each.fans is not None)
+    weight = next(each for each in Survey(layer).weights if each.fans is not None)
     fan_in, fan_out = weight.fans
     right = math.sqrt(2 / fan_in if name == "he_normal" else 2 / (fan_in + fan_out))
     ratio = np.std(keras.ops.convert_to_numpy(weight.variable)) / right

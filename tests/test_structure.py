@@ -5,7 +5,6 @@ imports whom.
 """
 
 import ast
-import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,13 +20,24 @@ FILES = {
         if path != PACKAGE / "__init__.py"
     },
 }
-ROOMS = sorted({name.split(".")[0] for name in FILES})
-
-
-def rooms():
-    """Those that CONTRIBUTING.md lists, from the top down."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+# From the top down.
+ORDER = [
+    "__main__",
+    "keras_glorot_cli",
+    "cli",
+    "tools",
+    "_models",
+    "initializers",
+    "layer_rules",
+    "_keras",
+    "gains",
+    "_backends",
+    "_drawing",
+    "tables",
+    "fans",
+    "installed",
+    "arguments",
+]
 
 
 def imports(module):
@@ -43,16 +53,15 @@ def imports(module):
     return found & set(FILES)
 
 
-def test_the_map_has_every_room_once():
-    assert sorted(rooms()) == ROOMS
+def test_the_order_has_every_room_once():
+    assert sorted(ORDER) == sorted({name.split(".")[0] for name in FILES})
 
 
 def test_imports_point_downwards():
-    order = rooms()
     for module in FILES:
         room = module.split(".")[0]
         reached = {name.split(".")[0] for name in imports(module)} - {room}
-        upward = reached - set(order[order.index(room) + 1 :])
+        upward = reached - set(ORDER[ORDER.index(room) + 1 :])
         assert not upward, f"{module} imports {sorted(upward)}, which stand above it"
 
 
@@ -67,6 +76,95 @@ def test_no_circle():
     TopologicalSorter({module: imports(module) for module in FILES}).prepare()
 
 
+def taken(module):
+    """By module, the names that others take from it: by import, or as an attribute."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    modules, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_gl"):
+            source = node.module.removeprefix("keras_glorot.")
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}".removeprefix("keras_glorot.")
+                if name in FILES:
+                    modules[alias.asname or alias.name] = name
+                else:
+                    found.add((source, alias.name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.add((modules.get(node.value.id), node.attr))
+    return {(source, name) for source, name in found if name not in ("*", "__all__")}
+
+
+def test_each_module_lists_the_names_that_others_take():
+    used = {module: taken(path) for module, path in FILES.items()}
+    for module, path in FILES.items():
+        listed = all_of(FILES["_backends.common"] if module == "_backends" else path)
+        folder = module.rpartition(".")[0]
+        names = {
+            name
+            for user, pairs in used.items()
+            for source, name in pairs
+            if source == module and not (folder and user.startswith(folder))
+        }
+        assert names <= listed, f"{module} does not list {sorted(names - listed)}"
+
+
+def all_of(path):
+    """The names in the `__all__` of a file, or of the one that it takes all from."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name("__all__")]):
+                return set(ast.literal_eval(node.value))
+            case ast.ImportFrom(names=[ast.alias("*")], module=str(source)):
+                return all_of(FILES[source.removeprefix("keras_glorot.")])
+    return set()
+
+
+def test_tests_import_neither_tests_nor_benchmarks():
+    """What two of them need is a helper."""
+    tests = ROOT / "tests"
+    files = [*tests.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    for path in tests.rglob("*.py"):
+        others = {each.stem for each in files} - {path.stem}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Import(names=names):
+                    sources = {alias.name for alias in names}
+                case ast.ImportFrom(module=module):
+                    sources = {module}
+                case _:
+                    continue
+            assert not sources & others, f"{path.name} imports {sorted(sources & others)}"
+
+
+def functions(module):
+    """The public functions of a module, with their arguments."""
+    return {
+        node.name: ast.unparse(node.args)
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+def test_backends_have_the_same_names():
+    """A file of one backend answers to what the package asks of each, and to no more."""
+    asked = functions("_backends.common")
+    for backend in ("tensorflow", "jax", "torch"):
+        answered = functions(f"_backends.{backend}")
+        assert answered == {name: asked.get(name) for name in answered}
+
+
+def test_only_the_backends_know_which_one_it_is():
+    """In a report it is a word, and in `_fitting` a fault of Keras."""
+    asking = {
+        module
+        for module, path in FILES.items()
+        if "backend.backend()" in path.read_text(encoding="utf-8")
+    }
+    allowed = {"_backends", "_backends.traced", "tools.report", "tools._fitting"}
+    assert asking <= allowed
+
+
 def test_only_public_names_are_visible():
     import keras_glorot
 
@@ -76,5 +174,5 @@ def test_only_public_names_are_visible():
 
 
 if __name__ == "__main__":
-    for name in sorted(FILES, key=lambda name: rooms().index(name.split(".")[0])):
+    for name in sorted(FILES, key=lambda name: ORDER.index(name.split(".")[0])):
         print(f"{name:16} imports {', '.join(sorted(imports(name))) or 'nothing'}")

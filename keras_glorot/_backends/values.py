@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_glorot._drawing.stream import Bounds
 
-__all__ = ["CHUNK", "Values", "blocks", "project"]
+__all__ = ["CHUNK", "Values", "blocks"]
 
 # Elements looked at together: their float64 copy stays in the cache.
 CHUNK = 1 << 16
@@ -90,45 +90,28 @@ class Values:
         whole = np.bitwise_or.reduce(bits).view(self.dtype).reshape(out.shape)
         return whole.squeeze(axes)
 
-    def project(
-        self, merged: Sequence[tuple[int, ...]], axis: int, weights: np.ndarray
-    ) -> np.ndarray:
-        """The weighted sum along an axis, in float64.
+    def project(self, fixed: Sequence[int], weights: Sequence[np.ndarray]) -> np.ndarray:
+        """The weighted sum of each slice that fixes some axes, in float64.
 
         Args:
-            merged: The axes of the tensor in order, those that count as one together.
-                Axes of extent 1 may be left out.
-            axis: Which of them to sum along.
-            weights: One for each place on it.
+            fixed: These axes, ascending.
+            weights: For each axis a factor for each place on it; those of fixed axes are
+                not used. A value's weight is the product of its factors.
         """
-        sizes = [math.prod(self.shape[each] for each in axes) for axes in merged]
-        total = np.zeros(sizes[:axis] + sizes[axis + 1 :])
+        free = [axis for axis in range(len(self.shape)) if axis not in fixed]
+        total = np.zeros([self.shape[axis] for axis in fixed])
         for bounds, part in self.parts():
-            places = [_places(axes, self.shape, bounds) for axes in merged]
-            cube = part.reshape([each.size for each in places])
-            along = places.pop(axis)
-            total[np.ix_(*places)] += project(cube, axis, weights[along])
+            for index in blocks(part.shape):
+                places = tuple(map(_shift, index, part.shape, bounds))
+                sums: Any = part[index].astype(np.float64)
+                axes = list(range(part.ndim))
+                for axis in reversed(free):
+                    left = [each for each in axes if each != axis]
+                    # Not `@`: starting BLAS threads costs more than the sum.
+                    sums = np.einsum(sums, axes, weights[axis][places[axis]], [axis], left)
+                    axes = left
+                total[tuple(places[axis] for axis in fixed)] += sums
         return self.stack(total).sum(axis=0)
-
-
-def project(tensor: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
-    """The weighted sum along an axis, in float64, a chunk at a time."""
-    shape = tensor.shape
-    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    cube = tensor.reshape(before, shape[axis], after)
-    width = min(after, CHUNK)
-    depth = min(shape[axis], max(1, CHUNK // width))
-    height = max(1, CHUNK // (width * depth))
-    total = np.zeros((before, after))
-    for i in range(0, before, height):
-        for j in range(0, shape[axis], depth):
-            for k in range(0, after, width):
-                part = cube[i : i + height, j : j + depth, k : k + width]
-                # Not `@`: starting BLAS threads costs more than the sum.
-                total[i : i + height, k : k + width] += np.einsum(
-                    "ijk,j->ik", part.astype(np.float64), weights[j : j + depth]
-                )
-    return total.reshape(shape[:axis] + shape[axis + 1 :])
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -146,18 +129,15 @@ def _bounds(at: Any, size: int) -> tuple[int, int]:
     return at.indices(size)[:2] if isinstance(at, slice) else (at, at + 1)
 
 
+def _shift(at: slice, size: int, bounds: tuple[int, int]) -> slice:
+    """The place in a tensor of a place in one of its parts."""
+    start, stop = _bounds(at, size)
+    return slice(bounds[0] + start, bounds[0] + stop)
+
+
 def _within(region: Iterable[tuple[int, int]], outer: Bounds) -> tuple[slice, ...]:
     """The index of a region in the array that holds the outer one."""
     return tuple(
         slice(start - first, stop - first)
         for (start, stop), (first, _) in zip(region, outer, strict=True)
     )
-
-
-def _places(axes: tuple[int, ...], shape: tuple[int, ...], bounds: Bounds) -> np.ndarray:
-    """Where on axes that count as one a region lies."""
-    places = np.zeros(1, int)
-    for axis in axes:
-        steps = np.arange(*bounds[axis])
-        places = np.add.outer(places * shape[axis], steps).reshape(-1)
-    return places

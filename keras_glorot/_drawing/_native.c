@@ -6,7 +6,9 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -277,6 +279,8 @@ INLINE void fill_job(const Job *job, MakeWords *make_words, MakeQuantiles *make_
     }
 }
 
+#include "_orthogonal.h"
+
 /* One copy for each instruction set, the best last. */
 #ifdef X86
 V2 static void fill_v2(const Job *job) { fill_job(job, make_words_v2, make_quantiles_v2); }
@@ -288,6 +292,7 @@ static void fill_plain(const Job *job) { fill_job(job, make_words, make_quantile
 typedef struct {
     const char *name;
     void (*fill)(const Job *);
+    void (*multiply)(const Product *, const Place *, Phase, size_t, size_t, char *);
 } Clone;
 
 static Clone clones[4];
@@ -295,17 +300,17 @@ static int clone_count;
 
 static void find_clones(void) {
     clone_count = 0;
-    clones[clone_count++] = (Clone){"plain C", fill_plain};
+    clones[clone_count++] = (Clone){"plain C", fill_plain, multiply_job_plain};
 #ifdef X86
-    clones[clone_count++] = (Clone){"x86-64", fill_v2};
+    clones[clone_count++] = (Clone){"x86-64", fill_v2, multiply_job_v2};
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")
         && __builtin_cpu_supports("fma")) {
-        clones[clone_count++] = (Clone){"x86-64-v3", fill_v3};
+        clones[clone_count++] = (Clone){"x86-64-v3", fill_v3, multiply_job_v3};
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
             && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
             && __builtin_cpu_supports("avx512vl"))
-            clones[clone_count++] = (Clone){"x86-64-v4", fill_v4};
+            clones[clone_count++] = (Clone){"x86-64-v4", fill_v4, multiply_job_v4};
     }
 #endif
 }
@@ -390,7 +395,46 @@ static PyObject *fill(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *multiply(PyObject *self, PyObject *args) {
+    Py_buffer out, vectors, sums;
+    int dtype, clone, transposed, phase;
+    unsigned int k0, k1;
+    unsigned long long first_block, rows, columns, area[4], first, last;
+    double scale;
+    if (!PyArg_ParseTuple(args, "iw*ii(II)dKKKp(KKKK)w*w*KK", &clone, &out, &dtype, &phase,
+                          &k0, &k1, &scale, &first_block, &rows, &columns, &transposed,
+                          area, area + 1, area + 2, area + 3, &vectors, &sums, &first,
+                          &last))
+        return NULL;
+    const Product p = {{k0, k1}, first_block, rows, columns, vectors.buf, sums.buf};
+    const Place place = {out.buf, (Dtype)dtype, scale, transposed,
+                         {area[0], area[1]}, {area[2], area[3]}};
+    if (clone < 0) clone += clone_count; /* -1: the best */
+    int right = clone >= 0 && clone < clone_count && dtype >= FLOAT16 && dtype <= FLOAT64
+                && phase >= VECTORS_OF_BLOCKS && phase <= MATRICES && columns
+                && columns <= rows && area[0] < area[1] && area[1] <= rows
+                && area[2] < area[3] && area[3] <= columns && first <= last
+                && are_large_enough(&p, &place, (Phase)phase, last, out.len, vectors.len,
+                                    sums.len);
+    char *work = right ? malloc(work_size(&p, (Phase)phase)) : NULL;
+    const int done = work != NULL;
+    if (done) {
+        Py_BEGIN_ALLOW_THREADS
+        clones[clone].multiply(&p, &place, (Phase)phase, first, last, work);
+        Py_END_ALLOW_THREADS
+        free(work);
+    }
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&vectors);
+    PyBuffer_Release(&sums);
+    if (done) Py_RETURN_NONE;
+    if (right) return PyErr_NoMemory();
+    PyErr_SetString(PyExc_ValueError, "arguments that orthogonal.py would not give");
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
+    {"multiply", multiply, METH_VARARGS, "multiply(clone, out, ...): see orthogonal.py"},
     {"fill", fill, METH_VARARGS, "fill(clone, out, dtype, form, key, ...): see stream.py"},
     {"philox", philox, METH_VARARGS, "philox(counter, key): one block of Philox4x32-10"},
     {NULL, NULL, 0, NULL},

@@ -9,6 +9,8 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
 from keras_glorot.fans import Fans, compute_fans
 
@@ -25,15 +27,19 @@ class Distribution(NamedTuple):
     Attributes:
         form: Its name.
         scale: What a draw of the standard form is multiplied by: the limit of a uniform
-            distribution, the std of a normal one before truncation, an orthogonal gain.
-        std: The standard deviation of what comes out.
+            distribution, the std of a normal one before truncation, the singular values of
+            orthogonal matrices.
+        std: The standard deviation of what comes out: of all values together, where some
+            are always zero.
         mean: The mean of what comes out.
+        matrices: What an orthogonal one is made of; None for one that Keras draws.
     """
 
     form: Form
     scale: float
     std: float
     mean: float = 0.0
+    matrices: Matrices | None = None
 
     @classmethod
     def from_std(cls, form: Form, std: float, mean: float = 0.0) -> "Distribution":
@@ -44,6 +50,18 @@ class Distribution(NamedTuple):
     def constant(cls, value: float) -> "Distribution":
         """The distribution that has one value only."""
         return cls("constant", 0.0, 0.0, value)
+
+    @classmethod
+    def orthogonal(cls, std: float, matrices: Matrices) -> "Distribution":
+        """Random orthogonal matrices in a kernel that has this std."""
+        return cls("orthogonal", std * matrices.scale, std, 0.0, matrices)
+
+    def matrices_of(self, shape: tuple[int, ...]) -> Matrices | None:
+        """What a weight of this shape is made of; None if it is not orthogonal."""
+        if self.form != "orthogonal" or self.matrices is not None:
+            return self.matrices
+        axes = range(len(shape))  # Keras's has all axes but the last one as rows
+        return Matrices.from_axes(shape, axes[:-1], axes[-1:])
 
     @property
     def bound(self) -> float:
@@ -91,7 +109,7 @@ class Distribution(NamedTuple):
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
         """Draws one region after the other; what is no stream is drawn whole, once."""
-        if self.form not in ("normal", "orthogonal"):
+        if self.form not in ("normal", "orthogonal") or self.matrices is not None:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
 
@@ -108,7 +126,7 @@ def _draw_constant(distribution, shape, dtype, seed, region) -> np.ndarray:
 
 
 def _draw_from_stream(distribution, shape, dtype, seed, region) -> np.ndarray:
-    form, scale, _, mean = distribution
+    form, scale, _, mean, _ = distribution
     if mean == 0:
         return draw(form, shape, scale, dtype, seed, region)
     work = "float64" if dtype == "float64" else "float32"
@@ -123,6 +141,9 @@ def _draw_normal(distribution, shape, dtype, seed, region) -> np.ndarray:
 
 
 def _draw_orthogonal(distribution, shape, dtype, seed, region) -> np.ndarray:
+    if distribution.matrices is not None:
+        matrices, scale = distribution.matrices, distribution.scale
+        return draw_orthogonal(matrices, shape, scale, dtype, seed, region)
     rows, columns = math.prod(shape[:-1]), shape[-1]
     tall = _generator(seed).standard_normal((max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(tall)
@@ -160,8 +181,8 @@ _FORMS: dict[Form, _Form] = {
     # The kurtosis of a normal distribution truncated at two, by integration.
     "truncated_normal": _Form(TRUNCATED_STD, 2.0, 2.366, _draw_from_stream),
     "normal": _Form(1.0, math.inf, 3.0, _draw_normal),
-    # Its std depends on the shape; single entries are all but normal.
-    "orthogonal": _Form(math.nan, math.inf, 3.0, _draw_orthogonal),
+    # Its std depends on the shape; single entries are all but normal, and at most 1.
+    "orthogonal": _Form(math.nan, 1.0, 3.0, _draw_orthogonal),
 }
 
 

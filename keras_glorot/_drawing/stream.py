@@ -9,7 +9,8 @@ two into four words.
 **Key.** Start with the key (0, 0). For each block of four words in the list below, the
 first two words of Philox4x32-10 at that counter become the new key. The list is
 
-    3, form (uniform 0, truncated normal 1), bits of the work dtype (32 or 64), rank,
+    3, form (uniform 0, truncated normal 1, orthogonal 2),
+    bits of the work dtype (32 or 64), rank,
     each extent of the shape as two words, low and high,
     the number of seed words, and how many 32-bit digits each of them has,
     zeros up to a full block,
@@ -18,7 +19,8 @@ first two words of Philox4x32-10 at that counter become the new key. The list is
 A seed word is an integer: it has two digits if they hold it, else as many as it needs. An
 int seed is one seed word; the state of a `SeedGenerator`, seed and counter, is two, which
 fill one block: a traced program makes its key with one call of Philox. The work dtype is
-float64 for float64 and float32 for all else.
+float64 for float64 and float32 for all else. (Orthogonal matrices have words, values and a
+contract of their own, in `orthogonal.py`.)
 
 **Words.** With the key (k0, k1), block b of the tensor is Philox4x32-10 of the counter
 (b modulo 2**32, b // 2**32, k0, k1). (That the key is in the counter too says nothing new:
@@ -67,10 +69,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["TRUNCATED_STD", "draw", "native_name", "philox"]
+__all__ = [
+    "DTYPE_CODES",
+    "MOST_THREADS",
+    "TRUNCATED_STD",
+    "Bounds",
+    "Key",
+    "available_cores",
+    "draw",
+    "empty",
+    "knots",
+    "native_multiply",
+    "native_name",
+    "philox",
+    "share",
+    "state_words",
+    "static_key",
+    "stream_key",
+    "truncated_normal_quantile",
+    "words_of_blocks",
+]
 
 Bounds = tuple[tuple[int, int], ...]
-Form = Literal["uniform", "truncated_normal"]
+Form = Literal["uniform", "truncated_normal", "orthogonal"]
 Key = tuple[int, int]
 
 # Part of every key. Whatever changes the bits of any draw must raise it.
@@ -79,10 +100,10 @@ VERSION = 3
 # The std that is left of a standard normal truncated at two: sqrt(1 - 4 φ(2) / erf(√2)).
 TRUNCATED_STD = 0.8796256610342398
 
-FORMS = {"uniform": 0, "truncated_normal": 1}
+FORMS = {"uniform": 0, "truncated_normal": 1, "orthogonal": 2}
 SEGMENTS = 1 << 12
 
-# What one thread takes at a time, in elements: long enough for the hand-over of Python's
+# Elements that one thread takes at a time: long enough for the hand-over of Python's
 # lock to be nothing, and for NumPy short enough for the cache.
 NATIVE_PIECE = 1 << 20
 NUMPY_PIECE = 1 << 17
@@ -92,13 +113,13 @@ WORTH_THREADS = 1 << 18
 MOST_THREADS = 32
 
 _MASK = 0xFFFFFFFF
-# Philox4x32: the multipliers, and what is added to the key in each round.
+# Philox4x32: the multipliers, and the numbers added to the key in each round.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 # q(x) / x = N(s) / D(s), s = 1 - x², highest power first, D without its leading 1: the
 # quantile function of a normal truncated at ±2, with a relative error of 9e-16. Derived
-# by benchmarks/fit_quantile.py. All positive: no digits are lost.
+# by benchmarks/derivations/fit_quantile.py. All positive: no digits are lost.
 _NUMERATOR = (
     0.2236046036044907, 13.710309516450966, 121.44752932855654,
     351.75594752834684, 438.53870101827914, 268.6122732133559, 86.15634884592819,
@@ -131,10 +152,15 @@ _native, _reason = _load_native()
 
 
 def native_name() -> str:
-    """What draws here: the native kernel with its instruction set, or NumPy, and why."""
+    """Whether the native kernel draws, and with which instructions, or NumPy, and why."""
     if _native is None:
         return f"NumPy ({_reason})"
     return f"native kernel, {_native.CLONES[-1]}"
+
+
+def native_multiply() -> Callable[..., None] | None:
+    """The native product of reflections for `orthogonal.py`; None where NumPy must."""
+    return None if _native is None else _native.multiply
 
 
 def draw(
@@ -163,7 +189,7 @@ def draw(
     shape = tuple(shape)
     dtype = np.dtype(dtype)
     runs = _Runs(shape, region)
-    out, memory = _empty(runs.shape, dtype)
+    out, memory = empty(runs.shape, dtype)
     if not out.size:
         return out
     name = _name_of(dtype)
@@ -175,7 +201,7 @@ def draw(
     if out.size < WORTH_THREADS or (workers := _worker_count(out.size, piece)) == 1:
         fill(0, out.size)
     else:
-        _share(fill, out.size, piece, workers)
+        share(fill, out.size, piece, workers)
     return out
 
 
@@ -223,6 +249,13 @@ def static_key(
     extents = [half for size in shape for half in (size & _MASK, size >> 32)]
     counts = [len(digit_counts), *digit_counts]
     return _absorb((0, 0), (VERSION, FORMS[form], bits, len(shape), *extents, *counts))
+
+
+def state_words(state: np.ndarray) -> tuple[int, ...]:
+    """The seed words that the state of a `SeedGenerator` stands for."""
+    if state.dtype == np.int32:
+        state = state.view(np.uint32)  # as Keras means it: PyTorch has no unsigned ones
+    return tuple(state.tolist())
 
 
 def _digits(word: int) -> tuple[int, ...]:
@@ -298,7 +331,7 @@ def _worker_count(size: int, piece: int) -> int:
     return min(-(-size // piece), available_cores(), MOST_THREADS)
 
 
-def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
+def share(fill: Fill, size: int, piece: int, workers: int) -> None:
     """Calls `fill(start, stop)` for each piece, on threads."""
     todo = deque(range(0, size, piece))
 
@@ -324,7 +357,7 @@ def _share(fill: Fill, size: int, piece: int, workers: int) -> None:
             other.result()
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
     """An uninitialized array and its bytes, on a boundary where backends can adopt it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8).data
@@ -340,14 +373,14 @@ def available_cores() -> int:
 
 # Elements by the native kernel -----------------------------------------------------------
 
-_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 
 
 def _native_filler(
     memory: memoryview, dtype: str, form: Form, key: Key, scale: float, runs: _Runs
 ) -> tuple[Fill, int]:
     steps = b"".join(struct.pack("=QQ", *step) for step in runs.steps)
-    code = _CODES[dtype]
+    code = DTYPE_CODES[dtype]
     factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
 
     def fill(start: int, stop: int) -> None:
@@ -399,7 +432,7 @@ def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
     x2: Any
     k0, k1 = key
     high = blocks >> 32
-    # What is one number for all blocks stays one, for two rounds.
+    # A number that all blocks share stays one number, for two rounds.
     x0, x1 = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high
     x2, x3 = key
     for _ in range(10):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras import bridge
+from keras_glorot._keras.tree import Tree, direct_sublayers
 
 __all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
 
@@ -146,7 +146,7 @@ class _Tracer:
     def trace(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Graph:
         args, kwargs = arguments
         with keras.StatelessScope(), contextlib.ExitStack() as stack:
-            for layer in bridge.sublayers(self.model):
+            for layer in Tree(self.model).layers:
                 stack.enter_context(_restored_nodes(layer))
                 if _is_open(layer):
                     call = self._call_inside(layer, layer.symbolic_call)
@@ -228,7 +228,7 @@ def _is_open(layer: keras.Layer) -> bool:
     if isinstance(layer, LOOPS):
         return False
     is_foreign = not type(layer).call.__module__.startswith("keras.")
-    return is_foreign or bool(bridge.direct_sublayers(layer))
+    return is_foreign or bool(direct_sublayers(layer))
 
 
 @contextlib.contextmanager

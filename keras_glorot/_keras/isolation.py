@@ -87,9 +87,12 @@ class _Uses(NamedTuple):
 def _uses(code: types.CodeType, owner: str | None, cells: frozenset[str]) -> _Uses:
     variables, attributes, modules = set(), set(code.co_names), set()
     stored, rebound = set(), set()
+    strings = {each for each in code.co_consts if isinstance(each, str)}
     before = None
     for instruction in dis.get_instructions(code):
         name, operation = instruction.argval, instruction.opname
+        if _loads_setter(before) and not _is_own(instruction, owner, first=True):
+            stored |= {("", each) for each in strings}
         if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(name)
         elif operation == "IMPORT_NAME":
@@ -102,22 +105,26 @@ def _uses(code: types.CodeType, owner: str | None, cells: frozenset[str]) -> _Us
             rebound.add(name)
         before = instruction
     if variables & {"getattr", "setattr", "delattr", "vars", "attrgetter"}:
-        attributes |= {each for each in code.co_consts if isinstance(each, str)}
-    if variables & {"setattr", "delattr"}:
-        stored |= {("", name) for name in attributes}
+        attributes |= strings
     parts: tuple[Any, ...] = (variables, attributes, modules, stored, rebound)
     inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
     uses = [parts, *(_uses(each, owner, cells) for each in inner)]
     return _Uses(*(frozenset().union(*each) for each in zip(*uses, strict=True)))
 
 
-def _is_own(loaded: dis.Instruction | None, owner: str | None) -> bool:
-    """Whether an instruction loads `self`; some load two variables at once."""
+def _loads_setter(loaded: dis.Instruction | None) -> bool:
+    if loaded is None or loaded.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
+        return False
+    return loaded.argval in ("setattr", "delattr")
+
+
+def _is_own(loaded: dis.Instruction | None, owner: str | None, first: bool = False) -> bool:
+    """Whether an instruction loads `self`, as the last or the first of two variables."""
     if loaded is None or owner is None or "LOAD_" not in loaded.opname:
         return False
     names = loaded.argval if isinstance(loaded.argval, tuple) else (loaded.argval,)
     is_variable = "LOAD_FAST" in loaded.opname or loaded.opname == "LOAD_DEREF"
-    return is_variable and names[-1] == owner
+    return is_variable and names[0 if first else -1] == owner
 
 
 def _attribute_before(loaded: dis.Instruction | None) -> str:

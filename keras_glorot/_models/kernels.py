@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_glorot._keras.bridge import additions, sublayers
 from keras_glorot._keras.graph import Graph, Step, trace
 from keras_glorot._models.passes import (
     Batch,
     Call,
     arguments_of,
     lock,
-    loops_around,
     record,
 )
-from keras_glorot._models.survey import Weight
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import is_normalization
 
 __all__ = ["Flow", "Kernel", "Place", "Sum", "flow_of_calls", "flow_of_model"]
@@ -146,39 +144,35 @@ class Flow(NamedTuple):
         return [self.kernels[i].layer for each in self.sums for i in each.ends]
 
 
-def flow_of_model(
-    model: keras.Layer, batch: Batch, weights: Sequence[Weight], training: bool
-) -> Flow:
+def flow_of_model(survey: Survey, batch: Batch, training: bool) -> Flow:
     """By the graph or, where there is none, by the calls of one pass."""
-    graph = _graph(model, batch, weights)
+    graph = _graph(survey, batch)
     if graph is None:
-        calls, _ = record(model, batch, training)
+        calls, _ = record(survey, batch, training)
         graph = _graph_of_calls(calls)
-    return _derive(graph, model, weights)
+    return _derive(graph, survey)
 
 
-def flow_of_calls(model: keras.Layer, batch: Batch, calls: Sequence[Call]) -> Flow:
+def flow_of_calls(survey: Survey, batch: Batch, calls: Sequence[Call]) -> Flow:
     """By the graph or, where there is none, by these calls."""
-    weights = [call.weight for call in calls if call.weight is not None]
-    graph = _graph(model, batch, weights) or _graph_of_calls(calls)
-    return _derive(graph, model, weights)
+    return _derive(_graph(survey, batch) or _graph_of_calls(calls), survey)
 
 
-def _graph(model: keras.Layer, batch: Batch, weights: Sequence[Weight]) -> Graph | None:
+def _graph(survey: Survey, batch: Batch) -> Graph | None:
     """None if the model, or a layer with kernels in it, can't be looked into."""
 
     def symbol(tensor: Any) -> Any:
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         return keras.KerasTensor(tuple(tensor.shape), dtype)
 
-    args, kwargs = arguments_of(model, tree.map_structure(symbol, batch.x))
+    args, kwargs = arguments_of(survey.root, tree.map_structure(symbol, batch.x))
     try:
         with lock:
-            graph = trace(model, (tuple(args), {**kwargs, "training": False}))
+            graph = trace(survey.root, (tuple(args), {**kwargs, "training": False}))
     except Exception:  # it does what only values allow
         return None
-    owners = {id(weight.owner) for weight in weights if _is_kernel(weight)}
-    hidden = {id(layer) for closed in graph.closed for layer in sublayers(closed)[1:]}
+    owners = {id(weight.owner) for weight in survey.weights if _is_kernel(weight)}
+    hidden = {id(layer) for closed in graph.closed for layer in survey.below(closed)[1:]}
     return None if owners & hidden or not graph.outputs else graph
 
 
@@ -285,12 +279,12 @@ class _Walk:
         return merged
 
 
-def _derive(graph: Graph, model: keras.Layer, weights: Sequence[Weight]) -> Flow:
-    loops = loops_around(model)
+def _derive(graph: Graph, survey: Survey) -> Flow:
+    weights = survey.weights
     # By `id` of layers and of variables: the layer that is called.
     layers: dict[int, Any] = {}
     for weight in filter(_is_kernel, weights):
-        owner = loops.get(id(weight.owner), weight.owner)
+        owner = survey.loops.get(id(weight.owner), weight.owner)
         layers |= {id(owner): owner, id(weight.variable): owner}
     walk = _Walk(graph, layers)
     kinds: list[Kinds] = [frozenset()] * len(walk.kernels)
@@ -304,7 +298,7 @@ def _derive(graph: Graph, model: keras.Layer, weights: Sequence[Weight]) -> Flow
         for i, kernel in enumerate(walk.kernels)
     ]
     tables = {id(weight.owner) for weight in weights if _is_table(weight)} - layers.keys()
-    visible = {id(each) for each in (*sublayers(model), *additions(model))}
+    visible = {id(each) for each in (*survey.layers, *survey.additions)}
     return Flow(kernels, _sums(walk, kinds), _stem(walk, tables), _places(graph, visible))
 
 

@@ -9,24 +9,33 @@ that returns the tensors, so that it compiles little more than autodiff's own pr
 import contextlib
 import functools
 import inspect
-import logging
 import math
 import numbers
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import (
+    Differentiator,
+    Outcome,
+    Run,
+    Signal,
+    Summary,
+    Tap,
+    Tensor,
+    is_float,
+)
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import sublayers
+from keras_glorot._keras.calls import copy_mask, error_reason, without_remat
 from keras_glorot._keras.graph import LOOPS, replaced_attribute
 from keras_glorot._models.progress import Advance
-from keras_glorot._models.survey import Weight, describe, unique_paths
+from keras_glorot._models.survey import Survey, Weight, unique_paths
 
 __all__ = [
     "NO_TENSOR",
@@ -34,8 +43,12 @@ __all__ = [
     "Call",
     "Moments",
     "Signal",
+    "Tap",
+    "Tensor",
     "arguments_of",
+    "differentiator",
     "intercepted_call",
+    "is_float",
     "lock",
     "moments",
     "record",
@@ -43,9 +56,6 @@ __all__ = [
 
 ops: Any = keras.ops  # Keras declares that many of these may return None
 tree: Any = keras.tree
-
-Tensor = Any
-Summary = Callable[[np.ndarray], Any]
 
 # Layers are shared by threads, and the replaced `call` of one by two recordings.
 lock = threading.RLock()
@@ -56,13 +66,6 @@ class Moments(NamedTuple):
 
     mean: float
     std: float
-
-
-class Signal(NamedTuple):
-    """What was seen of one tensor: a summary of its values and of its gradient."""
-
-    value: Any
-    gradient: Any
 
 
 NO_TENSOR = Signal(None, None)  # where there is no float tensor
@@ -90,14 +93,6 @@ class Call(NamedTuple):
     kernel: Signal
     weight: Weight | None
     parents: tuple[int, ...]
-
-
-class Tap(Protocol):
-    """Hands a tensor on; its summaries are in the result at the position returned."""
-
-    def __call__(
-        self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary
-    ) -> tuple[Tensor, int]: ...
 
 
 def moments(values: np.ndarray) -> Moments:
@@ -241,7 +236,7 @@ def _fit(shapes: list[tuple[int, ...]], declared: list[tuple[int | None, ...]]) 
 
 
 def record(
-    model: keras.Layer,
+    survey: Survey,
     batch: Batch,
     training: bool = True,
     of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
@@ -251,7 +246,7 @@ def record(
     """Calls the model once and differentiates it once.
 
     Args:
-        model: A built model or layer.
+        survey: Of the model.
         batch: What to call it on.
         training: Whether BatchNormalization uses the statistics of the batch.
         of_output: Summarizes the output of a layer. Defaults to `of_tensor`.
@@ -262,12 +257,12 @@ def record(
         The calls in order of execution; the last one is the model's. The layers that were
         called where nothing is seen.
     """
-    weights = describe(model)  # checks the model
-    listener = _Listener(model, weights, of_output, of_tensor, advance)
+    model = survey.root
+    listener = _Listener(survey, of_output, of_tensor, advance)
     unseen: list[keras.Layer] = []
 
     @contextlib.contextmanager
-    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[_Outcome]:
+    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[Outcome]:
         listener.start(tap)
         state = dict(zip(map(id, model.variables), values, strict=True))
         for layer, weight in listener.kernels.items():
@@ -276,7 +271,7 @@ def record(
             listener.kernel_positions[layer] = position
         # What the model would change, such as a random state, stays in the scope.
         scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
-        call = intercepted_call(batch, model, x, listener.wrappers(), training)
+        call = intercepted_call(batch, survey, x, listener.wrappers(), training)
         with scope, call as (outputs, unseen[:]):
             advance(0.5, "gradients")
             yield batch.objective(outputs), []
@@ -301,20 +296,18 @@ class _Listener:
 
     def __init__(
         self,
-        model: keras.Layer,
-        weights: list[Weight],
+        survey: Survey,
         of_output: Callable[[keras.Layer, np.ndarray], Any] | None,
         of_tensor: Summary,
         advance: Advance,
     ):
-        self.model, self.advance = model, advance
+        self.survey, self.advance = survey, advance
         self.of_output, self.of_tensor = of_output, of_tensor
-        self.loops = loops_around(model)
         self.kernels: dict[int, Weight] = {}
-        for weight in weights:
+        for weight in survey.weights:
             owner = weight.owner
             if weight.fans and owner is not None and "float" in weight.variable.dtype:
-                self.kernels.setdefault(id(self.loops.get(id(owner), owner)), weight)
+                self.kernels.setdefault(id(survey.loops.get(id(owner), owner)), weight)
         self.kernel_positions: dict[int, int] = {}
 
     def start(self, tap: Tap) -> None:
@@ -329,20 +322,20 @@ class _Listener:
         """What replaces the `call` of each layer that can be listened to."""
         layers = [
             layer
-            for layer in sublayers(self.model)
-            if self.loops.get(id(layer), layer) is layer
+            for layer in self.survey.layers
+            if self.survey.loops.get(id(layer), layer) is layer
         ]
         self.expected_calls = len(layers)
         return {id(layer): self._wrapper(layer) for layer in layers}
 
     def _wrapper(self, layer: keras.Layer) -> Callable:
-        always = layer is self.model or isinstance(layer, LOOPS)
-        always |= len(sublayers(layer)) == 1
+        is_root = layer is self.survey.root
+        always = is_root or isinstance(layer, LOOPS) or not self.survey.children(layer)
 
         def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
             before = len(self.notes)
             self.advance(0.5 * min(1.0, before / self.expected_calls), layer.name)
-            if layer is self.model and not before:
+            if is_root and not before:
                 self._remember_inputs((args, kwargs))
             parents = self._origins_of((args, kwargs))
             (args, kwargs), input_position = self._tap_first((args, kwargs), self.of_tensor)
@@ -375,7 +368,7 @@ class _Listener:
         if first is None:
             return structure, None
         tapped, position = self.tap_tensor(first, of_value, self.of_tensor)
-        bridge.copy_mask(first, tapped)
+        copy_mask(first, tapped)
         origin = self._origin(first)
         if origin is not None:
             self._remember(tapped, origin)
@@ -407,7 +400,7 @@ class _Listener:
         return (len(self.notes) - 1,)
 
     def finish(self, signals: list[Signal]) -> list[Call]:
-        paths = bridge.sublayer_paths(self.model)
+        paths = self.survey.paths
 
         def signal(position: int | None) -> Signal:
             return NO_TENSOR if position is None else signals[position]
@@ -459,7 +452,7 @@ class _Place:
 @contextlib.contextmanager
 def intercepted_call(
     batch: Batch,
-    model: keras.Layer,
+    survey: Survey,
     x: Any,
     wrappers: dict[int, Callable],
     training: bool,
@@ -480,9 +473,9 @@ def intercepted_call(
         stack.enter_context(backends.without_compilation())
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))
-        for layer in sublayers(model):
-            stack.enter_context(bridge.without_remat(layer))
-            for name, function in backends.compiled_methods(layer).items():
+        for layer in survey.layers:
+            stack.enter_context(without_remat(layer))
+            for name, function in _compiled_methods(layer).items():
                 stack.enter_context(replaced_attribute(layer, name, function))
             wrapper = wrappers.get(id(layer))
             if training and isinstance(layer, keras.layers.BatchNormalization):
@@ -491,11 +484,11 @@ def intercepted_call(
                 )
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        for addition in bridge.additions(model):
+        for addition in survey.additions:
             if id(addition) in wrappers and not isinstance(addition, keras.Layer):
                 wrapper = wrappers[id(addition)]
                 stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
-        outputs = batch.call(model, x)
+        outputs = batch.call(survey.root, x)
         place.is_over = True
         yield outputs, list(place.unseen.values())
 
@@ -532,48 +525,41 @@ def _call_in_training(call: Callable, inputs: Any, *args: Any, **kwargs: Any) ->
     return call(inputs, True, *args[1:], **kwargs)
 
 
-def loops_around(model: keras.Layer) -> dict[int, keras.Layer]:
-    """By `id` of each layer in a loop (and of the loop itself), the outermost such loop."""
-    loops: dict[int, keras.Layer] = {}
-    for layer in sublayers(model):
-        if isinstance(layer, LOOPS):
-            loops = {id(inner): layer for inner in sublayers(layer)} | loops
-    return loops
+def _compiled_methods(layer: keras.Layer) -> dict[str, Callable]:
+    """By name, the Python functions in what a layer holds of `tf.function` or `jax.jit`.
+
+    Those of its class and its own attributes, but not of the classes of Keras.
+    """
+    methods = {}
+    for kind in reversed(type(layer).__mro__):
+        if not kind.__module__.startswith("keras."):
+            for name, value in vars(kind).items():
+                methods.pop(name, None)
+                if function := backends.python_function(value):
+                    methods[name] = types.MethodType(function, layer)
+    for name, value in vars(layer).items():
+        if function := backends.python_function(value):
+            methods[name] = function
+    return methods
 
 
 def _first_line(error: Exception) -> str:
-    return bridge.error_reason(error).splitlines()[0].removesuffix(".")
-
-
-def is_float(value: Any) -> bool:
-    return ops.is_tensor(value) and "float" in keras.backend.standardize_dtype(value.dtype)
-
-
-# One entry per backend: from `run(tap, *arguments)`, a context that gives the objective and
-# extras, to a function of the arguments that returns the signals of all taps, and the
-# extras as arrays. Eager backends differentiate in the context: there they may call layers
-# again.
-_Outcome = tuple[Tensor, list[Tensor]]
-Run = Callable[..., contextlib.AbstractContextManager[_Outcome]]
-Differentiator = Callable[..., tuple[list[Signal], list[np.ndarray]]]
+    return error_reason(error).splitlines()[0].removesuffix(".")
 
 
 def differentiator(run: Run) -> Differentiator:
-    """What runs and differentiates `run`; on JAX compiled once for all calls."""
-    build = _DIFFERENTIATORS.get(keras.backend.backend())
-    if build is None:
-        raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
+    """As that of the backend, with a reason if `run` can't be differentiated."""
     has_run = False
 
     @contextlib.contextmanager
-    def noted_run(tap: Tap, *arguments: Any) -> Iterator[_Outcome]:
+    def noted_run(tap: Tap, *arguments: Any) -> Iterator[Outcome]:
         nonlocal has_run
         has_run = False
         with run(tap, *arguments) as outcome:
             has_run = True
             yield outcome
 
-    differentiate = build(noted_run)
+    differentiate = backends.differentiator(noted_run)
 
     def explained(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
         try:
@@ -587,199 +573,3 @@ def differentiator(run: Run) -> Differentiator:
             ) from error
 
     return explained
-
-
-class _EagerSignals:
-    """Summarizes values as they come, and gradients as they come back."""
-
-    def __init__(self) -> None:
-        self.taps: list[tuple[Any, tuple[int, ...], Summary]] = []
-        self.gradients: dict[int, Any] = {}
-        self.is_called = False  # before, gradients are those of derivatives in the model
-
-    def see(self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary) -> int:
-        value = of_value and of_value(to_numpy(tensor))
-        self.taps.append((value, tuple(tensor.shape), of_gradient))
-        return len(self.taps) - 1
-
-    def see_gradient(self, position: int, gradient: Tensor) -> None:
-        if not self.is_called:
-            return
-        of_gradient = self.taps[position][2]
-        self.gradients[position] = of_gradient(to_numpy(gradient))
-
-    def signals(self) -> list[Signal]:
-        for position, (_, shape, of_gradient) in enumerate(self.taps):
-            if position not in self.gradients:  # the objective does not depend on it
-                self.gradients[position] = of_gradient(np.zeros(shape, np.float32))
-        return [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
-
-
-@contextlib.contextmanager
-def _without_retracing_warnings(logger: logging.Logger) -> Iterator[None]:
-    """Hides that Keras compiles grouped convolutions anew: here they run once."""
-
-    def is_worth_saying(record: logging.LogRecord) -> bool:
-        return "triggered tf.function retracing" not in record.getMessage()
-
-    logger.addFilter(is_worth_saying)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_worth_saying)
-
-
-def _tensorflow(run: Run) -> Differentiator:
-    import tensorflow as tf
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        seen = _EagerSignals()
-
-        def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor, of_value, of_gradient)
-
-            @tf.custom_gradient
-            def identity(tensor):
-                def gradient(upstream):
-                    seen.see_gradient(position, tf.convert_to_tensor(upstream))
-                    return upstream
-
-                return tf.identity(tensor), gradient
-
-            return identity(tensor), position
-
-        sources = [tensor for tensor in tree.flatten(arguments) if is_float(tensor)]
-        sources = list(map(tf.convert_to_tensor, sources))
-        quiet = _without_retracing_warnings(tf.get_logger())
-        with quiet, contextlib.ExitStack() as stack:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(sources)
-                flat = iter(sources)
-                watched = tree.map_structure(
-                    lambda argument: next(flat) if is_float(argument) else argument,
-                    arguments,
-                )
-                objective, extras = stack.enter_context(run(tap, *watched))
-            seen.is_called = True
-            tape.gradient(objective, sources)
-            return seen.signals(), list(map(to_numpy, extras))
-
-    return differentiate
-
-
-def _torch(run: Run) -> Differentiator:
-    import torch
-
-    class Identity(torch.autograd.Function):
-        """Hangs on a leaf, whose gradient is asked for: so all of them are passed."""
-
-        @staticmethod
-        def forward(ctx: Any, tensor: Any, leaf: Any, see_gradient: Callable) -> Any:
-            ctx.see_gradient = see_gradient
-            return tensor.clone()  # the layer may work in place
-
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Any) -> Any:
-            ctx.see_gradient(*grad_outputs)
-            return *grad_outputs, None, None
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        seen = _EagerSignals()
-
-        def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor.detach(), of_value, of_gradient)
-            see_gradient = functools.partial(seen.see_gradient, position)
-            return Identity.apply(tensor, leaf, see_gradient), position
-
-        def detach(argument: Any) -> Any:
-            if not ops.is_tensor(argument):
-                return argument
-            # Those of inference mode can't be saved for the way back.
-            return argument.clone() if argument.is_inference() else argument.detach()
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            # Layers may be called again on the way back, where this thread's scopes hold.
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            leaf = torch.zeros((), requires_grad=True)
-            detached = tree.map_structure(detach, arguments)
-            objective, extras = stack.enter_context(run(tap, *detached))
-            seen.is_called = True
-            if objective.requires_grad:
-                torch.autograd.grad(objective, leaf, allow_unused=True)
-            return seen.signals(), list(map(to_numpy, extras))
-
-    return differentiate
-
-
-def _jax(run: Run) -> Differentiator:
-    import jax
-
-    taps: list[tuple[Summary | None, Summary]] = []
-
-    def objective(probes: Sequence[Any], *arguments: Any) -> Any:
-        """What a probe is added to has the gradient of the probe."""
-        left, values = iter(probes), []
-        taps.clear()
-
-        def tap(tensor, of_value, of_gradient):
-            taps.append((of_value, of_gradient))
-            values.append(tensor if of_value else None)
-            return tensor + next(left), len(taps) - 1
-
-        with run(tap, *arguments) as (target, extras):
-            return target, (values, extras)
-
-    def shapes_of_taps(*arguments: Any) -> list[Any]:
-        shapes = []
-
-        def tap(tensor, of_value, of_gradient):
-            shapes.append((tensor.shape, tensor.dtype))
-            return tensor + 0, len(shapes) - 1
-
-        def target(*arguments: Any) -> Any:
-            with run(tap, *arguments) as (target, _):
-                return target
-
-        jax.eval_shape(target, *arguments)
-        return shapes
-
-    def program(*arguments: Any) -> Any:
-        probes = [jax.numpy.zeros(*shape) for shape in shapes_of_taps(*arguments)]
-        return jax.grad(objective, has_aux=True)(probes, *arguments)
-
-    @functools.cache
-    def compiled(placement: Any) -> Callable:
-        # It runs a few times at most: most of the time goes into compiling it.
-        options: Any = {"xla_backend_optimization_level": 0}
-        return jax.jit(program, compiler_options=options, out_shardings=placement)
-
-    def differentiate(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        arguments, placement = backends.with_all_processes(arguments)
-        gradients, (values, extras) = compiled(placement)(*arguments)
-        signals = []
-        while gradients:  # frees each as it goes
-            of_value, of_gradient = taps[len(signals)]
-            value, gradient = values.pop(0), gradients.pop(0)
-            signals.append(
-                Signal(
-                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
-                )
-            )
-        return signals, list(map(to_numpy, extras))
-
-    return differentiate
-
-
-_DIFFERENTIATORS: dict[str, Callable[[Run], Differentiator]] = {
-    "tensorflow": _tensorflow,
-    "jax": _jax,
-    "torch": _torch,
-}
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The values as float32, or as they are if they are doubles."""
-    values = np.asarray(ops.convert_to_numpy(tensor))
-    return values if values.dtype == np.float64 else values.astype(np.float32, copy=False)

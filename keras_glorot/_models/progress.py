@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from keras_glorot.arguments import check_choice
 
-__all__ = ["progress"]
+__all__ = ["Advance", "progress"]
 
 Advance = Callable[..., None]
 

@@ -1,6 +1,7 @@
-"""The survey of a model: every weight, and what the model says about it."""
+"""A model, looked at once: its layers, and every weight with all that is known of it."""
 
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,10 +10,18 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot._drawing.distributions import Distribution, keras_distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import BuildValue, CallSite, NotIsolatedError
+from keras_glorot._keras.call_site import CallSite, owned_weights
+from keras_glorot._keras.graph import LOOPS
+from keras_glorot._keras.isolation import NotIsolatedError
+from keras_glorot._keras.rebuild import (
+    BuildValue,
+    may_assign,
+    may_hold_given_vectors,
+    rebuild_sources,
+)
+from keras_glorot._keras.tree import Tree
 from keras_glorot.fans import Fans, compute_fans
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.initializers import GLOROT, kernel_distribution
 from keras_glorot.layer_rules import (
     Activation,
     fans_by_rule,
@@ -21,51 +30,89 @@ from keras_glorot.layer_rules import (
     is_bias,
 )
 
-__all__ = ["Weight", "describe", "distribution_of", "layer_fans", "unique_paths"]
+__all__ = ["Survey", "Weight", "distribution_of", "layer_fans", "unique_paths"]
 
 Axes = tuple[Sequence[int], Sequence[int]]
 
 # `kernel_initializer` and the like are the arguments for kernels.
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
-_SCALED_BY_FANS = (keras.initializers.VarianceScaling, GlorotNormal, GlorotUniform)
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 
 
-class Weight(NamedTuple):
+class Survey(Tree):
+    """A built layer or model, looked at once. Dear things are looked up when asked for.
+
+    Args:
+        model: A built layer or model.
+        argument: The name of the user's argument, for errors.
+
+    Raises:
+        ValueError: If the model is not built.
+        TypeError: If it is not a Keras layer or model.
+    """
+
+    def __init__(self, model: Any, argument: str = "model"):
+        _check_built(model, argument)
+        super().__init__(model)
+
+    @functools.cached_property
+    def weights(self) -> list["Weight"]:
+        """One for each of the model's weights, in order."""
+        owned = owned_weights(self)
+        paths = unique_paths(self.path(owner, variable) for owner, variable in owned)
+        return [
+            Weight(self, owner, variable, path)
+            for (owner, variable), path in zip(owned, paths, strict=True)
+        ]
+
+    @functools.cached_property
+    def loops(self) -> dict[int, keras.Layer]:
+        """By `id` of each layer in a loop (and of the loop itself), the outermost loop."""
+        loops: dict[int, keras.Layer] = {}
+        for layer in self.layers:
+            if isinstance(layer, LOOPS):
+                loops = {id(inner): layer for inner in self.below(layer)} | loops
+        return loops
+
+    @functools.cached_property
+    def origins(self) -> "_Origins":
+        return _Origins(self)
+
+    def select(self, layers: Any) -> set[int]:
+        """The ids of the layers that the argument `layers` stands for, with all in them."""
+        if layers is None:
+            return {id(None), *map(id, self.layers)}
+        selected: set[int] = set()
+        for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
+            matches = [each for each in self.layers if each is layer or each.name == layer]
+            if not matches:
+                raise ValueError(
+                    "Argument `layers` must list layers of the model, or their names. "
+                    f"Received: layers={layers}, of which {layer} is not in the model."
+                )
+            selected.update(id(each) for match in matches for each in self.below(match))
+        return selected
+
+
+class Weight:
     """A variable of a model, and what the model says about it.
 
     Attributes:
         variable: The variable.
         path: Its path from the model down, unique in the model.
         owner: The layer that made it; None if Keras does not tell.
-        fans: Its connection counts; None if it has none (a bias). By a rule of
-            `register_fans`, else by `axes`, else by the rule of Keras's class, else by its
-            shape.
-        axes: The input and output axes that its initializer declares, unless there is a
-            rule of `register_fans`; None if it declares none.
-        initializer: What it was made with; None if that is not known.
-        reason: Why the initializer is not known, else "".
-        is_data: Whether it holds what the user gave and training does not change.
-        distribution: What the initializer draws from, with the layer's fans; None if
-            that is not known.
-        is_kernel: Whether Glorot's derivation holds for it: it has fans, and something says
-            so: the name of an argument (`kernel_initializer`), an initializer that looks at
-            the fans, a rule of `register_fans`, or its own name (`kernel`), if its values
-            are random. Embeddings and recurrent kernels are not kernels here.
-        activation: The activation that its output goes through, or None.
     """
 
-    variable: keras.Variable
-    path: str
-    owner: keras.Layer | None
-    fans: Fans | None
-    axes: Axes | None
-    initializer: Any
-    reason: str
-    is_data: bool
-    distribution: Distribution | None
-    is_kernel: bool
-    activation: Activation | None
+    def __init__(
+        self,
+        survey: Survey,
+        owner: keras.Layer | None,
+        variable: keras.Variable,
+        path: str,
+    ):
+        self.variable, self.path, self.owner = variable, path, owner
+        self._survey = survey
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,38 +122,99 @@ class Weight(NamedTuple):
     def site(self) -> CallSite:
         return CallSite(self.owner, self.variable)
 
+    @property
+    def initializer(self) -> Any:
+        """What it was made with; None if that is not known."""
+        return self._origin.initializer
+
+    @property
+    def reason(self) -> str:
+        """Why the initializer is not known, else ""."""
+        return self._origin.reason
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it holds what the user gave and training does not change."""
+        return self._origin.is_data
+
+    @functools.cached_property
+    def fans(self) -> Fans | None:
+        """Its connection counts; None if it connects nothing, as a bias.
+
+        By a rule of `register_fans`, else by the axes that its initializer declares, else
+        by the rule of Keras's class, else by its shape. What was made constant, as a scale
+        or a slope, connects nothing either, unless its name says that it does.
+        """
+        if self.is_kernel or re.search("kernel|embedding", self.variable.name):
+            return self._counts
+        declared = self.distribution
+        is_constant = declared is not None and declared.form == "constant"
+        return None if is_constant else self._counts
+
+    @functools.cached_property
+    def distribution(self) -> Distribution | None:
+        """What its initializer draws from, with the layer's fans; None if not known."""
+        return self.distribution_of(self.initializer)
+
     def distribution_of(self, initializer: Any) -> Distribution | None:
         """What another initializer would draw this weight from."""
-        return distribution_of(initializer, self.shape, self.fans, self.site, self.axes)
+        return distribution_of(initializer, self.shape, self._counts, self.site, self._axes)
 
+    @functools.cached_property
+    def is_kernel(self) -> bool:
+        """Whether Glorot's derivation holds for it: it has fans, and something says so.
 
-def describe(model: keras.Layer, argument: str = "model") -> list[Weight]:
-    """Surveys a built layer or model: one `Weight` for each of `model.weights`, in order.
+        That is the name of an argument (`kernel_initializer`), an initializer that looks at
+        the fans, a rule of `register_fans`, or its own name (`kernel`), if its values are
+        random. Embeddings and recurrent kernels are not kernels here.
+        """
+        return (
+            self._origin.is_for_kernels
+            and self._counts is not None
+            and keras.backend.is_float_dtype(self.variable.dtype)
+            and not re.search("embedding|recurrent", self.variable.name)
+        )
 
-    Args:
-        model: A built layer or model.
-        argument: What the user knows it by, for errors.
+    @functools.cached_property
+    def activation(self) -> Activation | None:
+        """The activation that its output goes through, or None."""
+        return following_activation(self.owner, self.variable, self._survey.paths)
 
-    Raises:
-        ValueError: If the model is not built.
-        TypeError: If it is not a Keras layer or model.
-    """
-    _check_built(model, argument)
-    survey = _Survey(model)
-    owned = bridge.owned_variables(model)
-    paths = unique_paths(survey.path(owner, variable) for owner, variable in owned)
-    return [
-        survey.describe(owner, variable, path)
-        for (owner, variable), path in zip(owned, paths, strict=True)
-    ]
+    @functools.cached_property
+    def _origin(self) -> "_Origin":
+        return self._survey.origins.find(self.owner, self.variable)
+
+    @functools.cached_property
+    def _axes(self) -> Axes | None:
+        """The axes that its initializer declares, if they decide its fans."""
+        owner, variable = self.owner, self.variable
+        if is_bias(owner, variable) or has_registered_rule(owner, variable):
+            return None
+        return _declared_axes(self.initializer)
+
+    @functools.cached_property
+    def _counts(self) -> Fans | None:
+        """Its fans, if it connects anything; None if it can't."""
+        if is_bias(self.owner, self.variable):
+            return None
+        weight: Any = self.variable
+        if self.owner is not None and self.owner.quantization_mode is not None:
+            # Two four-bit weights share a byte; the property of the same name unpacks.
+            weight = getattr(self.owner, weight.name, weight)
+        if self._axes is not None:
+            return compute_fans(weight.shape, *self._axes)
+        fans = fans_by_rule(weight.shape, self.owner, self.variable)
+        if fans is None and len(weight.shape) >= 2:
+            return compute_fans(weight.shape)
+        return fans
 
 
 def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     """Lists `fan_in` and `fan_out` of each kernel in a built layer or model.
 
-    Kernels are the weights of rank 2 or more, and vectors that are einsum kernels; other
-    vectors, such as biases, have no connections to count. A quantized kernel has the fans
-    of the kernel that it stands for. The two factors of a layer with LoRA have fans of
+    Kernels are the weights of rank 2 or more, and vectors that are einsum kernels. Biases,
+    and constants such as scales, have no connections to count. A quantized kernel has the
+    fans of the kernel that it stands for. The two factors of a layer with LoRA have fans of
     their own. `input_axes` and `output_axes` of the layer's own initializer, Keras's or
     ours, come before the rule of Keras's class, and a rule of `register_fans` before both.
 
@@ -133,7 +241,7 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
-    weights = describe(layer, "layer")
+    weights = Survey(layer, "layer").weights
     return {weight.path: weight.fans for weight in weights if weight.fans is not None}
 
 
@@ -149,11 +257,11 @@ def distribution_of(
     The axes that it declares come before `axes`, those that its weight is known to have.
     """
     own = _declared_axes(initializer)
-    if isinstance(initializer, GlorotUniform | GlorotNormal):
+    if isinstance(initializer, GLOROT):
         if own is None and axes is not None:
             initializer = copy.copy(initializer)
             initializer.input_axes, initializer.output_axes = axes
-        return initializer.distribution(tuple(shape), site)
+        return kernel_distribution(initializer, tuple(shape), site)
     if own is not None:
         fans = compute_fans(shape, *own)
     return keras_distribution(initializer, shape, fans)
@@ -192,53 +300,17 @@ class _Origin(NamedTuple):
     is_data: bool = False
 
 
-class _Survey:
-    """What is looked up once for a model, and asked for each of its weights."""
+class _Origins:
+    """How the layers of a model make their weights; each is rebuilt once at most."""
 
-    def __init__(self, model: keras.Layer):
-        self.model = model
-        self.layer_paths = bridge.sublayer_paths(model)
-        self.layer_ids = set(self.layer_paths)
+    def __init__(self, survey: Survey):
+        self.survey = survey
         self.rebuilt: set[int] = set()
         self.sources: dict[int, Any] = {}
         self.errors: dict[int, Exception] = {}
-        self._learn_build_values(model)
+        self._learn_build_values(survey.root)
 
-    def path(self, owner: keras.Layer | None, variable: keras.Variable) -> str:
-        if id(owner) not in self.layer_paths:
-            return variable.path
-        return f"{self.layer_paths[id(owner)]}/{variable.name}"
-
-    def describe(
-        self, owner: keras.Layer | None, variable: keras.Variable, path: str
-    ) -> Weight:
-        origin = self._origin(owner, variable)
-        axes = _axes(owner, variable, origin.initializer)
-        fans = _fans(owner, variable, axes)
-        is_kernel = (
-            origin.is_for_kernels
-            and fans is not None
-            and keras.backend.is_float_dtype(variable.dtype)
-            and not re.search("embedding|recurrent", variable.name)
-        )
-        site = CallSite(owner, variable)
-        distribution = distribution_of(origin.initializer, variable.shape, fans, site, axes)
-        activation = following_activation(owner, variable, self.layer_ids)
-        return Weight(
-            variable,
-            path,
-            owner,
-            fans,
-            axes,
-            origin.initializer,
-            origin.reason,
-            origin.is_data,
-            distribution,
-            is_kernel,
-            activation,
-        )
-
-    def _origin(self, owner: keras.Layer | None, variable: keras.Variable) -> _Origin:
+    def find(self, owner: keras.Layer | None, variable: keras.Variable) -> _Origin:
         """How the layer made a variable.
 
         Known by Keras's convention (`bias` is made with `bias_initializer`) or, where a
@@ -254,22 +326,20 @@ class _Survey:
         source = self.sources.get(id(variable))
         if isinstance(source, BuildValue):
             return _Origin(source)
-        if bridge.may_hold_given_vectors(owner, variable):
+        if may_hold_given_vectors(owner, variable):
             reason = "it may hold vectors given as `weights`, which Keras does not keep"
             return _Origin(reason=reason, is_data=not variable.trainable)
         origin = _origin_by_name(owner, variable)
         if origin is None:
-            origin = self._origin_by_rebuilding(owner, variable)
+            origin = self._find_by_rebuilding(owner, variable)
         if not origin.is_for_kernels and _is_named_kernel(owner, variable, origin):
             return _Origin(origin.initializer, is_for_kernels=True)
         return origin
 
-    def _origin_by_rebuilding(
-        self, owner: keras.Layer, variable: keras.Variable
-    ) -> _Origin:
+    def _find_by_rebuilding(self, owner: keras.Layer, variable: keras.Variable) -> _Origin:
         # The model as a whole is the last resort: its config can say what to make a layer
         # from that has none.
-        for layer in (owner, self.model):
+        for layer in (owner, self.survey.root):
             if id(variable) not in self.sources:
                 self._rebuild(layer)
         source = self.sources.get(id(variable))
@@ -279,9 +349,9 @@ class _Survey:
 
     def _learn_build_values(self, layer: keras.Layer) -> None:
         """Rebuilds the outermost layers whose `build` could assign to its variables."""
-        if bridge.may_assign(layer):
+        if may_assign(layer):
             self._rebuild(layer)
-        for child in bridge.direct_sublayers(layer):
+        for child in self.survey.children(layer):
             if any(id(variable) not in self.sources for variable in child.weights):
                 self._learn_build_values(child)
 
@@ -289,7 +359,7 @@ class _Survey:
         if id(layer) in self.rebuilt:
             return
         self.rebuilt.add(id(layer))
-        sources, error = bridge.rebuild_sources(layer)
+        sources, error = rebuild_sources(layer)
         # What an outer layer assigns comes last.
         self.sources = sources | self.sources
         if error is not None:
@@ -303,30 +373,6 @@ def _explain(error: Exception | None) -> str:
     if isinstance(error, NotIsolatedError):
         return f"its layer can't be rebuilt: {error}"
     return f"its layer can't be rebuilt from its config ({type(error).__name__})"
-
-
-def _fans(
-    owner: keras.Layer | None, variable: keras.Variable, axes: Axes | None
-) -> Fans | None:
-    weight: Any = variable
-    if owner is not None and owner.quantization_mode is not None:
-        # Two four-bit weights share a byte; the property of the same name unpacks.
-        weight = getattr(owner, variable.name, variable)
-    if axes is not None:
-        return compute_fans(weight.shape, *axes)
-    fans = fans_by_rule(weight.shape, owner, variable)
-    if fans is None and len(weight.shape) >= 2:
-        return compute_fans(weight.shape)
-    return fans
-
-
-def _axes(
-    owner: keras.Layer | None, variable: keras.Variable, initializer: Any
-) -> Axes | None:
-    """The axes that its initializer declares, if they decide the fans of a weight."""
-    if is_bias(owner, variable) or has_registered_rule(owner, variable):
-        return None
-    return _declared_axes(initializer)
 
 
 def _declared_axes(initializer: Any) -> Axes | None:

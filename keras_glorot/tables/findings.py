@@ -1,4 +1,4 @@
-"""What is wrong with a row, and the order and the words in which findings are told."""
+"""Findings: problems of rows, and the order and the words in which they are told."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -21,13 +21,13 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # the worst fir
 
 
 class Finding(NamedTuple):
-    """One remark about one row of a table: what is so, and what to do about it.
+    """One problem in one row, and how to fix it.
 
     Attributes:
         severity: `"error"`, `"warning"` or `"info"`.
-        code: What kind of finding it is, such as `"std"`. The README lists all codes.
+        code: The kind of finding, such as `"std"`. The README lists all codes.
         path: The `"path"` of the row that it is about.
-        message: One sentence that says what is so.
+        message: The problem, in one sentence.
         advice: One sentence that says what to do.
 
     Example:

@@ -129,7 +129,7 @@ def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> 
                 markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    if high < 10 * low:  # what is level should look level
+    if high < 10 * low:  # level numbers should look level
         middle = math.sqrt(low * high)
         low, high = middle / 10**0.5, middle * 10**0.5
         ax.set_ylim(low, high)

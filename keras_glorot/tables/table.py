@@ -25,14 +25,14 @@ class Table:
     table gives them one by one.
 
     Attributes:
-        kind: The name of the function that made it: what the rows hold.
+        kind: The name of the function that made it.
         rows: A list of dictionaries, all with the same keys; `"path"` is one of them.
         findings: A list of `Finding`s.
         columns: The keys that are printed, all by default. On a narrow terminal paths are
             folded at `/`. The last columns that do not fit are left out, and named below
             the table.
-        note: What the verdict says beside the number of findings.
-        layout: What the function that made it knows of its rows, and of how to show them.
+        note: The verdict's words beside the number of findings.
+        layout: How to show the rows, which the function that made them knows.
 
     Example:
 

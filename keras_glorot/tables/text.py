@@ -84,7 +84,7 @@ def _folded(name: str, width: int) -> str:
 
 
 def not_shown(view: View, rows: int = 0, columns: list[str] | None = None) -> str:
-    """What is left out, in one line."""
+    """The rows and columns left out, in one line."""
     names = [key.replace("_", " ") for key in columns or ()]
     parts = [count(rows, "row")] if rows else []
     parts += [f"{count(view.others, 'row')} without a kernel"] if view.others else []

@@ -1,4 +1,4 @@
-"""What is shown of a table: which rows and columns, in which words."""
+"""The part of a table that is shown: which rows and columns, in which words."""
 
 import re
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class Picture(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the function that made a table knows about its rows.
+    """How to show the rows of a table, as the function that made it knows.
 
     Attributes:
-        kernel_key: What only rows of kernels have; others are shown on request. Without
-            it, all are shown.
+        kernel_key: A key that only rows of kernels have; others are shown on request.
+            Without it, all are shown.
         has_total: Whether the last row is about the whole model.
         is_sequence: Whether the rows tell something by their order, as calls do.
         can_be_sound: Whether the verdict says "sound" where nothing is wrong.
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
 
 
 class View:
-    """What is shown of a table: rows of kernels and those with a finding, or all rows.
+    """The part of a table that is shown: rows of kernels or with a finding, or all rows.
 
     Attributes:
         verdict: The first line: how many findings, and the table's note.

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.values import CHUNK
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Weight
 from keras_glorot.initializers import GlorotNormal
@@ -17,7 +18,6 @@ __all__ = [
     "Statistics",
     "best_fit",
     "collision",
-    "has_strays",
     "is_off",
     "measure",
 ]
@@ -25,7 +25,7 @@ __all__ = [
 # Six standard errors: one false alarm in 500 million tensors (`ONE_IN`), so a model of a
 # thousand weights is called wrong by chance once in half a million times.
 _SIGMAS = 6.0
-# What is significant can still be too small to matter.
+# A significant difference can still be too small to matter.
 _TOLERANCE = 0.05
 # That of the kurtosis: uniform and truncated normal values differ by 24 %.
 _KURTOSIS_TOLERANCE = 0.1
@@ -36,7 +36,7 @@ _FEWEST_FOR_KURTOSIS = 100
 
 
 class Statistics(NamedTuple):
-    """What the values of a variable are like."""
+    """Statistics of the values of a variable."""
 
     size: int
     mean: float
@@ -58,6 +58,8 @@ def best_fit(
     plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
+    orthogonal = [d for d in plausible if _is_nearly_orthogonal(weight, d)]
+    plausible = orthogonal or plausible
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
     known = any(_has_form(statistics, distribution) for distribution in plausible)
 
@@ -92,17 +94,16 @@ def _fault(
     return None
 
 
-# What can speak against a distribution: the later in this list, the more. (A stray says
-# less than a form: what is declared uniform is not truncated normal for one stray.)
+# The faults, the gravest last.
 _FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "std")
 
 
-@np.errstate(all="ignore")  # what is not finite is found by its range
+@np.errstate(all="ignore")  # values that are not finite are found by their range
 def measure(variable: keras.Variable, center: float) -> Statistics:
     """One pass, in float64: a float32 sum over a large kernel loses its digits.
 
     Args:
-        variable: What to measure.
+        variable: The variable to measure.
         center: The mean that is expected; the moments are taken around it.
     """
     total, squares, fourths = 0.0, 0.0, 0.0
@@ -136,6 +137,9 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
     """Whether a std is wrong: by more than the tolerance and more than chance allows."""
     if statistics.size < 2 or not distribution.std:
         return False
+    if distribution.form == "orthogonal":  # where nothing is left to chance
+        share = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
+        return abs(math.sqrt(share) / distribution.std - 1) > _TOLERANCE
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
     # in small tensors. In large ones, uniform and truncated values scatter less.
     degrees_of_freedom = statistics.size - 1.0
@@ -165,12 +169,10 @@ def _is_out_of_bounds(
     weight: Weight, statistics: Statistics, distribution: Distribution
 ) -> bool:
     reach = _reach(statistics, distribution)
-    if math.isinf(distribution.bound):
-        # No bound, but where among so many values chance puts not one.
-        return statistics.size * _normal_tail(reach / distribution.std) < ONE_IN
-    if reach <= _limit(weight, distribution):
-        return False
-    return not _are_strays(weight, statistics, distribution)
+    if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
+        # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
+        return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
+    return reach > _limit(weight, distribution)
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:
@@ -186,7 +188,7 @@ def _limit(weight: Weight, distribution: Distribution) -> float:
 
 
 def _rounding(weight: Weight) -> float:
-    """What rounding can change, relative to the value; 0 for integers."""
+    """The relative change that rounding can make; 0 for integers."""
     dtype = weight.variable.dtype
     if not keras.backend.is_float_dtype(dtype):
         return 0.0
@@ -198,49 +200,17 @@ def _normal_tail(sigmas: float) -> float:
     return math.erfc(sigmas / math.sqrt(2))
 
 
-def _are_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether what lies out of bounds is what Keras's PyTorch backend lets through.
+def _has_no_bound(weight: Weight, distribution: Distribution) -> bool:
+    """Whether it is a truncated normal of Keras's PyTorch backend, which has strays.
 
-    It draws each value of a truncated normal distribution from a normal one up to four
-    times, and keeps the first of the four where none was within two stds.
+    Keras draws each value from a normal distribution up to four times, and keeps the
+    first of the four where none was within two stds.
     """
-    if not _lets_strays_through(weight, distribution):
-        return False
-    size, outside = statistics.size, _normal_tail(2.0)
-    sigmas = _reach(statistics, distribution) / distribution.scale
-    if size * outside**3 * _normal_tail(sigmas) < ONE_IN:
-        return False
-    expected = size * outside**4
-    count = _count_strays(weight, distribution)
-    if count <= expected:
-        return True
-    # Chernoff's bound of the chance that a Poisson variable reaches the count.
-    log_chance = count - expected + count * math.log(expected / count)
-    return log_chance > math.log(ONE_IN)
-
-
-def has_strays(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether values lie out of bounds, by the fault of Keras's PyTorch backend."""
-    reach = _reach(statistics, distribution)
-    return _lets_strays_through(weight, distribution) and reach > _limit(
-        weight, distribution
-    )
-
-
-def _lets_strays_through(weight: Weight, distribution: Distribution) -> bool:
     return (
         keras.backend.backend() == "torch"
         and distribution.form == "truncated_normal"
         and distribution == weight.distribution
         and not isinstance(weight.initializer, GlorotNormal)
-    )
-
-
-def _count_strays(weight: Weight, distribution: Distribution) -> int:
-    limit = _limit(weight, distribution)
-    return sum(
-        int(np.count_nonzero(np.abs(chunk - distribution.mean) > limit))
-        for chunk in backends.values(weight.variable).chunks()  # on PyTorch: all of them
     )
 
 
@@ -265,27 +235,78 @@ def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None
 
 
 def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    """Whether the matrix keeps the length of one random vector, from its short side.
-
-    A matrix that is not orthogonal but has the same std changes it by a share of about
-    1 / sqrt(2 n), n the long side: that is seen up to a million rows.
-    """
-    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1]
-    last = len(weight.shape) - 1
-    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(min(rows, columns))
-    values, merged = backends.values(weight.variable), [tuple(range(last)), (last,)]
-    product = values.project(merged, 1 if columns <= rows else 0, vector)
-    ratio = math.hypot(*product) / (math.hypot(*vector) * abs(distribution.scale))
     # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
-    return abs(ratio - 1) < max(1e-3, 2 * _rounding(weight))
+    tolerance = max(1e-3, 2 * _rounding(weight))
+    return bool(max(_disorder(weight, distribution)) < tolerance)
+
+
+def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
+    """Whether it can't be chance that the matrices are as orthogonal as they are."""
+    matrices = distribution.matrices_of(weight.shape)
+    disorder = np.median(_disorder(weight, distribution))
+    if matrices is None or math.isinf(disorder):
+        return False
+    if matrices.size < math.prod(weight.shape):
+        return True  # zeros beside the tap
+    # Of independent values its square is a chi-squared variable over `long`, with `short`
+    # degrees of freedom, whose cube root is all but normal (Wilson and Hilferty).
+    long, short = sorted((matrices.rows, matrices.columns))[::-1]
+    spread = 2 / (9 * short)
+    least = max(0.0, 1 - spread - _SIGMAS * math.sqrt(spread))
+    return bool(disorder < math.sqrt(least**3 * short / long))
+
+
+def _disorder(weight: Weight, distribution: Distribution) -> np.ndarray:
+    """How far each matrix M moves a random vector v if Mᵀ M v / scale² should be v.
+
+    As a share of its length. M has v on its short side. Infinite where the first look tells
+    that the values are not from such matrices: most weights need not be read to the end.
+    One row of n that is another one moves v by about sqrt(2 / n): more than 1e-3, up to two
+    million rows.
+    """
+    matrices = distribution.matrices_of(weight.shape)
+    values = backends.values(weight.variable)
+    if matrices is None or not matrices.size or not weight.shape:
+        return np.array([math.inf])
+    lengths = matrices.first_lengths(values)
+    slack = max(0.02, 4 / max(matrices.rows, matrices.columns))  # one value can be wrong
+    if np.abs(lengths / distribution.scale - 1).min() > slack:
+        return np.array([math.inf])
+    values = values[(slice(None),) * len(weight.shape)]
+    stack = matrices.stack(values)
+    if matrices.rows < matrices.columns:
+        stack = stack.swapaxes(1, 2)
+    if np.count_nonzero(values) > np.count_nonzero(stack):
+        return np.array([math.inf])
+    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(stack.shape[2])
+    moved = _back_and_forth(stack, vector) / distribution.scale**2 - vector
+    return np.sqrt((moved * moved).sum(1) / (vector * vector).sum())
+
+
+def _back_and_forth(stack: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """For each matrix M the product Mᵀ M v, in float64, a part at a time."""
+    count, rows, columns = stack.shape
+    deep = min(count, max(1, CHUNK // (rows * columns)))
+    high = min(rows, max(1, CHUNK // columns))
+    total = np.zeros((count, columns))
+    for i in range(0, count, deep):
+        for j in range(0, rows, high):
+            part = stack[i : i + deep, j : j + high].astype(np.float64)
+            # Not `@`: starting BLAS threads costs more than the sum.
+            image = np.einsum("ijk,k->ij", part, vector)
+            total[i : i + deep] += np.einsum("ijk,ij->ik", part, image)
+    return total
 
 
 def collision(weight: Weight, distribution: Distribution) -> float:
     """A bound of the chance that two values are equal.
 
     The coarsest generators draw multiples of eps (of the dtype) times the limit. Around a
-    mean other than zero, and below the normal numbers, the dtype itself is coarser.
+    mean other than zero, and below the normal numbers, the dtype itself is coarser. In an
+    orthogonal matrix some of the values are free; here each of them counts for a part.
     """
     info = ml_dtypes.finfo(weight.variable.dtype)
     steps = 2 * float(info.eps) * (1 + abs(distribution.mean) / distribution.std)
-    return min(1.0, steps + float(info.smallest_subnormal) / distribution.std)
+    chance = min(0.5, steps + float(info.smallest_subnormal) / distribution.std)
+    matrices = distribution.matrices_of(weight.shape)
+    return chance if matrices is None else chance ** matrices.free_share(-math.log2(chance))

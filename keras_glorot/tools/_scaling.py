@@ -24,10 +24,9 @@ from keras_glorot._models.passes import (
     differentiator,
     intercepted_call,
     is_float,
-    loops_around,
     moments,
 )
-from keras_glorot._models.survey import Weight
+from keras_glorot._models.survey import Survey, Weight
 
 __all__ = ["Measured", "Measurement", "Site", "find_sites", "scaled"]
 
@@ -60,22 +59,15 @@ class Site(NamedTuple):
 
 
 def find_sites(
-    model: keras.Layer,
-    weights: list[Weight],
-    selected: list[keras.Layer] | None,
-    flow: Flow,
+    survey: Survey, selected: set[int], flow: Flow
 ) -> tuple[list[Site], list[tuple[Weight, str]]]:
     """What may be scaled, and what may not, with the reason."""
-    loops = loops_around(model)
-    selected_ids = None if selected is None else {id(layer) for layer in selected}
+    loops = survey.loops
     by_owner: dict[int, list[Weight]] = {}
     left = []
-    for weight in weights:
-        variable = weight.variable
-        is_float = keras.backend.is_float_dtype(variable.dtype)
-        if weight.fans is None or not is_float or variable.name == "bias":
-            continue
-        if selected_ids is not None and id(weight.owner) not in selected_ids:
+    for weight in survey.weights:
+        is_float = keras.backend.is_float_dtype(weight.variable.dtype)
+        if weight.fans is None or not is_float or id(weight.owner) not in selected:
             continue
         reason = _reason_to_leave(weight, loops)
         if reason:
@@ -172,13 +164,13 @@ class Measurement:
 
     def __init__(
         self,
-        model: keras.Layer,
+        survey: Survey,
         batch: Batch,
         flow: Flow,
         sites: list[Site],
         training: bool,
     ):
-        self.model, self.batch, self.flow, self.sites = model, batch, flow, sites
+        self.survey, self.batch, self.flow, self.sites = survey, batch, flow, sites
         self.training = training
         self.differentiate = differentiator(self._run)
         self.watched = _watched(flow)
@@ -191,7 +183,7 @@ class Measurement:
         free = np.float32(targets is not None)
         targets = np.zeros(len(self.sites)) if targets is None else targets
         signals, extras = self.differentiate(
-            [variable.value for variable in self.model.variables],
+            [variable.value for variable in self.survey.root.variables],
             self.batch.x,
             ops.convert_to_tensor(targets.astype(np.float32)),
             ops.convert_to_tensor(free),
@@ -206,10 +198,10 @@ class Measurement:
             log_std: Any = ops.log(ops.where(std > 0, std, 1.0))
             return ops.where(std > 0, ops.exp(free * (targets[i] - log_std)), 1.0)
 
-        scope = keras.StatelessScope(zip(self.model.variables, values, strict=True))
+        scope = keras.StatelessScope(zip(self.survey.root.variables, values, strict=True))
         self.latest = _Pass(scope, tap, rescale)
         wrappers = self.latest.wrappers(self.sites, self.watched)
-        call = intercepted_call(self.batch, self.model, x, wrappers, self.training)
+        call = intercepted_call(self.batch, self.survey, x, wrappers, self.training)
         with scope, call as (outputs, self.unseen):
             objective = self.batch.objective(outputs)
             yield objective, self.latest.extras(objective, len(self.sites))

@@ -1,12 +1,12 @@
-"""Slices of a tensor that are all zeros, or copies of others: what is never drawn.
+"""Finds slices of a tensor that are all zeros or repeat others, and tensors that do.
 
 NumPy only. A slice is represented by its random projection, one number; slices with the
-same number are then compared value by value. So the tensor is read once per axis.
+same number, or its negative, are then compared value by value.
 """
 
-import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ Index = tuple[Any, ...]
 
 
 class Slices(NamedTuple):
-    """The slices of a tensor that fix the same axes, and what is wrong with them.
+    """The slices of a tensor that fix the same axes, and those that are zero or repeated.
 
     Attributes:
         axes: The fixed axes.
@@ -50,34 +50,25 @@ def find_repeats(values: Values, folded: int, collision: float) -> Iterator[Slic
             so many that chance could make two equal are left out.
 
     Yields:
-        The `Slices` that have dead ones or copies, those with one fixed axis first.
+        The `Slices` that have dead ones or copies, those with one fixed axis first; the
+        last axis (in most kernels the units) before the others.
     """
-    rank = len(values.shape)
-    merged = [tuple(range(folded)), *((axis,) for axis in range(folded, rank))]
-    sizes = [math.prod(values.shape[axis] for axis in axes) for axes in merged]
-    merged = [axes for axes, size in zip(merged, sizes, strict=True) if size > 1]
-    sizes = [size for size in sizes if size > 1]
-    number = _projector(values, merged, sizes)
-
-    def index(fixed: tuple[int, ...], flat: int) -> Index:
-        place: list[Any] = [slice(None)] * rank
-        positions = np.unravel_index(flat, [sizes[axis] for axis in fixed])
-        for axis, position in zip(fixed, positions, strict=True):
-            window = [values.shape[original] for original in merged[axis]]
-            split = np.unravel_index(position, window)
-            for original, value in zip(merged[axis], split, strict=True):
-                place[original] = int(value)
-        return tuple(place)
-
-    for fixed in _axes_to_fix(len(sizes)):
-        total = math.prod(sizes[axis] for axis in fixed)
-        if can_be_chance(total, math.prod(sizes) // total, collision):
-            continue
-        axes = tuple(original for axis in fixed for original in merged[axis])
-        at = functools.partial(index, fixed)
-        slices = Slices(axes, total, *_compare(values, at, number(fixed)))
-        if slices.dead or slices.copies:
-            yield slices
+    shape = values.shape
+    groups = [tuple(range(folded)), *((axis,) for axis in range(folded, len(shape)))]
+    groups = [axes for axes in groups if math.prod(shape[axis] for axis in axes) > 1]
+    if len(groups) < 2:
+        return
+    rng = np.random.Generator(np.random.PCG64(0))
+    weights = [rng.standard_normal(size) for size in shape]
+    for size in sorted({1, len(groups) - 1}):
+        for chosen in reversed([*itertools.combinations(groups, size)]):
+            axes = tuple(itertools.chain(*chosen))
+            total = math.prod(shape[axis] for axis in axes)
+            if not can_be_chance(total, math.prod(shape) // total, collision):
+                projections = values.project(axes, weights)
+                slices = Slices(axes, total, *_compare(values, axes, projections))
+                if slices.dead or slices.copies:
+                    yield slices
 
 
 def can_be_chance(count: int, length: float, collision: float) -> bool:
@@ -123,57 +114,28 @@ def _sign(one: Values, other: Values, order: tuple[int, ...]) -> int:
     return signs[0]
 
 
-def _axes_to_fix(rank: int) -> list[tuple[int, ...]]:
-    """One axis, the last (in most kernels the units) first; then all axes but one."""
-    if rank < 2:
-        return []
-    single = [(axis,) for axis in reversed(range(rank))]
-    fibres = [tuple(a for a in range(rank) if a != axis) for axis in range(rank)]
-    return single if rank == 2 else single + fibres
-
-
-def _projector(
-    values: Values, merged: list[tuple[int, ...]], sizes: list[int]
-) -> Callable[[tuple[int, ...]], np.ndarray]:
-    """Makes the function that gives each of the slices that fix some axes its number.
-
-    The weights of the projection are products of a weight for each axis, so what was
-    projected along one axis can be projected further, at little cost.
-    """
-    rng = np.random.Generator(np.random.PCG64(0))
-    weights = [rng.standard_normal(size) for size in sizes]
-    along = functools.cache(lambda axis: values.project(merged, axis, weights[axis]))
-
-    def number(fixed: tuple[int, ...]) -> np.ndarray:
-        free = [axis for axis in range(len(sizes)) if axis not in fixed]
-        first = max(free, key=lambda axis: sizes[axis])
-        projected = along(first)
-        left = [axis for axis in range(len(sizes)) if axis != first]
-        for axis in free:
-            if axis != first:
-                projected = np.tensordot(projected, weights[axis], (left.index(axis), 0))
-                left.remove(axis)
-        return projected
-
-    return number
-
-
 def _compare(
-    values: Values, index: Callable[[int], Index], projections: np.ndarray
+    values: Values, axes: tuple[int, ...], projections: np.ndarray
 ) -> tuple[list[Index], list[tuple[Index, Index]]]:
     """The dead slices and the copies, as `Slices` has them."""
+
+    def index(flat: int) -> Index:
+        place: list[Any] = [slice(None)] * len(values.shape)
+        for axis, at in zip(axes, np.unravel_index(flat, projections.shape), strict=True):
+            place[axis] = int(at)
+        return tuple(place)
+
     sizes = np.abs(projections.reshape(-1))
     zeros = map(index, np.flatnonzero(sizes == 0).tolist())
     dead = [place for place in zeros if not np.any(values[place] != 0)]
     ordered = np.sort(sizes)  # much faster than `argsort`, and mostly enough
     slack = _ROUNDING * ordered[-1]
     close = (np.diff(ordered) <= slack) & (ordered[1:] > slack)
+    order = np.argsort(sizes, kind="stable") if close.any() else ordered
     copies = []
-    if close.any():
-        order = np.argsort(sizes, kind="stable")
-        for k in np.flatnonzero(close).tolist():
-            earlier, later = (index(i) for i in sorted(order[k : k + 2]))
-            one, other = values[later], values[earlier]
-            if np.array_equal(one, other) or np.array_equal(one, -other):
-                copies.append((later, earlier))
+    for k in np.flatnonzero(close).tolist():
+        earlier, later = map(index, sorted(order[k : k + 2]))
+        one, other = values[later], values[earlier]
+        if np.array_equal(one, other) or np.array_equal(one, -other):
+            copies.append((later, earlier))
     return dead, copies

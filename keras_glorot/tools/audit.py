@@ -1,4 +1,4 @@
-"""`audit`: what initialization did to a model, and where it went wrong."""
+"""`audit`: compares the fresh weights of a model with their declared initializers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._keras import bridge
-from keras_glorot._keras.bridge import CallSite
-from keras_glorot._models.survey import Weight, describe, distribution_of
-from keras_glorot.fans import Fans, compute_fans
+from keras_glorot._keras.call_site import CallSite
+from keras_glorot._models.survey import Survey, Weight, distribution_of
+from keras_glorot.fans import compute_fans
 from keras_glorot.gains import known_gain
-from keras_glorot.initializers import GlorotNormal, GlorotUniform
-from keras_glorot.layer_rules import is_relu_like, unit_axis, window_rank
+from keras_glorot.initializers import GLOROT, GlorotOrthogonal
+from keras_glorot.layer_rules import (
+    is_relu_like,
+    kernel_matrices,
+    unit_axis,
+    window_rank,
+)
 from keras_glorot.tables import Finding, Layout, Row, Severity, Table
 from keras_glorot.tables.plots import RATIOS
 from keras_glorot.tools._fitting import (
     Statistics,
     best_fit,
     collision,
-    has_strays,
     is_off,
     measure,
 )
@@ -32,13 +36,12 @@ from keras_glorot.tools._slices import (
     relation,
 )
 
-__all__ = ["CODES", "audit"]
+__all__ = ["CODES", "audit", "audited"]
 
 _GLOROT = (
     keras.initializers.GlorotNormal,
     keras.initializers.GlorotUniform,
-    GlorotNormal,
-    GlorotUniform,
+    *GLOROT,
 )
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 _UNEXPLAINED = f"The values do not match the declared initializer. {_REINITIALIZE}"
@@ -55,11 +58,12 @@ def audit(model: keras.Layer) -> Table:
     it does not belong) and "info" (Glorot with gain 1 before a ReLU-like activation, an
     activation that has no known gain).
 
-    A kernel is also right if it is what `initialize` draws: Glorot, with gain 1 or that of
-    the activation. Std and mean are called wrong if they are off by more than 5 % and by
-    more than six standard errors. In a small tensor, six standard errors can be much more
-    than 5 %. Weights from an initializer that is neither Keras's nor ours can't be
-    compared.
+    A kernel is also right if it is what `initialize` draws: Glorot, uniform, normal or
+    orthogonal, with gain 1 or that of the activation. Std and mean are called wrong if they
+    are off by more than 5 % and by more than six standard errors. In a small tensor, six
+    standard errors can be much more than 5 %. An orthogonal matrix leaves nothing to
+    chance: from 32 rows and columns on, one wrong row is found. Weights from an initializer
+    that is neither Keras's nor ours can't be compared.
 
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
@@ -93,11 +97,15 @@ def audit(model: keras.Layer) -> Table:
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 12 and
       16, for the std of Glorot's kernels
     """
-    measured = [_measure_weight(weight) for weight in describe(model)]
+    return audited(Survey(model))
+
+
+def audited(survey: Survey) -> Table:
+    """As `audit`, of a model that has been looked at."""
+    measured = [_measure_weight(weight) for weight in survey.weights]
     findings = [finding for subject in measured for finding in _check(subject)]
     findings += _find_twins(measured)
-    findings += _find_strays(measured)
-    trained = _find_trained(model, measured)
+    trained = _find_trained(survey, measured)
     if trained is not None:
         kernels = {each.weight.path for each in measured if each.weight.is_kernel}
         findings = [each for each in findings if _is_wrong_if_trained(each, kernels)]
@@ -144,7 +152,7 @@ class _Measured(NamedTuple):
         expected: The plausible distribution nearest to the values: small tensors fit
             several. None where nothing is known.
         fault: The code of what speaks against it; None if nothing does.
-        repeats: Slices of it that are zero or repeated; looked for in what is random.
+        repeats: Slices of it that are zero or repeated; looked for in random weights.
         gain: That of its activation; None where it can't be computed.
     """
 
@@ -180,35 +188,46 @@ def _measure_weight(weight: Weight) -> _Measured:
             plausible += _glorot_distributions(weight, gain or 1.0)
         expected, fault = best_fit(weight, statistics, plausible)
     repeats = []
-    random = _random(weight, expected)
+    random = _random_distribution(weight, expected)
     if random is not None and statistics.std and statistics.is_finite:
-        values = backends.values(weight.variable)
+        values = _values_drawn(weight, random)
         window = window_rank(weight.owner, weight.shape)
         repeats = list(find_repeats(values, window, collision(weight, random)))
     return _Measured(weight, statistics, expected, fault, repeats, gain)
 
 
-def _random(weight: Weight, expected: Distribution | None) -> Distribution | None:
+def _values_drawn(weight: Weight, random: Distribution) -> Values:
+    """The values of a weight, without those beside a tap, which are always zero."""
+    values = backends.values(weight.variable)
+    if random.matrices is None or not random.matrices.window:
+        return values
+    return Values.of(random.matrices.at_tap(values))
+
+
+def _random_distribution(
+    weight: Weight, expected: Distribution | None
+) -> Distribution | None:
     """The expected distribution, if it has more than one value."""
     is_float = keras.backend.is_float_dtype(weight.variable.dtype)
     return expected if is_float and expected is not None and expected.std > 0 else None
 
 
 def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
-    """What `initialize` may draw a kernel from."""
+    """The distributions that `initialize` may draw a kernel from."""
     for std in _glorot_stds(weight, gain):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
+        yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
 def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
-    """What `initialize` gives a kernel: with gain 1, and with the activation's gain."""
+    """The stds that `initialize` gives: with gain 1, and with the activation's gain."""
     std = math.sqrt(2 / max(2, sum(weight.fans or ())))
     return std, std * gain
 
 
 class _Verdict(NamedTuple):
-    """What a check says of a weight: a `Finding` without its code and path."""
+    """The result of a check: a `Finding` without its code and path."""
 
     severity: Severity
     message: str
@@ -243,19 +262,19 @@ def _check_constant_kernel(subject: _Measured) -> _Verdict | None:
     if not _is_constant_kernel(subject):
         return None
     is_declared = expected is not None and not expected.std
-    is_meant = is_declared and subject.fault is None
+    is_intended = is_declared and subject.fault is None
     message = (
         f"All kernel values are {statistics.low:.4g}, so every unit learns the same thing."
     )
     advice = "Use a random initializer, unless this is intended."
-    return _Verdict("info" if is_meant else "error", message, advice)
+    return _Verdict("info" if is_intended else "error", message, advice)
 
 
 def _is_constant_kernel(subject: _Measured) -> bool:
     size, expected = subject.statistics.size, subject.expected
     if not (subject.weight.is_kernel and subject.is_constant and size > 1):
         return False
-    random = _random(subject.weight, expected)
+    random = _random_distribution(subject.weight, expected)
     # A few random values of half precision can be equal by chance.
     return random is None or not can_be_chance(
         1, size - 1, collision(subject.weight, random)
@@ -389,6 +408,8 @@ def _check_recurrent(subject: _Measured) -> _Verdict | None:
         return None
     if "recurrent" not in subject.weight.variable.name:
         return None
+    if isinstance(subject.weight.initializer, GlorotOrthogonal):
+        return None  # its singular values are equal: it is made for that
     message = (
         f"{subject.initializer_name} on a recurrent kernel: repeated multiplication makes "
         "the state vanish or explode."
@@ -416,8 +437,8 @@ _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
 }
 
 
-# What `audit` can find, by code.
-CODES = (*_CHECKS, "twin", "strays", "trained")
+# The codes of all findings of `audit`.
+CODES = (*_CHECKS, "twin", "trained")
 
 
 def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
@@ -457,67 +478,47 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
     weight, statistics, expected = subject[:3]
     if not statistics.std or not subject.is_finite:
         return False
-    random = _random(weight, expected)
+    random = _random_distribution(weight, expected)
     if random is None:
         if not weight.is_kernel:
             return False
         random = Distribution.from_std("normal", statistics.std)
-    # The entries of an orthogonal matrix hang together: at least a third are free.
-    free = statistics.size / (3 if random.form == "orthogonal" else 1)
-    return not can_be_chance(len(measured), free, collision(weight, random))
+    matrices = random.matrices_of(weight.shape)
+    size = statistics.size if matrices is None else matrices.size
+    return not can_be_chance(len(measured), size, collision(weight, random))
 
 
-def _find_strays(measured: list[_Measured]) -> Iterator[Finding]:
-    """One finding for all weights with values that Keras's PyTorch backend let through."""
-    found = [subject for subject in measured if _has_strays(subject)]
-    if found:
-        others = f" and {len(found) - 1} more weights" if len(found) > 1 else ""
-        message = (
-            f"This weight{others} have a few values beyond two stds: Keras's truncated "
-            "normal lets some through on PyTorch."
-        )
-        advice = "Use 'xavier_normal' where that matters."
-        yield Finding("info", "strays", found[0].weight.path, message, advice)
-
-
-def _has_strays(subject: _Measured) -> bool:
-    weight, expected = subject.weight, subject.expected
-    if expected is None or subject.fault is not None or not subject.is_finite:
-        return False
-    return has_strays(weight, subject.statistics, expected)
-
-
-def _find_trained(model: keras.Layer, measured: list[_Measured]) -> Finding | None:
+def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, bridge.optimizers(model)), default=0)
+    steps = max(map(_count_steps, survey.optimizers), default=0)
     kernels = [
         each
         for each in measured
-        if each.weight.is_kernel and _random(each.weight, each.expected)
+        if each.weight.is_kernel and _random_distribution(each.weight, each.expected)
     ]
     constants = [
         each
         for each in measured
         if each.expected is not None and each.expected.form == "constant"
     ]
-    left = [each for each in kernels if _has_left(each)]
+    deviating = [each for each in kernels if _deviates_from_declaration(each)]
     changed = [each for each in constants if each.fault == "constant"]
     if steps:
         message = f"Looks trained: its optimizer has made {steps} steps."
     # A fresh model can be wrong in every kernel, but not in its biases as well.
     elif (
-        2 * len(left) > len(kernels)
+        2 * len(deviating) > len(kernels)
         and (2 * len(changed) > len(constants) or not constants)
-        and len(left) + len(changed) > 1
+        and len(deviating) + len(changed) > 1
     ):
         message = (
-            f"Looks trained: {len(left)} of {len(kernels)} kernels and {len(changed)} of "
-            f"{len(constants)} constants are not what was declared."
+            f"Looks trained: {len(deviating)} of {len(kernels)} kernels and "
+            f"{len(changed)} of {len(constants)} constants are not what was declared."
         )
     else:
         return None
     advice = "Audit it before training, or after `initialize`."
-    return Finding("info", "trained", model.name, message, advice)
+    return Finding("info", "trained", survey.root.name, message, advice)
 
 
 def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
@@ -525,13 +526,13 @@ def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
     return int(steps)
 
 
-def _has_left(subject: _Measured) -> bool:
+def _deviates_from_declaration(subject: _Measured) -> bool:
     """Whether a kernel is not as declared, for another reason than Keras's fans."""
     is_off = subject.fault in ("std", "mean", "bounds", "form")
     return is_off and _explain_std(subject.weight, subject.statistics) == _UNEXPLAINED
 
 
-# What is wrong in a trained model too.
+# Wrong in a trained model too.
 _WRONG_IF_TRAINED = {"not-finite", "negative-variance", "constant-kernel"}
 
 
@@ -560,16 +561,9 @@ def _explain_std(weight: Weight, statistics: Statistics) -> str:
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
-def _counted_fans(weight: Weight) -> Fans | None:
-    """The fans; None of a bias of rank 2, as of attention, which connects nothing."""
-    declared = weight.distribution
-    is_constant = declared is not None and declared.form == "constant"
-    return None if is_constant and not weight.is_kernel else weight.fans
-
-
 def _row(subject: _Measured) -> Row:
     weight, statistics, expected = subject[:3]
-    fan_in, fan_out = _counted_fans(weight) or (None, None)
+    fan_in, fan_out = weight.fans or (None, None)
     std = statistics.std if statistics.size > 1 else None
     row: Row = {
         "path": weight.path,

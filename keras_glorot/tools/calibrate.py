@@ -9,16 +9,14 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.bridge import sublayers
 from keras_glorot._models.kernels import Flow, flow_of_model
 from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
-from keras_glorot._models.survey import Weight, describe
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import activation_growth
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
 from keras_glorot.tools._scaling import Measured, Measurement, Site, find_sites, scaled
-from keras_glorot.tools.initialize import select_layers
 
 __all__ = ["calibrate", "measure_ends"]
 
@@ -152,10 +150,10 @@ def calibrate(
     _check_mode(mode)
     batch = Batch.check(x, y, loss, seed)
     _check_tells(batch)
-    weights = describe(model)
-    selected = None if layers is None else select_layers(sublayers(model), layers)
-    flow = flow_of_model(model, batch, weights, training)
-    sites, left = find_sites(model, weights, selected, flow)
+    survey = Survey(model)
+    selected = survey.select(layers)
+    flow = flow_of_model(survey, batch, training)
+    sites, left = find_sites(survey, selected, flow)
     if not sites:
         raise ValueError(
             "Argument `model` must have a kernel that may be scaled: one that is trainable "
@@ -163,7 +161,7 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         advance(0.0, "as it is")
-        measure, first = _first_pass(model, batch, flow, sites, training)
+        measure, first = _first_pass(survey, batch, flow, sites, training)
         left += _unseen(sites, measure.sites)
         result = _solve(measure, first, mode, advance)
         _check_finite(model, result)
@@ -183,25 +181,25 @@ def calibrate(
 
 
 def _first_pass(
-    model: keras.Layer,
+    survey: Survey,
     batch: Batch,
     flow: Flow,
     sites: list[Site],
     training: bool,
 ) -> tuple[Measurement, Measured]:
     """The pass before, over those sites of which each call is seen."""
-    measure = Measurement(model, batch, flow, sites, training)
+    measure = Measurement(survey, batch, flow, sites, training)
     before = measure(None)
     unseen = {id(layer) for layer in measure.unseen}
     seen = [site for site in sites if id(site.layer) not in unseen]
     if len(seen) < len(sites):
-        measure = Measurement(model, batch, flow, seen, training)
+        measure = Measurement(survey, batch, flow, seen, training)
         before = measure(None)
     if not before.order:
         raise ValueError(
             "Argument `model` must call a layer whose kernel may be scaled, outside of "
             "loops, derivatives and programs that the backend traces. "
-            f"Received: model={model}"
+            f"Received: model={survey.root}"
         )
     return measure, before
 
@@ -219,10 +217,10 @@ def measure_ends(
 
     `on_path` is what an earlier call returned, to measure between the same two kernels.
     """
-    batch, weights = Batch.check(x), describe(model)
-    flow = flow_of_model(model, batch, weights, training)
-    sites, _ = find_sites(model, weights, None, flow)
-    seen = Measurement(model, batch, flow, sites, training)(None)
+    batch, survey = Batch.check(x), Survey(model)
+    flow = flow_of_model(survey, batch, training)
+    sites, _ = find_sites(survey, survey.select(None), flow)
+    seen = Measurement(survey, batch, flow, sites, training)(None)
     on_path = _on_path(sites, seen) if on_path is None else on_path
     return (*_ends(seen, on_path), on_path)
 

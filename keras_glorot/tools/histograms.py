@@ -8,9 +8,10 @@ import keras
 import numpy as np
 
 from keras_glorot._models.passes import Batch, record
+from keras_glorot._models.survey import Survey
 from keras_glorot.tables.plots import NAMES_DOWN, fold_names, new_axes
 
-__all__ = ["plot_histograms"]
+__all__ = ["plot_histograms", "plotted_histograms"]
 
 # Of a tensor, as many values as show its distribution to half a percent.
 _SAMPLE = 20_000
@@ -21,6 +22,7 @@ def plot_histograms(
     x: Any,
     y: Any = None,
     loss: Any = None,
+    *,
     seed: int = 0,
     layers: Iterable[str] | None = None,
     axes: Any = None,
@@ -60,7 +62,14 @@ def plot_histograms(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4.2
     """
     batch = Batch.check(x, y, loss, seed)
-    calls = record(model, batch, of_tensor=_sample)[0][:-1]
+    return plotted_histograms(Survey(model), batch, layers, axes)
+
+
+def plotted_histograms(
+    survey: Survey, batch: Batch, layers: Iterable[str] | None = None, axes: Any = None
+) -> Any:
+    """As `plot_histograms`, of a model that has been looked at."""
+    calls = record(survey, batch, of_tensor=_sample)[0][:-1]
     if layers is None:
         calls = [call for call in calls if call.weight is not None][:-1]
     else:
@@ -96,7 +105,7 @@ def plot_histograms(
 
 
 _BINS = 81  # odd: zero is in the middle of one
-_LEAST = 1e-3  # what a sample can tell from nothing
+_LEAST = 1e-3  # less, a sample can't tell from nothing
 
 
 def _bands(samples: list[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numbers
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -17,14 +17,18 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
-from keras_glorot._keras import bridge
+from keras_glorot._keras.call_site import seed_words
+from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
+from keras_glorot._keras.rebuild import BuildValue, build_values
+from keras_glorot._keras.state import unmoved_generators
+from keras_glorot._keras.tree import initial_state
 from keras_glorot._models.progress import progress
-from keras_glorot._models.survey import Weight, describe
+from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import check_alone, find_initializer, is_unshared
 from keras_glorot.tables import Finding, Layout, Row, Table
 
-__all__ = ["initialize", "select_layers"]
+__all__ = ["initialize"]
 
 
 class _Assignment(NamedTuple):
@@ -37,7 +41,7 @@ class _Assignment(NamedTuple):
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
-    built: bridge.BuildValue | None = None
+    built: BuildValue | None = None
     is_data: bool = False
 
 
@@ -122,45 +126,12 @@ def initialize(
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
     """
-    weights = describe(model)
-    # An initializer without a seed makes one up.
-    is_seeded = seed is not None
-    with bridge.unmoved_generators() if is_seeded else contextlib.nullcontext():
-        kernel_initializer = find_initializer(initializer)
-    if not callable(kernel_initializer):
-        raise TypeError(
-            "Argument `initializer` must be an initializer or the name of one, such as "
-            f"'xavier_uniform'. Received: initializer={initializer}"
-        )
+    survey = Survey(model)
+    kernel_initializer = _kernel_initializer(initializer, seed)
     root = _root_seed(seed, kernel_initializer)
-    all_layers = bridge.sublayers(model)
-    selected = all_layers if layers is None else select_layers(all_layers, layers)
-    selected_ids = {id(layer) for layer in selected}
-    derive = _seed_deriver(root, bridge.canonical_paths(model))
-
-    assignments = []
-    for weight in weights:
-        derived = derive(weight.owner, weight.variable)
-        if layers is None or id(weight.owner) in selected_ids:
-            assignments.append(_plan_weight(weight, kernel_initializer, derived))
-    layer_paths = bridge.sublayer_paths(model)
-    for layer in all_layers:
-        for generator in bridge.seed_generators(layer):
-            derived = derive(layer, generator.state)
-            if id(layer) in selected_ids:
-                path = f"{layer_paths[id(layer)]}/{generator.state.name}"
-                assignments.append(_plan_generator(layer, generator, path, derived))
-    for layer, variable in bridge.untracked_variables(model):
-        if id(layer) in selected_ids:
-            path = f"{layer_paths[id(layer)]}/{variable.name}"
-            assignments.append(_plan_untracked(layer, variable, path))
-
+    assignments = list(_plan(survey, kernel_initializer, root, survey.select(layers)))
     _assign_all(assignments, verbose)
-    unknown_rates = _reset_learning_rates(model)  # while the optimizers know their steps
-    findings = _reset_optimizers(model) + unknown_rates
-    for metric in bridge.metrics(model):
-        with backends.writable(metric.variables):
-            metric.reset_state()
+    findings = _reset_around(survey)
 
     skipped = [assignment for assignment in assignments if not assignment.new_value]
     findings += [_explain_skipped(assignment) for assignment in skipped]
@@ -170,6 +141,48 @@ def initialize(
     note = f"Reinitialized {count} variables (seed {root})."
     rows = [assignment.row for assignment in assignments]
     return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
+
+
+def _plan(
+    survey: Survey, kernel_initializer: Any, root: int, selected: set[int]
+) -> Iterator[_Assignment]:
+    """Each variable is counted, selected or not: its seed depends on those before it."""
+    derive = _seed_deriver(root, survey)
+    for weight in survey.weights:
+        seed = derive(weight.owner, weight.variable)
+        if id(weight.owner) in selected:
+            yield _plan_weight(weight, kernel_initializer, seed)
+    for layer, generator in survey.seed_generators:
+        seed = derive(layer, generator.state)
+        if id(layer) in selected:
+            path = survey.path(layer, generator.state)
+            yield _plan_generator(layer, generator, path, seed)
+    for layer, variable in survey.untracked_variables:
+        if id(layer) in selected:
+            yield _plan_untracked(layer, variable, survey.path(layer, variable))
+
+
+def _kernel_initializer(initializer: Any, seed: int | None) -> Any:
+    # An initializer without a seed makes one up.
+    is_seeded = seed is not None
+    with unmoved_generators() if is_seeded else contextlib.nullcontext():
+        found = find_initializer(initializer)
+    if not callable(found):
+        raise TypeError(
+            "Argument `initializer` must be an initializer or the name of one, such as "
+            f"'xavier_uniform'. Received: initializer={initializer}"
+        )
+    return found
+
+
+def _reset_around(survey: Survey) -> list[Finding]:
+    """Resets optimizers and metrics."""
+    unknown_rates = _reset_learning_rates(survey)  # while the optimizers know their steps
+    findings = _reset_optimizers(survey) + unknown_rates
+    for metric in survey.metrics:
+        with backends.writable(metric.variables):
+            metric.reset_state()
+    return findings
 
 
 def _explain_skipped(assignment: _Assignment) -> Finding:
@@ -198,7 +211,7 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     if is_unshared(seed):
         check_alone()
     if isinstance(seed, keras.random.SeedGenerator):
-        seed = int.from_bytes(np.array(bridge.seed_words(seed), ">u4").tobytes())
+        seed = int.from_bytes(np.array(seed_words(seed), ">u4").tobytes())
     if seed is None:
         seed = random.getrandbits(63)
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -209,32 +222,14 @@ def _root_seed(seed: int | None, initializer: Any) -> int:
     return int(seed)
 
 
-def select_layers(all_layers: list[keras.Layer], layers: Any) -> list[keras.Layer]:
-    """The layers that `layers` stands for, with all that is in them."""
-    selected = []
-    for layer in [layers] if isinstance(layers, str | keras.Layer) else layers:
-        matches = [
-            member for member in all_layers if member is layer or member.name == layer
-        ]
-        if not matches:
-            raise ValueError(
-                "Argument `layers` must list layers of the model, or their names. "
-                f"Received: layers={layers}, of which {layer} is not in the model."
-            )
-        for match in matches:
-            selected += bridge.sublayers(match)
-    return selected
-
-
 def _seed_deriver(
-    root: int, layer_paths: dict[int, str]
+    root: int, survey: Survey
 ) -> Callable[[keras.Layer | None, keras.Variable], int]:
     """Makes one seed for each path; a path that comes again gets another one."""
     counts = Counter()
 
     def derive(owner: keras.Layer | None, variable: keras.Variable) -> int:
-        layer_path = layer_paths.get(id(owner), "")
-        path = f"{layer_path}/{bridge.canonical_name(variable, owner)}"
+        path = survey.seed_path(owner, variable)
         counts[path] += 1  # several variables of a layer can have one name
         digest = hashlib.sha256(f"{root}:{path} {counts[path]}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
@@ -249,7 +244,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
         row["done"] = f"not changed: {weight.reason}"
         return _Assignment(weight.variable, None, row, is_data=weight.is_data)
     initializer = weight.initializer
-    if isinstance(initializer, bridge.BuildValue):
+    if isinstance(initializer, BuildValue):
         return _plan_built(weight, initializer, row, seed)
     if weight.is_kernel and weight.fans is not None:
         initializer = kernel_initializer
@@ -265,9 +260,7 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     return _Assignment(weight.variable, new_value, row)
 
 
-def _plan_built(
-    weight: Weight, built: bridge.BuildValue, row: Row, seed: int
-) -> _Assignment:
+def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
     """First as declared: what the layer assigns can depend on it, or on other weights."""
     declared = built.declared
     distribution = weight.distribution_of(declared)
@@ -293,7 +286,7 @@ def _describe_initializer(initializer: Any) -> str:
 
 
 def _with_config(initializer: Any, **changes: Any) -> Any:
-    with bridge.unmoved_generators():
+    with unmoved_generators():
         return type(initializer).from_config({**initializer.get_config(), **changes})
 
 
@@ -360,11 +353,11 @@ def _plan_generator(
 def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> _Assignment:
     """The state of a recurrent layer starts again; of others nothing is known."""
     row = _empty_row(path, layer, variable)
-    if bridge.initial_state(layer, variable) is None:
+    if initial_state(layer, variable) is None:
         row["done"] = "not changed: Keras does not list it among the layer's variables"
         return _Assignment(variable, None, row)
     row["done"] = "initial state"
-    new_value = functools.partial(bridge.initial_state, layer, variable)
+    new_value = functools.partial(initial_state, layer, variable)
     return _Assignment(variable, new_value, row)
 
 
@@ -378,17 +371,17 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
             advance(size / max(1, sum(sizes)))
     # All of them are computed before one is assigned: they can depend on each other.
     built = [assignment.built for assignment in assignments if assignment.built]
-    values = bridge.build_values(built)
+    values = build_values(built)
     for source, value in zip(built, values, strict=True):
         backends.assign(source.variable, value)
 
 
-def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
+def _reset_learning_rates(survey: Survey) -> list[Finding]:
     """To those before the first step. Keras's callbacks that set one log it."""
-    log = getattr(getattr(model, "history", None), "history", {})
+    log = getattr(getattr(survey.root, "history", None), "history", {})
     severity = "warning" if any("learning_rate" in name for name in log) else "info"
     findings = []
-    for optimizer, rate, first in bridge.used_learning_rates(model):
+    for optimizer, rate, first in used_learning_rates(survey.optimizers):
         if first is not None:
             backends.assign(rate, first)
             continue
@@ -399,11 +392,11 @@ def _reset_learning_rates(model: keras.Layer) -> list[Finding]:
     return findings
 
 
-def _reset_optimizers(model: keras.Layer) -> list[Finding]:
+def _reset_optimizers(survey: Survey) -> list[Finding]:
     findings = []
-    for optimizer in bridge.optimizers(model):
+    for optimizer in survey.optimizers:
         try:
-            values = bridge.optimizer_values(optimizer)
+            values = optimizer_values(optimizer)
             for variable, new_value in values:
                 backends.assign(variable, new_value())
         except Exception as error:  # from an optimizer of the user: anything

@@ -7,17 +7,17 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_glorot._keras.bridge import sublayer_paths
 from keras_glorot._keras.graph import LOOPS
 from keras_glorot._models.kernels import Flow, Kernel, flow_of_calls
 from keras_glorot._models.passes import Batch, Call, Moments, moments, record
 from keras_glorot._models.progress import progress
+from keras_glorot._models.survey import Survey
 from keras_glorot.gains import activation_growth
 from keras_glorot.layer_rules import is_normalization
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_CALL
 
-__all__ = ["propagate"]
+__all__ = ["propagate", "propagated"]
 
 
 # The last ones are left out where there is no room.
@@ -38,8 +38,8 @@ def propagate(
     x: Any,
     y: Any = None,
     loss: Any = None,
-    seed: int = 0,
     *,
+    seed: int = 0,
     training: bool = True,
     verbose: Literal["auto"] | bool = "auto",
 ) -> Table:
@@ -101,22 +101,33 @@ def propagate(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), section 4
     """
     batch = Batch.check(x, y, loss, seed)
+    return propagated(Survey(model), batch, training, verbose)
+
+
+def propagated(
+    survey: Survey,
+    batch: Batch,
+    training: bool = True,
+    verbose: Literal["auto"] | bool = "auto",
+) -> Table:
+    """As `propagate`, of a model that has been looked at."""
 
     def summarize(layer: keras.Layer, values: np.ndarray) -> dict[str, Any]:
         return _summarize(layer, values, batch.size)
 
     with progress("propagate", verbose) as advance:
-        calls, unseen = record(model, batch, training, summarize, advance=advance)
+        calls, unseen = record(survey, batch, training, summarize, advance=advance)
     rows = _rows(calls)
     inside = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None]
     if not any(row["gradient_std"] for row in inside or rows):
         raise ValueError(
             "Argument `model` must have a differentiable path from its kernels to its "
-            f"output, and the gradient there must not be zero. Received: model={model}"
+            "output, and the gradient there must not be zero. "
+            f"Received: model={survey.root}"
         )
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
-    flow = flow_of_calls(model, batch, calls)
-    found = _findings(calls, rows, flow) + _unseen_findings(model, unseen)
+    flow = flow_of_calls(survey, batch, calls)
+    found = _findings(calls, rows, flow) + _unseen_findings(survey, unseen)
     return Table("propagate", rows, found, filled, layout=_LAYOUT)
 
 
@@ -252,10 +263,9 @@ def _known(places: list[int | None], chain: list[int]) -> list[int]:
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
-def _unseen_findings(model: keras.Layer, unseen: list[keras.Layer]) -> list[Finding]:
+def _unseen_findings(survey: Survey, unseen: list[keras.Layer]) -> list[Finding]:
     """Of the outermost layers: what is in them is not seen either."""
-    paths = sublayer_paths(model)
-    hidden = sorted(paths[id(layer)] for layer in unseen)
+    hidden = sorted(survey.paths[id(layer)] for layer in unseen)
     message = (
         "Not seen: it is called in a loop, a derivative or a program that the backend "
         "traces, so that call has no row."

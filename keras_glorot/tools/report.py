@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_glorot._models.passes import Batch
+from keras_glorot._models.survey import Survey
 from keras_glorot.tables import Table, printable
 from keras_glorot.tables.html import STYLE, findings_html, rows_html
 from keras_glorot.tables.plots import OFF_COLOR
 from keras_glorot.tables.view import View
 from keras_glorot.tools._files import drafted
-from keras_glorot.tools.audit import audit
-from keras_glorot.tools.histograms import plot_histograms
-from keras_glorot.tools.propagate import propagate
+from keras_glorot.tools.audit import audited
+from keras_glorot.tools.histograms import plotted_histograms
+from keras_glorot.tools.propagate import propagated
 
 __all__ = ["Section", "audit_section", "report", "write_page"]
 
@@ -76,17 +78,18 @@ def report(
     'report.html'
     """
     _check(path)
-    sections = [audit_section(audit(model))]
+    survey = Survey(model)
+    sections = [audit_section(audited(survey))]
     command = "keras_glorot.report(model)"
     if x is not None:
-        sections.append(_signal_section(model, x, y, loss, seed))
+        sections.append(_signal_section(survey, Batch.check(x, y, loss, seed)))
         more = "" if loss is None else ", y, loss"
         command = f"keras_glorot.report(model, x{more}, seed={seed})"
     return write_page(path, model.name, sections, command, None if x is None else seed)
 
 
 def audit_section(table: Table) -> Section:
-    """What `audit` found, with a picture if there is a kernel to draw."""
+    """The findings of `audit`, with a picture if there is a kernel to draw."""
     return Section("Weights", table, _picture_of(table))
 
 
@@ -95,13 +98,13 @@ def _picture_of(table: Table) -> dict[str, Callable[[], Any]]:
     return {picture.label: table.plot} if picture and picture.select(table) else {}
 
 
-def _signal_section(model: keras.Layer, x: Any, y: Any, loss: Any, seed: int) -> Section:
-    table = propagate(model, x, y, loss, seed)
+def _signal_section(survey: Survey, batch: Batch) -> Section:
+    table = propagated(survey, batch)
     pictures = _picture_of(table)
     kernels = [row for row in table.rows[:-1] if row["kernel_gradient_std"] is not None]
     if len(kernels) > 1:
         label = "The distributions of activations and of gradients, layer by layer"
-        pictures[label] = lambda: plot_histograms(model, x, y, loss, seed)[0]
+        pictures[label] = lambda: plotted_histograms(survey, batch)[0]
     return Section("Signal and gradient", table, pictures)
 
 
@@ -183,7 +186,7 @@ def _section_html(section: Section) -> str:
     )
 
 
-# What stands for the color of text while a picture is drawn.
+# Stands for the color of text while a picture is drawn.
 _INK = "#010203"
 
 

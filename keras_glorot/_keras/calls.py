@@ -1,0 +1,52 @@
+"""Calls of layers: their masks, their activations, their errors."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+try:
+    from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+except ImportError:
+    get_keras_mask = set_keras_mask = None
+
+
+__all__ = ["copy_mask", "error_reason", "get_keras_mask", "set_keras_mask", "without_remat"]
+
+
+def copy_mask(source: Any, target: Any) -> None:
+    """Copies the Keras mask, which says which timesteps count, from source to target."""
+    if get_keras_mask is not None and set_keras_mask is not None:
+        set_keras_mask(target, get_keras_mask(source))
+
+
+@contextlib.contextmanager
+def without_remat(layer: keras.Layer) -> Iterator[None]:
+    """Lets a layer of a `RematScope` keep its activations: it is then called once only."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None:
+        yield
+        return
+    attributes: Any = vars(layer)
+    attributes["_remat_mode"] = None
+    try:
+        yield
+    finally:
+        attributes["_remat_mode"] = mode
+
+
+def error_reason(error: Exception) -> str:
+    """The message, without the text and the colors that Keras puts around the reason."""
+    # The text of a KeyError is a quoted one.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    text = text.rpartition("Exception encountered: ")[2]  # in loading
+    text = re.sub(r"\s*Exception encountered when calling .*\(\)\.\s+", "", text)
+    text = text.partition("\n\nArguments received by ")[0].strip()
+    if text.startswith("in user code:"):  # TensorFlow quotes it first
+        text = text.splitlines()[-1].strip()
+    if isinstance(error, LookupError) or not text:
+        return f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text
