@@ -447,7 +447,7 @@ class Positions(layers.Layer):
 def test_a_stem_stays_in_proportion_to_the_positions_added_to_it(with_positions):
     inputs = keras.Input((6, 32))
     x = layers.Dense(32, name="stem")(inputs)
-    x = Positions()(x) if with_positions else x
+    x = Positions(name="positions")(x) if with_positions else x
     x = layers.Dense(32, "relu", name="next")(x)
     model = fill(keras.Model(inputs, layers.Dense(3)(x)))
     before = np.asarray(model.get_layer("stem").kernel)
@@ -656,3 +656,73 @@ def test_the_verdict_has_what_the_mode_holds():
         value = float(note.split(f"{name}: ")[1].split(",")[0])
         assert value == pytest.approx(1, abs=0.25)
         assert "Residual sums" not in note
+
+
+class OwnSum(layers.Layer):
+    """A block without normalization, with a sum by a layer or a bare one."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.inner, self.end, self.add = layers.Dense(64, "gelu"), layers.Dense(32), add
+
+    def call(self, x):
+        branch = self.end(self.inner(x))
+        return x + branch if self.add is None else self.add([x, branch])
+
+
+def test_bare_sums_count_as_those_of_layers_do():
+    tables = []
+    for make in (layers.Add, lambda: None):
+        blocks = [OwnSum(make()) for i in range(8)]
+        model = keras.Sequential([keras.Input((32,)), *blocks, layers.Dense(3)])
+        tables.append(calibrate(fill(model), data(64, 32)))
+    for row, expected in zip(*tables, strict=True):
+        assert row["factor"] == pytest.approx(expected["factor"], rel=1e-4)
+    assert tables[0].note == tables[1].note
+    assert "Residual sums have a std of " in tables[0].note
+
+
+def test_every_head_is_level_and_one_that_was_made_small_stays_small():
+    """As in detectors and variational autoencoders: the last called is not the only one."""
+    inputs = x = keras.Input((32,))
+    for _ in range(6):
+        x = layers.Dense(32, "gelu")(x)
+    small = keras.initializers.RandomNormal(stddev=0.01)
+    heads = [
+        layers.Dense(8, name="plain"),
+        layers.Dense(8, name="small", kernel_initializer=small),
+    ]
+    outputs = [head(x) for head in heads] + [layers.Dense(3, name="last")(x)]
+    model = fill(keras.Model(inputs, outputs))
+    model.get_layer("small").kernel.assign(0.01 * data(32, 8))
+    rows = by_path(calibrate(model, data(64, 32)))
+    assert rows["plain/kernel"]["std"] == pytest.approx(1, rel=0.02)
+    assert rows["last/kernel"]["std"] == pytest.approx(1, rel=0.02)
+    gain = math.sqrt(32) * 0.01 * data(32, 8).std()
+    assert rows["small/kernel"]["std"] == pytest.approx(gain, rel=0.05)
+    assert rows["small/kernel"]["target"] == "small"
+
+
+def test_scores_of_a_softmax_are_level_whatever_their_layer_is_called():
+    """Attention pooling over time, deep enough for another level than 1."""
+    inputs = x = keras.Input((12, 32))
+    for _ in range(12):
+        x = layers.Dense(32, "gelu")(x)
+    weights = keras.ops.softmax(layers.Dense(1, name="scores")(x), axis=1)
+    x = layers.Dense(16, name="pooled")(keras.ops.sum(weights * x, axis=1))
+    model = fill(keras.Model(inputs, layers.Dense(3)(x)))
+    row = by_path(calibrate(model, data(32, 12, 32)))["scores/kernel"]
+    assert row["std"] == pytest.approx(1, rel=0.02)
+    assert row["target"] == "unit"
+
+
+@pytest.mark.parametrize("place", ["bias", "kernel", "last bias"])
+def test_a_model_that_is_not_finite_is_refused(place):
+    model = mlp()
+    layer = model.layers[-1 if "last" in place else 1]
+    weight = layer.kernel if place == "kernel" else layer.bias
+    weight.assign(np.full(weight.shape, np.nan))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"must give finite values .*audit\(model\)"):
+        calibrate(model, data(64, 12))
+    assert snapshot(model) == before

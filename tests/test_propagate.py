@@ -624,3 +624,34 @@ def test_no_remarks_on_retracing(caplog):
     finally:
         logging.getLogger("tensorflow").removeHandler(caplog.handler)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("tool", [propagate, calibrate])
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(48).reshape(4, 12).astype(str),
+        np.full((4, 12), None),
+        np.full((4, 12), {}, object),
+    ],
+)
+def test_a_batch_of_text_or_objects_is_refused_by_its_name(tool, x):
+    with pytest.raises((TypeError, ValueError), match=r"Argument `x` must .* numbers"):
+        tool(mlp(), x)
+
+
+class BareSum(layers.Layer):
+    """A residual block that adds in its own `call`."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.end = layers.Dense(32, "gelu"), layers.Dense(32)
+
+    def call(self, x):
+        return x + self.end(self.inner(x))
+
+
+def test_blocks_that_add_in_their_own_call_are_no_plain_layers():
+    blocks = [BareSum() for _ in range(40)]
+    model = keras.Sequential([keras.Input((32,)), *blocks, layers.Dense(3)])
+    assert "unstable-activation" not in codes(propagate(fill(model), data(16, 32)))

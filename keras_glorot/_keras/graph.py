@@ -32,12 +32,14 @@ class Step(NamedTuple):
         arguments: What it was called with: `(args, kwargs)`.
         inputs: The numbers of the tensors in `arguments`, in order.
         outputs: The numbers of the tensors that it returned.
+        call: Its place among the calls of the operation: these have the order of the code.
     """
 
     operation: Any
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    call: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,8 @@ class _Tracer:
             done.add(id(node))
             arguments = (node.arguments.args, node.arguments.kwargs)
             ins, outs = tuple(map(number, sources)), tuple(map(number, node.outputs))
-            steps.append(Step(node.operation, arguments, ins, outs))
+            call = tensor._keras_history.node_index
+            steps.append(Step(node.operation, arguments, ins, outs, call))
         ends = tuple(map(number, last))
         return Graph(steps, tensors, first, ends, list(self.closed.values()))
 

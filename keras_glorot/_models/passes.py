@@ -45,9 +45,11 @@ __all__ = [
     "Signal",
     "Tap",
     "Tensor",
+    "arguments_of",
     "differentiator",
     "intercepted_call",
     "is_float",
+    "lock",
     "moments",
     "record",
 ]
@@ -56,7 +58,7 @@ ops: Any = keras.ops  # Keras declares that many of these may return None
 tree: Any = keras.tree
 
 # Layers are shared by threads, and the replaced `call` of one by two recordings.
-_lock = threading.RLock()
+lock = threading.RLock()
 
 
 class Moments(NamedTuple):
@@ -134,7 +136,10 @@ class Batch(NamedTuple):
                 f"structure of arrays. Received: x of type {type(x)} with shapes "
                 f"{shapes[:4]}"
             )
-        x = tree.map_structure(ops.convert_to_tensor, x)
+        try:
+            x = tree.map_structure(ops.convert_to_tensor, x)
+        except Exception as error:
+            raise _not_numbers(x) from error
         if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
             raise ValueError(f"Argument `x` must be finite. Received: x={x}")
         loss = None if loss is None else keras.losses.get(loss)
@@ -147,10 +152,12 @@ class Batch(NamedTuple):
 
     def call(self, model: keras.Layer, x: Any) -> Any:
         """The outputs of the model, or an error that begins with the reason."""
-        args, kwargs = _arguments(model, x)
+        args, kwargs = arguments_of(model, x)
         try:
             return model(*args, training=False, **kwargs)
         except Exception as error:
+            if any("string" in str(tensor.dtype) for tensor in tree.flatten(x)):
+                raise _not_numbers(x) from error
             shapes = [tuple(tensor.shape) for tensor in tree.flatten(x)]
             reason = _first_line(error)
             received = f"Received: x of shape {str(shapes)[1:-1]}"
@@ -191,7 +198,15 @@ class Batch(NamedTuple):
             ) from error
 
 
-def _arguments(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+def _not_numbers(x: Any) -> TypeError:
+    dtypes = [str(array.dtype) for array in tree.flatten(x)]
+    return TypeError(
+        "Argument `x` must be a batch of numbers, as the model takes them: text has to be "
+        f"turned into numbers first. Received: x with dtypes {dtypes[:4]}"
+    )
+
+
+def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
     """What `call` takes of a structure: all of it as one argument, or each part as one.
 
     Models that know their inputs take it as it is. Other ones take the parts of a list if
@@ -454,7 +469,7 @@ def intercepted_call(
         the layers are as in the call, so that what is called again gives the same.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_lock)
+        stack.enter_context(lock)
         stack.enter_context(backends.without_compilation())
         place = _Place()
         stack.enter_context(_replaced_remat(place.is_other_thread))

@@ -6,8 +6,8 @@ factor that its output needs, whatever came before it.
 
 import contextlib
 import functools
+import itertools
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._keras.graph import replaced_attribute
+from keras_glorot._models.kernels import Flow, Place
 from keras_glorot._models.passes import (
     Batch,
     Tap,
@@ -26,7 +27,6 @@ from keras_glorot._models.passes import (
     moments,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.layer_rules import is_normalization
 
 __all__ = ["Measured", "Measurement", "Site", "find_sites", "scaled"]
 
@@ -35,17 +35,31 @@ tree: Any = keras.tree
 
 
 class Site(NamedTuple):
-    """A layer whose kernels are scaled: its output, before the activation, is measured."""
+    """A layer whose kernels are scaled: its output, before the activation, is measured.
+
+    Attributes:
+        path: The path of its kernels' owner.
+        layer: The layer that is called.
+        owner: The one that has the kernels: the same, or the one inside a TimeDistributed.
+        kernels: Its kernels.
+        goal: The log std that its output is to have, whatever the gradient, or None.
+        is_end: Whether its output is added to what passes by.
+        is_affine: Whether its output is `activation(kernel * x + bias)`.
+        has_bias: Whether it has a bias that is not zero.
+    """
 
     path: str
-    layer: Any  # that is called
-    owner: Any  # that has the kernels: the same, or the one inside a TimeDistributed
+    layer: Any
+    owner: Any
     kernels: tuple[Weight, ...]
-    is_unit: bool  # its std is to be 1, whatever the gradient
+    goal: float | None
+    is_end: bool
+    is_affine: bool
+    has_bias: bool
 
 
 def find_sites(
-    survey: Survey, selected: set[int]
+    survey: Survey, selected: set[int], flow: Flow
 ) -> tuple[list[Site], list[tuple[Weight, str]]]:
     """What may be scaled, and what may not, with the reason."""
     loops = survey.loops
@@ -60,14 +74,43 @@ def find_sites(
             left.append((weight, reason))
         else:
             by_owner.setdefault(id(weight.owner), []).append(weight)
-    sites = []
-    for kernels in by_owner.values():
-        owner: Any = kernels[0].owner
-        path = kernels[0].path.rpartition("/")[0]
-        layer = loops.get(id(owner), owner)
-        is_unit = isinstance(layer, keras.layers.RNN) or _has_unit_output(owner)
-        sites.append(Site(path, layer, owner, tuple(kernels), is_unit))
-    return sites, left
+    return [_site(kernels, loops, flow) for kernels in by_owner.values()], left
+
+
+def _site(kernels: list[Weight], loops: dict[int, keras.Layer], flow: Flow) -> Site:
+    owner: Any = kernels[0].owner
+    path = kernels[0].path.rpartition("/")[0]
+    layer = loops.get(id(owner), owner)
+    is_end = any(end is layer for end in flow.ends())
+    goal = None
+    if isinstance(layer, keras.layers.RNN) or flow.feeds_gate(layer):
+        goal = 0.0
+    elif flow.is_head(layer) and not is_end:
+        goal = min(map(_small_gain, kernels))
+    bias = getattr(owner, "bias", None)
+    has_bias = bias is not None and bool(backends.values(bias).any())
+    is_affine = layer is owner and _is_affine(owner)
+    return Site(path, layer, owner, tuple(kernels), goal, is_end, is_affine, has_bias)
+
+
+def _small_gain(weight: Weight) -> float:
+    """Log std on a unit input of a kernel that its author made small; 0 of others.
+
+    Small is what is below half of Glorot's std, or of LeCun's with a std that was chosen.
+    """
+    fan_in, fan_out = weight.fans or (1, 1)
+    gain = math.sqrt(backends.values(weight.variable).mean_square() * fan_in)
+    is_chosen = isinstance(weight.initializer, _CHOSEN)
+    usual = 1.0 if is_chosen else math.sqrt(2 * fan_in / (fan_in + fan_out))
+    return math.log(gain) if gain < 0.5 * usual else 0.0
+
+
+# Their std is a number that the author gave, whatever the fans.
+_CHOSEN = (
+    keras.initializers.RandomNormal,
+    keras.initializers.TruncatedNormal,
+    keras.initializers.RandomUniform,
+)
 
 
 def _reason_to_leave(weight: Weight, loops: dict[int, keras.Layer]) -> str:
@@ -101,29 +144,6 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
     return layer.cell.kernel if isinstance(layer, _CELLS) else None
 
 
-def _is_batch(layer: keras.Layer) -> bool:
-    return isinstance(layer, keras.layers.BatchNormalization)
-
-
-def _is_table(weight: Weight) -> bool:
-    """Whether it is a learned table, such as of positions: its scale is left as it is."""
-    variable = weight.variable
-    is_learned = variable.trainable and keras.backend.is_float_dtype(variable.dtype)
-    is_kernel = weight.is_kernel and "embedding" not in variable.name
-    return is_learned and not is_kernel and sum(size > 1 for size in variable.shape) > 1
-
-
-def _has_unit_output(owner: Any) -> bool:
-    """Whether a softmax or sigmoid follows, which have a scale of their own.
-
-    Queries and keys are known by the names that Keras, KerasHub and others give them.
-    """
-    activation = getattr(getattr(owner, "activation", None), "__name__", "")
-    if activation in ("sigmoid", "hard_sigmoid"):
-        return True
-    return bool(re.search(r"(^|_)(q|k|qk|qkv|quer(y|ies)|keys?)(_|\d|$)", owner.name))
-
-
 class Measured(NamedTuple):
     """What one pass saw: arrays over the sites; log std and log gradient std are means."""
 
@@ -134,17 +154,9 @@ class Measured(NamedTuple):
     order: list[int]  # sites in order of their first call
     stem: int | None  # the first site, if learned values are added to its output
     ends: list[int]  # sites whose output is added to what passes by
-    start: float  # std of the first such sum, without the output
+    start: float  # largest std of what is added at the first sum that is seen
     stream: float  # largest std of such a sum
-
-
-class _Sum(NamedTuple):
-    """What the output of a site is added to."""
-
-    total: Tensor
-    std: Tensor
-    site: int | None
-    added: Tensor  # the std of what the site put out; 0 if it is surely a sum
+    is_finite: bool  # whether the objective is
 
 
 class Measurement:
@@ -154,15 +166,15 @@ class Measurement:
         self,
         survey: Survey,
         batch: Batch,
+        flow: Flow,
         sites: list[Site],
         training: bool,
     ):
-        self.survey, self.batch, self.sites, self.training = survey, batch, sites, training
+        self.survey, self.batch, self.flow, self.sites = survey, batch, flow, sites
+        self.training = training
         self.differentiate = differentiator(self._run)
-        owners = [weight.owner for weight in survey.weights if _is_table(weight)]
-        self.tables = [owner for owner in owners if id(owner) not in survey.loops]
+        self.watched = _watched(flow)
         self.unseen: list[keras.Layer] = []
-        self.unbiased = {i for i, site in enumerate(sites) if _is_unbiased(site)}
         self.passes = 0
 
     def __call__(self, targets: np.ndarray | None) -> Measured:
@@ -178,21 +190,36 @@ class Measurement:
         )
         return self._collect([signal.gradient for signal in signals], *extras)
 
+    @contextlib.contextmanager
+    def _run(
+        self, tap: Tap, values: list[Tensor], x: Any, targets: Tensor, free: Tensor
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        def rescale(i: int, std: Tensor) -> Tensor:
+            log_std: Any = ops.log(ops.where(std > 0, std, 1.0))
+            return ops.where(std > 0, ops.exp(free * (targets[i] - log_std)), 1.0)
+
+        scope = keras.StatelessScope(zip(self.survey.root.variables, values, strict=True))
+        self.latest = _Pass(scope, tap, rescale)
+        wrappers = self.latest.wrappers(self.sites, self.watched)
+        call = intercepted_call(self.batch, self.survey, x, wrappers, self.training)
+        with scope, call as (outputs, self.unseen):
+            objective = self.batch.objective(outputs)
+            yield objective, self.latest.extras(objective, len(self.sites))
+
     def _collect(
         self,
         gradients: list[float],
         stds: np.ndarray,
         factors: np.ndarray,
-        sums: np.ndarray,
-        added: np.ndarray,
+        seen: np.ndarray,
+        objective: np.ndarray,
     ) -> Measured:
         """From calls to sites."""
-        calls = self.calls
-        stds = stds.astype(np.float64)
+        calls, stds = self.latest.calls, stds.astype(np.float64)
         at_calls = np.array(
-            [math.nan if p is None else gradients[p] for p in self.positions]
+            [math.nan if c.position is None else gradients[c.position] for c in calls]
         )
-        passing = np.nan_to_num(stds * at_calls * np.sqrt(self.sizes))
+        passing = np.nan_to_num(stds * at_calls * np.sqrt([call.size for call in calls]))
         # By Euler's theorem this is the same all along a chain, whatever the factors.
         before = np.maximum.accumulate(passing)
         behind = np.maximum.accumulate(passing[::-1])[::-1]
@@ -200,133 +227,105 @@ class Measurement:
         count = len(self.sites)
         signal, gradient = np.full(count, math.nan), np.full(count, -math.inf)
         share = np.zeros(count)
+        order = list(dict.fromkeys(call.site for call in calls))
         with np.errstate(divide="ignore"):
-            for i in set(calls):
-                mine = [k for k, site in enumerate(calls) if site == i]
+            for i in order:
+                mine = [k for k, call in enumerate(calls) if call.site == i]
                 signal[i] = np.log(stds[mine]).mean()
                 gradient[i] = np.log(np.nan_to_num(at_calls[mine])).mean()
                 share[i] = shares[mine].max()
-        order = list(dict.fromkeys(calls))
-        # Of equal std: the output was added to nothing, only brought into another shape.
-        is_sum = np.abs(sums - added) > 1e-5 * sums
-        added_sites = {i for i, is_one in zip(self.added, is_sum, strict=True) if is_one}
-        ends = [i for i in order if i in added_sites - self.normalized]
-        factors = factors.astype(np.float64)
-        start, stream = float(sums[0]), float(sums.max())
+        known = dict(zip(self.latest.seen, seen.tolist(), strict=False))
         return Measured(
-            signal, gradient, share, factors, order, self.stem, ends, start, stream
+            signal,
+            gradient,
+            share,
+            factors.astype(np.float64),
+            order,
+            next((i for i in order if self.sites[i].layer is self.flow.stem), None),
+            [i for i in order if self.sites[i].is_end],
+            *_sums(self.flow, known),
+            bool(np.isfinite(objective) and np.isfinite(stds).all()),
         )
 
-    @contextlib.contextmanager
-    def _run(
-        self,
-        tap: Tap,
-        values: list[Tensor],
-        x: Any,
-        targets: Tensor,
-        free: Tensor,
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        self.tap, self.targets, self.free = tap, targets, free
-        # Of each call: the site, where its gradient is, how many values it has.
-        self.calls: list[int] = []
-        self.positions: list[int | None] = []
-        self.sizes: list[int] = []
-        self.stds: list[Tensor] = []
-        self.factors: dict[int, Tensor] = {}
-        # By `id`, with the tensor, so that no other gets it: what sites put out, and sums.
-        self.outputs: dict[int, tuple[Tensor, int]] = {}
-        self.sums: dict[int, _Sum] = {}
-        # Other tensors that are no sums: what single layers make of one that is none.
-        self.others: dict[int, Tensor] = {}
-        self.stem: int | None = None
-        self.normalized: set[int] = set()
-        variables = self.survey.root.variables
-        self.scope = keras.StatelessScope(zip(variables, values, strict=True))
-        wrappers = self._wrappers()
-        call = intercepted_call(self.batch, self.survey, x, wrappers, self.training)
-        with self.scope, call as (outputs, self.unseen):
-            one = ops.ones(())
-            factors = [self.factors.get(i, one) for i in range(len(self.sites))]
-            sums = list(self.sums.values()) or [_Sum(one, ops.zeros(()), None, one)]
-            self.added = [each.site for each in sums]
-            extras = [
-                ops.stack(self.stds or [one]),
-                ops.stack(factors),
-                ops.stack([each.std for each in sums]),
-                ops.stack([each.added for each in sums]),
-            ]
-            yield self.batch.objective(outputs), extras
 
-    def _wrappers(self) -> dict[int, Callable]:
+def _watched(flow: Flow) -> dict[int, list[tuple[int, Place]]]:
+    """By `id` of layers and additions: the sums, and terms of the first, that they see."""
+    seen = [each for each in flow.sums if each.total in flow.places]
+    numbers = [each.total for each in seen] + [n for each in seen[:1] for n in each.terms]
+    watched: dict[int, list[tuple[int, Place]]] = {}
+    for number in numbers:
+        place = flow.places.get(number)
+        if place is not None:
+            watched.setdefault(id(place.operation), []).append((number, place))
+    return watched
+
+
+def _sums(flow: Flow, stds: dict[int, float]) -> tuple[float, float]:
+    """What the first sum starts with, and the largest sum; zeros if none is seen."""
+    sums = [each for each in flow.sums if each.total in stds]
+    if not sums:
+        return 0.0, 0.0
+    totals = [stds[each.total] for each in sums]
+    start = max((stds[n] for n in sums[0].terms if n in stds), default=totals[0])
+    return start, max(start, *totals)
+
+
+class _SiteCall(NamedTuple):
+    site: int
+    std: Tensor  # of the output
+    position: int | None  # where its gradient is
+    size: int  # how many values it has
+
+
+class _Pass:
+    """One pass: `rescale(site, std)` gives the factor for the kernels of each site."""
+
+    def __init__(
+        self,
+        scope: keras.StatelessScope,
+        tap: Tap,
+        rescale: Callable[[int, Tensor], Tensor],
+    ):
+        self.scope, self.tap, self.rescale = scope, tap, rescale
+        self.calls: list[_SiteCall] = []
+        self.factors: dict[int, Tensor] = {}
+        self.seen: dict[int, Tensor] = {}  # by number of the tensor: its std
+
+    def extras(self, objective: Tensor, count: int) -> list[Tensor]:
+        """The numbers of the pass: stds of the calls, factors, stds of sums, objective."""
+        one = ops.ones(())
+        return [
+            ops.stack([call.std for call in self.calls] or [one])[: len(self.calls)],
+            ops.stack([self.factors.get(i, one) for i in range(count)]),
+            ops.stack(list(self.seen.values()) or [one]),
+            ops.cast(objective, "float32"),
+        ]
+
+    def wrappers(
+        self, sites: list[Site], watched: dict[int, list[tuple[int, Place]]]
+    ) -> dict[int, Callable]:
+        """What stands for `call` of each layer and addition."""
         wrappers: dict[int, Callable] = {}
-        for layer in self.survey.layers:
-            if is_normalization(layer):
-                observe = functools.partial(self._observe_normalization, layer)
-                wrappers[id(layer)] = observe
-            elif not (self.survey.additions or self.survey.children(layer)):
-                wrappers[id(layer)] = functools.partial(self._observe_single, layer)
-        for layer in self.tables:
-            wrappers[id(layer)] = self._observe_table
-        for addition in self.survey.additions:
-            wrappers[id(addition)] = self._observe_addition
-        for i, site in enumerate(self.sites):
-            call = functools.partial(self._call_site, i, site)
-            if isinstance(site.layer, keras.layers.RNN):
-                call = functools.partial(self._call_recurrent, i, site)
-            wrappers[id(site.layer)] = call
+        for i, site in enumerate(sites):
+            is_loop = isinstance(site.layer, keras.layers.RNN)
+            call = self._call_recurrent if is_loop else self._call_site
+            wrappers[id(site.layer)] = functools.partial(call, i, site)
+        for key, places in watched.items():
+            inner = wrappers.get(key, _call)
+            counter = itertools.count()
+            wrappers[key] = functools.partial(self._watch, places, counter, inner)
         return wrappers
 
-    def _observe_table(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        outputs = call(*args, **kwargs)
-        if len(self.calls) == 1:
-            self.stem = self.calls[0]
-            self._note_others(outputs)
+    def _watch(self, places, counter, inner, call, *args: Any, **kwargs: Any) -> Any:
+        """Notes the std of the tensors that this call of the layer sees."""
+        outputs = inner(call, *args, **kwargs)
+        number_of_call = next(counter)
+        for number, place in places:
+            if place.call == number_of_call:
+                tensor = _first_float((args, kwargs) if place.is_input else outputs)
+                if tensor is not None:
+                    self.seen[number] = _std(tensor)
         return outputs
-
-    def _observe_single(self, layer, call, *args: Any, **kwargs: Any) -> Any:
-        """An activation, a pooling or the like makes no sum of what is none."""
-        outputs = call(*args, **kwargs)
-        inputs = [tensor for tensor in tree.flatten((args, kwargs)) if is_float(tensor)]
-        is_single = len(inputs) == 1 or isinstance(layer, _JOINS)
-        if is_single and not any(self._may_be_sum(tensor) for tensor in inputs):
-            self._note_others(outputs)
-        return outputs
-
-    def _note_others(self, outputs: Any) -> None:
-        self.others |= {id(tensor): tensor for tensor in tree.flatten(outputs)}
-
-    def _may_be_sum(self, tensor: Tensor | None) -> bool:
-        known = id(tensor) in self.outputs or id(tensor) in self.others
-        return tensor is not None and not known
-
-    def _observe_addition(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        outputs = call(*args, **kwargs)
-        terms = [tensor for tensor in tree.flatten((args, kwargs)) if is_float(tensor)]
-        if len(terms) > 1:
-            start = ops.max(ops.stack([_std(tensor) for tensor in terms]))
-            self._note_sum(outputs, ops.zeros(()), start)
-        return outputs
-
-    def _observe_normalization(self, layer, call, *args: Any, **kwargs: Any) -> Any:
-        """What goes in is a sum, unless a site put it out; in DenseNet, it is not."""
-        first = _first_float((args, kwargs))
-        if id(first) in self.outputs:
-            self.normalized.add(self.outputs[id(first)][1])
-        elif self._may_be_sum(first) and not (self.survey.additions or _is_batch(layer)):
-            last, _ = next(reversed(self.outputs.values()), (first, None))
-            self._note_sum(first, _std(last))
-        outputs = call(*args, **kwargs)
-        self._note_others(outputs)
-        return outputs
-
-    def _note_sum(self, total: Tensor, added: Tensor, start: Tensor | None = None) -> None:
-        """The output of the site that was called last is taken for what is added."""
-        if id(total) in self.sums:
-            return
-        if not self.sums and start is not None:
-            self.sums[id(start)] = _Sum(start, start, None, start)
-        site = self.calls[-1] if self.calls else None
-        self.sums[id(total)] = _Sum(total, _std(total), site, added)
 
     def _call_recurrent(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
@@ -334,35 +333,28 @@ class Measurement:
         inputs = _first_float((args, kwargs))
         value: Any = self.scope.get_current_value(kernel)
         z = ops.matmul(ops.cast(inputs, value.dtype), value)
-        std = _std(z)
-        is_first = i not in self.factors
+        is_first, std = i not in self.factors, _std(z)
         factor = self._factor(i, site, std)
         std = std * factor if is_first else std
-        self._note_call(i, std, None, math.prod(z.shape))
+        self.calls.append(_SiteCall(i, std, None, math.prod(z.shape)))
         return call(*args, **kwargs)
 
     def _call_site(self, i, site, call, *args: Any, **kwargs: Any) -> Any:
         activation = getattr(site.owner, "activation", None)
         activation = activation if callable(activation) else keras.activations.linear
         with self._bare(site.owner):
-            z = call(*args, **kwargs)
-        tensor = _first_float(z)
+            tensor = _first_float(call(*args, **kwargs))
         if tensor is None:
             return call(*args, **kwargs)
-        is_first = i not in self.factors
-        std = _std(tensor)
+        is_first, std = i not in self.factors, _std(tensor)
         factor = self._factor(i, site, std)
-        if i in self.unbiased:
+        if site.is_affine and not site.has_bias:
             # The factor reaches the output alone: no need to call the layer again.
             if is_first:
                 tensor, std = tensor * ops.cast(factor, tensor.dtype), std * factor
-            outputs = activation(self._tap(i, tensor, std))
-        else:
-            known = std * factor if is_first and _is_affine(site) else None
-            outputs = self._call_again(i, site, activation, known, call, *args, **kwargs)
-        for tensor in tree.flatten(outputs):
-            self.outputs[id(tensor)] = tensor, i
-        return outputs
+            return activation(self._tap(i, tensor, std))
+        known = std * factor if is_first and site.is_affine else None
+        return self._call_again(i, site, activation, known, call, *args, **kwargs)
 
     def _call_again(self, i, site, activation, std, call, *args: Any, **kwargs: Any) -> Any:
         """With the scaled kernels, tapping what goes into the activation.
@@ -389,21 +381,13 @@ class Measurement:
 
     def _tap(self, i: int, z: Tensor, std: Tensor) -> Tensor:
         tapped, position = self.tap(z, None, lambda gradient: moments(gradient).std)
-        self._note_call(i, std, position, math.prod(z.shape))
+        self.calls.append(_SiteCall(i, std, position, math.prod(z.shape)))
         return tapped
-
-    def _note_call(self, i: int, std: Tensor, position: int | None, size: int) -> None:
-        self.calls.append(i)
-        self.stds.append(std)
-        self.positions.append(position)
-        self.sizes.append(size)
 
     def _factor(self, i: int, site: Site, std: Tensor) -> Tensor:
         """The factor that gives the output of the site's first call its std."""
         if i not in self.factors:
-            log_std: Any = ops.log(ops.where(std > 0, std, 1.0))
-            factor = ops.exp(self.free * (self.targets[i] - log_std))
-            self.factors[i] = ops.where(std > 0, factor, 1.0)
+            self.factors[i] = self.rescale(i, std)
             for weight in site.kernels:
                 value: Any = self.scope.get_current_value(weight.variable)
                 power = self.factors[i] ** (1 / len(site.kernels))
@@ -431,7 +415,6 @@ class Measurement:
         return contextlib.nullcontext()
 
 
-_JOINS = (keras.layers.Concatenate, keras.layers.Multiply)
 _AFFINE = (
     keras.layers.Dense,
     keras.layers.EinsumDense,
@@ -445,18 +428,14 @@ _AFFINE = (
 )
 
 
-def _is_affine(site: Site) -> bool:
-    """Whether the output is `activation(kernel * x + bias)`."""
-    if site.layer is not site.owner or not isinstance(site.owner, _AFFINE):
-        return False
-    of_keras = type(site.owner).call in {layer.call for layer in _AFFINE}
-    return of_keras and site.owner.quantization_mode is None
+def _is_affine(layer: Any) -> bool:
+    """Whether its output is `activation(kernel * x + bias)`."""
+    of_keras = type(layer).call in {each.call for each in _AFFINE}
+    return isinstance(layer, _AFFINE) and of_keras and layer.quantization_mode is None
 
 
-def _is_unbiased(site: Site) -> bool:
-    """Whether it is so without a bias, or with one that is zero."""
-    bias = getattr(site.owner, "bias", None)
-    return _is_affine(site) and (bias is None or not backends.values(bias).any())
+def _call(call: Callable, *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
 
 
 def _first_float(structure: Any) -> Tensor | None:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._models.kernels import Flow, flow_of_model
 from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
@@ -79,21 +80,22 @@ def calibrate(
     The geometric mean of s, the level, is 1, unless no sum passes by and the gradient
     changes much at level 1 and far less at another one from 1/4 to 8. It depends on the
     level how much an activation makes small differences grow: GELU and SiLU do it less at
-    a high level, tanh at a low one. The last kernel, which makes the logits, has s = 1.
+    a high level, tanh at a low one. Heads, from which no other kernel leads to an output
+    of the model, have s = 1, or less where their author gave them a small std.
 
     Each pass sets the factors as the layers are called, one after the other, and then
     measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
 
-    - Kernels of query and key get s = 1, so that the logits have unit variance; so do
-      kernels before a sigmoid and the input kernels of recurrent layers.
+    - Kernels that feed a softmax or a sigmoid get s = 1, such as those of query and key, so
+      that the scores have unit variance; so do the input kernels of recurrent layers.
     - Where blocks add to a sum, the last kernels of the branches are made smaller until the
       sum has at most 1.15 times the std that it starts with, but not below about 1/4: the
       sum of 48 branches then has twice that std. The last of them may be larger, to hold
       the ends (see below). In the objective they count as if they were not smaller.
-      Branches that end in a normalization layer have a scale of their own. A sum is known
-      by an `Add` layer, by the `+` of a functional model, or by the normalization layer
-      that reads it. A bare `+` in the `call` of a subclassed layer, with no normalization,
-      is not seen: use `keras.layers.Add` there.
+      Branches that end in a normalization layer have a scale of their own. Sums are known
+      by the graph, also a bare `+` in the `call` of a layer. One is measured where a layer
+      takes it or makes it. Of layers that can't be called without values, such as those
+      that call the backend, only what goes in and out is seen.
     - A first kernel stays as it is if a learned table, as of positions, is added to its
       output: in another proportion, the places could not be told apart.
     - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
@@ -125,14 +127,14 @@ def calibrate(
         A `Table` with a row per kernel. Keys: `path`, `factor`; `std`, `gradient_std`:
         s and g, this relative to their geometric mean; `std_before`; `share`: the part of
         the gradient that it gets of what passes by; `target`: `"balanced"`, `"unit"`,
-        `"off path"` or `""` (not scaled); `shape`, `layer`. The note has forward (s of the
-        last kernel over the first), backward (g of the first over the last), and what the
-        mode holds of them.
+        `"small"` (a head), `"off path"` or `""` (not scaled); `shape`, `layer`. The note
+        has forward (s of the last kernel over the first), backward (g of the first over
+        the last), and what the mode holds of them.
 
     Raises:
-        ValueError: If the model is not built, the batch does not fit, or nothing can be
-            measured on it: one example, or all alike, or not finite.
-        TypeError: If an argument is of a wrong type.
+        ValueError: If the model is not built or not finite, the batch does not fit, or
+            nothing can be measured on it: one example, or all alike, or not finite.
+        TypeError: If an argument is of a wrong type, or `x` does not hold numbers.
 
     Example:
 
@@ -149,7 +151,9 @@ def calibrate(
     batch = Batch.check(x, y, loss, seed)
     _check_tells(batch)
     survey = Survey(model)
-    sites, left = find_sites(survey, survey.select(layers))
+    selected = survey.select(layers)
+    flow = flow_of_model(survey, batch, training)
+    sites, left = find_sites(survey, selected, flow)
     if not sites:
         raise ValueError(
             "Argument `model` must have a kernel that may be scaled: one that is trainable "
@@ -157,9 +161,10 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         advance(0.0, "as it is")
-        measure, first = _first_pass(survey, batch, sites, training)
+        measure, first = _first_pass(survey, batch, flow, sites, training)
         left += _unseen(sites, measure.sites)
         result = _solve(measure, first, mode, advance)
+        _check_finite(model, result)
     table = _table(result, left)
     before: list[tuple[keras.Variable, Any]] = []
     try:
@@ -178,16 +183,17 @@ def calibrate(
 def _first_pass(
     survey: Survey,
     batch: Batch,
+    flow: Flow,
     sites: list[Site],
     training: bool,
 ) -> tuple[Measurement, Measured]:
     """The pass before, over those sites of which each call is seen."""
-    measure = Measurement(survey, batch, sites, training)
+    measure = Measurement(survey, batch, flow, sites, training)
     before = measure(None)
     unseen = {id(layer) for layer in measure.unseen}
     seen = [site for site in sites if id(site.layer) not in unseen]
     if len(seen) < len(sites):
-        measure = Measurement(survey, batch, seen, training)
+        measure = Measurement(survey, batch, flow, seen, training)
         before = measure(None)
     if not before.order:
         raise ValueError(
@@ -211,9 +217,10 @@ def measure_ends(
 
     `on_path` is what an earlier call returned, to measure between the same two kernels.
     """
-    survey = Survey(model)
-    sites, _ = find_sites(survey, survey.select(None))
-    seen = Measurement(survey, Batch.check(x), sites, training)(None)
+    batch, survey = Batch.check(x), Survey(model)
+    flow = flow_of_model(survey, batch, training)
+    sites, _ = find_sites(survey, survey.select(None), flow)
+    seen = Measurement(survey, batch, flow, sites, training)(None)
     on_path = _on_path(sites, seen) if on_path is None else on_path
     return (*_ends(seen, on_path), on_path)
 
@@ -236,6 +243,20 @@ def _check_tells(batch: Batch) -> None:
             f"nothing can be measured on one. Received: x of shape {arrays[0].shape}"
             + ("" if batch.size < 2 else ", with all examples alike")
         )
+
+
+def _check_finite(model: keras.Layer, result: "_Result") -> None:
+    """An error where even the scaled model does not give numbers."""
+    after = result.after
+    if after.is_finite:
+        return
+    wrong = [i for i in after.order if not after.signal[i] < math.inf]
+    place = f"At {result.sites[wrong[0]].path}" if wrong else "Behind the last kernel"
+    raise ValueError(
+        "Argument `model` must give finite values on `x`, whatever the scale of its "
+        f"kernels. {place} they are not: look for weights that are not finite with "
+        f"`audit(model)`. Received: model={model}"
+    )
 
 
 class _Result(NamedTuple):
@@ -262,13 +283,14 @@ def _solve(
 
 
 def _base(sites: list[Site], seen: Measured, level: float) -> np.ndarray:
-    """Log targets: the level, but 1 for units and for the logits, the last kernel.
+    """Log targets: the level, or the site's goal; 1 for what is called last.
 
     The stem stays as it is, in proportion to what is added to it.
     """
-    base = np.array([0.0 if site.is_unit else level for site in sites])
-    if seen.order[-1] not in seen.ends:
-        base[seen.order[-1]] = 0.0
+    base = np.array([level if site.goal is None else site.goal for site in sites])
+    last = seen.order[-1]
+    if sites[last].goal is None and last not in seen.ends:
+        base[last] = 0.0
     if seen.stem is not None:
         base[seen.stem] = seen.signal[seen.stem]
     return base
@@ -336,7 +358,7 @@ def _converge(
 
 def _small_ends(sites: list[Site], seen: Measured) -> np.ndarray:
     """1 for the ends of branches that are made smaller; 0 elsewhere."""
-    is_small = [i for i in seen.ends if not sites[i].is_unit]
+    is_small = [i for i in seen.ends if sites[i].goal is None]
     ends = np.zeros(len(sites))
     ends[is_small] = seen.share[is_small] > _SMALLEST_SHARE
     return ends
@@ -412,7 +434,7 @@ def _path(seen: Measured, on_path: np.ndarray) -> list[int]:
 
 def _on_path(sites: list[Site], seen: Measured) -> np.ndarray:
     """Where the gradient counts: not in branches that are switched off, nor at the end."""
-    balanced = np.array([not site.is_unit for site in sites])
+    balanced = np.array([site.goal is None for site in sites])
     on_path = balanced & (seen.share > _SMALLEST_SHARE) & np.isfinite(seen.gradient)
     on_path[seen.order[-1]] = False  # what follows it is the loss
     if seen.stem is not None:
@@ -479,8 +501,8 @@ def _row(result: _Result, i: int, weight: Weight) -> Row:
     reached = called and math.isfinite(after.gradient[i])
     middle = after.gradient[result.on_path].mean() if result.on_path.any() else 0.0
     target = "balanced" if result.on_path[i] else "off path"
-    if site.is_unit or i == after.order[-1]:
-        target = "unit"
+    if site.goal is not None or i == after.order[-1]:
+        target = "small" if site.goal else "unit"
     if i == after.stem or not called:
         target = ""
     return {
@@ -542,7 +564,7 @@ def _findings(result: _Result) -> list[Finding]:
         elif i == after.stem:
             reason = "Not scaled: a learned table, such as of positions, is added to it."
             found.append(Finding("info", "not-scaled", site.path, reason, ""))
-        elif after.share[i] <= _SMALLEST_SHARE and not site.is_unit:
+        elif after.share[i] <= _SMALLEST_SHARE and site.goal is None:
             message = (
                 f"It gets {after.share[i]:.1g} of the gradient that passes by, as if "
                 "switched off on purpose: only its signal was set."

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_glorot._keras.graph import LOOPS
+from keras_glorot._models.kernels import Flow, Kernel, flow_of_calls
 from keras_glorot._models.passes import Batch, Call, Moments, moments, record
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey
@@ -86,7 +87,8 @@ def propagate(
         ValueError: If the model is not built, can't be called on `x` or differentiated; `x`
             is empty, not finite or does not fit; `y` does not fit, or comes without `loss`,
             or `loss` without it; or no gradient reaches the layers.
-        TypeError: If `model` is not a Keras layer, or `seed` not an integer.
+        TypeError: If `model` is not a Keras layer, `seed` not an integer, or `x` does not
+            hold numbers.
 
     Example:
 
@@ -124,7 +126,8 @@ def propagated(
             f"Received: model={survey.root}"
         )
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
-    found = _findings(calls, rows) + _unseen_findings(survey, unseen)
+    flow = flow_of_calls(survey, batch, calls)
+    found = _findings(calls, rows, flow) + _unseen_findings(survey, unseen)
     return Table("propagate", rows, found, filled, layout=_LAYOUT)
 
 
@@ -238,17 +241,26 @@ _ADVICE = {
 }
 
 
-def _findings(calls: list[Call], rows: list[Row]) -> list[Finding]:
+def _findings(calls: list[Call], rows: list[Row], flow: Flow) -> list[Finding]:
     found = []
     for row in rows[:-1] or rows:
         found += _unit_findings(row)
-    for chain in _chains(calls):
-        if len(chain) >= 3:
-            hidden = [rows[i] for i in chain]
+    chains = _chains(flow.kernels)
+    places = flow.rows([call.layer for call in calls[:-1]])
+    for chain in chains:
+        hidden = [rows[i] for i in _known(places, chain)]
+        if len(hidden) >= 3:
             found += _trend(hidden, "std", "Signal")
             found += _trend(hidden[::-1], "gradient_std", "Gradient")
             found += _collapse(hidden)
-    return found + _residual_growth(calls[:-1], rows) + _instability(calls)
+    plain = [_known(places, chain) for chain in chains if _is_plain(flow, chain)]
+    return found + _residual_growth(calls[:-1], rows) + _instability(calls, plain)
+
+
+def _known(places: list[int | None], chain: list[int]) -> list[int]:
+    """The calls of a chain of kernels that were seen, each once."""
+    found = [places[i] for i in chain]
+    return list(dict.fromkeys(i for i in found if i is not None))
 
 
 def _unseen_findings(survey: Survey, unseen: list[keras.Layer]) -> list[Finding]:
@@ -278,43 +290,26 @@ def _unit_findings(row: Row) -> list[Finding]:
     return found
 
 
-def _is_kernel(call: Call) -> bool:
-    """Whether the layer has a kernel that is no table to look up."""
-    return call.weight is not None and "embedding" not in call.weight.variable.name
-
-
-def _chains(calls: list[Call]) -> list[list[int]]:
+def _chains(kernels: list[Kernel]) -> list[list[int]]:
     """The hidden kernels along the paths of the graph: the longest first, each in one.
 
     A path ends where others join it that come from another input of the model. The last
     kernel of each path is left out: its gains are those of its width and softmax.
     """
-    calls = calls[:-1]
     depths: list[int] = []
-    sources: list[frozenset[int]] = []
-    leads_on: set[int] = set()  # to another kernel
-    for i, call in enumerate(calls):
-        parents = [parent for parent in call.parents if parent >= 0]
-        inputs = {parent for parent in call.parents if parent < 0}
-        own = inputs or ({-1 - len(calls) - i} if not parents else set())
-        sources.append(frozenset(own).union(*(sources[parent] for parent in parents)))
-        depths.append(_is_kernel(call) + max((depths[p] for p in parents), default=0))
-    for i in reversed(range(len(calls))):
-        if _is_kernel(calls[i]) or i in leads_on:
-            leads_on.update(calls[i].parents)
+    for kernel in kernels:
+        depths.append(1 + max((depths[i] for i in kernel.sources), default=0))
+    leads_on = {i for kernel in kernels for i in kernel.sources}  # to another kernel
     chains: list[list[int]] = []
-    left = set(range(len(calls)))
+    left = set(range(len(kernels)))
     while left:
-        i = max(left, key=lambda i: (depths[i], i))
+        i = start = max(left, key=lambda i: (depths[i], i))
         chain = []
-        start = i
-        while i in left and sources[i] == sources[start]:
+        while i in left and kernels[i].inputs == kernels[start].inputs:
             left.remove(i)
             chain.append(i)
-            parents = [parent for parent in calls[i].parents if parent >= 0]
-            i = max(parents, key=lambda parent: depths[parent], default=-1)
-        kernels = [i for i in chain[::-1] if _is_kernel(calls[i]) and i in leads_on]
-        chains.append(kernels)
+            i = max(kernels[i].sources, key=lambda source: depths[source], default=-1)
+        chains.append([i for i in chain[::-1] if i in leads_on])
     return [chain for chain in chains if chain]
 
 
@@ -378,13 +373,22 @@ def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
     return [Finding("info", "residual-growth", last["path"], message, advice)]
 
 
-def _instability(calls: list[Call]) -> list[Finding]:
+# Sums and products have laws of their own.
+_JOINED = {"addition", "product", "concatenation", "softmax", "gate"}
+
+
+def _is_plain(flow: Flow, chain: list[int]) -> bool:
+    """Whether each kernel feeds the next one alone, and nothing is added or multiplied."""
+    sources = [flow.kernels[i].sources for i in chain[1:]]
+    between = frozenset().union(*(kinds for each in sources for kinds in each.values()))
+    return all(len(each) == 1 for each in sources) and not _JOINED & between
+
+
+def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
     """Where activations by themselves let small differences explode along plain layers."""
     if any(is_normalization(call.layer) for call in calls):
         return []
-    for chain in _chains(calls):
-        if any(len(calls[i].parents) > 1 for i in range(chain[0], chain[-1])):
-            continue  # sums and products have laws of their own
+    for chain in filter(None, chains):
         growths = [_growth(calls[i]) for i in chain]
         total, worst = math.prod(growths), max(growths)
         if total > 10:
