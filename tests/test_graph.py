@@ -10,6 +10,10 @@ from keras_glorot._keras.graph import trace
 from keras_glorot._keras.tree import Tree
 
 
+def trace_of(model, inputs=None):
+    return trace(Tree(model), inputs)
+
+
 def names(graph):
     """The kinds of steps, without those that keep every value."""
     kinds = [type(step.operation).__name__ for step in graph.steps]
@@ -55,14 +59,14 @@ class OnTensors(layers.Layer):
 
 
 def test_steps_of_nested_models_and_of_layers_inside_layers():
-    kinds = names(trace(attention()))
+    kinds = names(trace_of(attention()))
     assert kinds[:3] == ["EinsumDense"] * 3
     assert kinds[4:6] == ["EinsumDense", "Add"]
     assert kinds[6:] == ["LayerNormalization", "Dense", "Dense", "Add"]
-    kinds = names(trace(gru()))
+    kinds = names(trace_of(gru()))
     assert kinds == ["GRU", "GRU", "Flip", "Concatenate", "Conv1D"]
     assert (
-        names(trace(Late(layers.Dense(3)), ((keras.KerasTensor((2, 5)),), {})))[0]
+        names(trace_of(Late(layers.Dense(3)), ((keras.KerasTensor((2, 5)),), {})))[0]
         == "Dense"
     )
 
@@ -70,7 +74,7 @@ def test_steps_of_nested_models_and_of_layers_inside_layers():
 def test_sums_in_the_call_of_a_layer_are_steps():
     x = keras.Input((5, 8))
     model = keras.Model(x, Block(8)(Block(8)(x)))
-    graph = trace(model)
+    graph = trace_of(model)
     block = ["Reshape", "LayerNormalization", "Dense", "Dense", "Add"]
     assert names(graph) == 2 * block
     first, second = [step for step in graph.steps if type(step.operation).__name__ == "Add"]
@@ -81,14 +85,14 @@ def test_sums_in_the_call_of_a_layer_are_steps():
 
 def test_a_kernel_that_a_layer_uses_itself():
     x = keras.Input((4,))
-    graph = trace(keras.Model(x, OwnKernel()(x)))
+    graph = trace_of(keras.Model(x, OwnKernel()(x)))
     assert names(graph) == ["Matmul", "Relu"]
     product = graph.makers[graph.steps[-1].inputs[0]]
     assert any(isinstance(each, keras.Variable) for each in product.arguments[0])
 
 
 def test_each_call_of_a_shared_layer_is_a_step():
-    graph = trace(nested_twice())
+    graph = trace_of(nested_twice())
     assert names(graph) == ["Dense", "Dense", "Dense", "Add"]
     dense = [step for step in graph.steps if type(step.operation).__name__ == "Dense"]
     assert len({id(step.operation) for step in dense}) == 2
@@ -96,7 +100,7 @@ def test_each_call_of_a_shared_layer_is_a_step():
 
 def test_every_tensor_has_a_maker_or_is_an_input():
     for make in WITH_STATE:
-        graph = trace(make())
+        graph = trace_of(make())
         for step in graph.steps:
             for number in step.inputs:
                 assert number in graph.makers or number in graph.inputs
@@ -106,7 +110,7 @@ def test_a_layer_that_calls_the_backend_is_one_step():
     inner = OnTensors()
     model = Late(layers.Dense(4), inner)
     model(np.zeros((3, 4), "float32"))
-    graph = trace(model, ((keras.KerasTensor((3, 4)),), {}))
+    graph = trace_of(model, ((keras.KerasTensor((3, 4)),), {}))
     assert graph.closed == [inner]
     assert {"Dense", "OnTensors", "Concatenate"} <= set(names(graph))
 
@@ -115,7 +119,7 @@ def test_a_model_that_was_built_on_no_shape():
     model = Late(layers.Dense(4))
     model.built = True
     with pytest.raises(ValueError, match="known shapes"):
-        trace(model)
+        trace_of(model)
 
 
 @pytest.mark.parametrize("make", [convnet, attention, gru])
@@ -126,7 +130,7 @@ def test_nothing_is_left_behind(make):
         for layer in Tree(model).layers
     ]
     name = layers.Dense(1).name
-    trace(model)
+    trace_of(model)
     assert [
         (len(layer._inbound_nodes), len(layer._outbound_nodes), set(vars(layer)))
         for layer in Tree(model).layers

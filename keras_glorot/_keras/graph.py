@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.tree import Tree, direct_sublayers
+from keras_glorot._keras.tree import Tree
 
 __all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
 
@@ -88,11 +88,11 @@ class Graph:
         return found
 
 
-def trace(model: keras.Layer, inputs: Any = None) -> Graph:
+def trace(walked: Tree, inputs: Any = None) -> Graph:
     """Calls a built model without data, and notes what it does.
 
     Args:
-        model: A built layer or model.
+        walked: The layers of a built layer or model.
         inputs: Its inputs, as a structure of tensors of which the shapes and dtypes are
             used: `(args, kwargs)`. Defaults to those that it was built with.
 
@@ -100,7 +100,8 @@ def trace(model: keras.Layer, inputs: Any = None) -> Graph:
         ValueError: If the shapes of its inputs are not known.
         Exception: Whatever the model raises.
     """
-    return backends.outside_traces(_Tracer(model).trace, inputs or _built_on(model))
+    arguments = inputs or _built_on(walked.root)
+    return backends.outside_traces(_Tracer(walked).trace, arguments)
 
 
 def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -137,8 +138,8 @@ def _symbol(tensor: Any) -> Any:
 
 
 class _Tracer:
-    def __init__(self, model: keras.Layer):
-        self.model = model
+    def __init__(self, walked: Tree):
+        self.walked = walked
         # Of each copy, by `id`, the tensor that it stands for. Kept alive, for their ids.
         self.originals: dict[int, tuple[Any, Any]] = {}
         self.closed: dict[int, keras.Layer] = {}
@@ -146,12 +147,12 @@ class _Tracer:
     def trace(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Graph:
         args, kwargs = arguments
         with keras.StatelessScope(), contextlib.ExitStack() as stack:
-            for layer in Tree(self.model).layers:
+            for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
-                if _is_open(layer):
+                if _is_open(layer, self.walked.children(layer)):
                     call = self._call_inside(layer, layer.symbolic_call)
                     stack.enter_context(replaced_attribute(layer, "symbolic_call", call))
-            outputs = self.model(*args, **kwargs)
+            outputs = self.walked.root(*args, **kwargs)
             return self._collect(tree.flatten(arguments), tree.flatten(outputs))
 
     def _call_inside(self, layer: Any, original: Callable) -> Callable:
@@ -223,12 +224,12 @@ def _node_of(tensor: Any) -> Any:
     return history.operation._inbound_nodes[history.node_index]
 
 
-def _is_open(layer: keras.Layer) -> bool:
+def _is_open(layer: keras.Layer, children: list[keras.Layer]) -> bool:
     """Whether its own `call` says more than its class."""
     if isinstance(layer, LOOPS):
         return False
     is_foreign = not type(layer).call.__module__.startswith("keras.")
-    return is_foreign or bool(direct_sublayers(layer))
+    return is_foreign or bool(children)
 
 
 @contextlib.contextmanager

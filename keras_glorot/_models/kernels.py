@@ -168,7 +168,7 @@ def _graph(survey: Survey, batch: Batch) -> Graph | None:
     args, kwargs = arguments_of(survey.root, tree.map_structure(symbol, batch.x))
     try:
         with lock:
-            graph = trace(survey.root, (tuple(args), {**kwargs, "training": False}))
+            graph = trace(survey, (tuple(args), {**kwargs, "training": False}))
     except Exception:  # it does what only values allow
         return None
     owners = {id(weight.owner) for weight in survey.weights if _is_kernel(weight)}
