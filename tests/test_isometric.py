@@ -6,6 +6,7 @@ pairs the model is a linear function at its start, so differences of outputs are
 
 import hashlib
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,7 +28,7 @@ def start(model, **options):
     return {row["path"]: row["pairs"] for row in table if row["pairs"] is not None}
 
 
-def call(model, x):
+def call(model, x) -> Any:
     return ops.convert_to_numpy(model(x.astype("float32"), training=False))
 
 
@@ -67,7 +68,7 @@ def kernel(model, number=0):
     return [each for each in model.weights if "kernel" in each.name][number]
 
 
-def values(variable):
+def values(variable) -> np.ndarray:
     return np.array(ops.convert_to_numpy(ops.cast(variable, "float32")))
 
 

@@ -37,7 +37,7 @@ class Side(NamedTuple):
         return cls(places, np.where(is_second, -1.0, 1.0))
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many different ones there are."""
         return int(self.places.max()) + 1
 
@@ -107,7 +107,7 @@ class Mirror(NamedTuple):
         kernel = np.zeros(self.matrices.shape)
         groups = self._groups(kernel)
         for number, (block, (inputs, outputs), shape) in enumerate(groups):
-            values = matrix(number, shape).reshape(-1, inputs.count, outputs.count)
+            values = matrix(number, shape).reshape(-1, inputs.total, outputs.total)
             values = values[:, inputs.places[:, None], outputs.places]
             values *= inputs.factors[:, None] * outputs.factors
             block[...] = values.reshape(block.shape)
@@ -131,7 +131,7 @@ class Mirror(NamedTuple):
             inputs, outputs = (
                 Side(places[number], factors[number]) for places, factors in parts
             )
-            shape = self._tap_count * inputs.count, outputs.count
+            shape = self._tap_count * inputs.total, outputs.total
             yield block, (inputs, outputs), shape
 
     @property

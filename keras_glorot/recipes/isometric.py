@@ -368,10 +368,12 @@ class _Attempt:
 
 def _own_activation(layer: Any) -> Callable[[Any], Any] | None:
     """That of a layer that has a kernel before it."""
-    own = getattr(layer, "activation", None)
+    own: Any = getattr(layer, "activation", None)
+    if isinstance(own, keras.Layer):
+        own = layer_activation(own) or own
     if not callable(own) or own is keras.activations.linear or layer_activation(layer):
         return None
-    return layer_activation(own) if isinstance(own, keras.Layer) else own
+    return own
 
 
 def _check_taken(own: Map, pairs: Pairs) -> None:
