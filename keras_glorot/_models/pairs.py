@@ -84,7 +84,7 @@ class Effect(NamedTuple):
         slope: The a of f(z) - f(-z) = a z.
         level: The std of z at which a network begins: 1, or less if the slope does not hold
             up to there. 1 for an odd f, too: saturation cost less than a weak signal in
-            `benchmarks/depth.py` (50 layers of tanh).
+            `benchmarks/evidence/depth.py` (50 layers of tanh).
         gain: What makes up for f where a unit is alone: |z| / rms(f(z), f(-z)).
         is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
         is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
