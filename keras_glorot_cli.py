@@ -119,8 +119,11 @@ def _add_init(commands: Any) -> None:
     add("model", metavar="MODEL", help="a .keras file or an architecture")
     text = "the file to write; replaced only on success"
     add("-o", "--output", required=True, type=_output, metavar="OUT.keras", help=text)
+    one_of = command.add_mutually_exclusive_group().add_argument
     text = "of the kernels (default: uniform)"
-    add("--distribution", choices=["uniform", "normal"], default="uniform", help=text)
+    one_of("--distribution", choices=["uniform", "normal"], default="uniform", help=text)
+    text = "orthogonal kernels, with units in pairs: for deep nets without normalization"
+    one_of("--isometric", action="store_true", help=text)
     text = "factor on the std: a number, an activation's, or auto: that of each layer's"
     add("--gain", default=1.0, type=_gain, metavar="auto|NAME|FLOAT", help=text)
     add("--seed", type=int, metavar="N", help="the same seed gives the same weights")

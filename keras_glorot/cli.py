@@ -69,8 +69,7 @@ def _write_page(options: argparse.Namespace, table: Table) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    kind = GlorotNormal if options.distribution == "normal" else GlorotUniform
-    initializer = kind(gain=options.gain)  # may fail, as may the folder: before the work
+    initializer = _initializer(options)  # may fail, as may the folder: before the work
     with drafted(options.output, "-o") as put:
         model = _load(options.model)
         tables = [initialize(model, initializer, seed=options.seed)]
@@ -81,6 +80,15 @@ def _init(options: argparse.Namespace) -> int:
         put(model.save)
     _write(said + "\n".join(map(_render, tables)))
     return 0
+
+
+def _initializer(options: argparse.Namespace) -> Any:
+    if options.isometric:
+        if options.gain != 1.0:
+            raise ValueError("--gain must be left out with --isometric, which has its own.")
+        return "isometric"
+    kind = GlorotNormal if options.distribution == "normal" else GlorotUniform
+    return kind(gain=options.gain)
 
 
 def _propagate(options: argparse.Namespace) -> int:

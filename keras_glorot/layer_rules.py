@@ -20,6 +20,7 @@ __all__ = [
     "kernel_activation",
     "kernel_fans",
     "kernel_matrices",
+    "layer_activation",
     "register_fans",
     "unit_axis",
     "window_rank",
@@ -174,7 +175,7 @@ def kernel_activation(
 def _standardize_activation(activation: Any) -> Activation | None:
     """A layer of the user may keep anything in its attribute `activation`."""
     if isinstance(activation, keras.Layer):
-        return _layer_activation(activation) or type(activation).__name__
+        return layer_activation(activation) or type(activation).__name__
     if activation is None or callable(activation):
         return activation
     try:
@@ -198,7 +199,7 @@ def following_activation(
     if own is None and getattr(layer, "activation", None) is not None:
         return None  # it belongs to another kernel of this layer
     activations = [
-        _layer_activation(operation)
+        layer_activation(operation)
         for operation in downstream_operations(layer)
         if id(operation) in layer_ids
     ]
@@ -232,7 +233,7 @@ def is_normalization(layer: keras.Layer) -> bool:
     return name.endswith(("norm", "normalization")) and name != "normalization"
 
 
-def _layer_activation(layer: Any) -> Activation | None:
+def layer_activation(layer: Any) -> Activation | None:
     match layer:
         case keras.layers.Activation():
             return layer.activation

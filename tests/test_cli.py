@@ -91,6 +91,24 @@ def test_init_then_audit(model_file, tmp_path, capsys):
     assert not np.array_equal(first[0], weights(out)[0])
 
 
+def test_isometric_init_then_audit(model_file, tmp_path, capsys):
+    out = tmp_path / "out.keras"
+    arguments = ["init", model_file, "-o", str(out), "--seed", "1", "--isometric"]
+    assert main(arguments) == 0
+    assert "0 of 2 kernels make pairs" in " ".join(capsys.readouterr().out.split())
+    assert main(["audit", str(out), "--fail-on", "info"]) == 0
+    first = weights(out)
+    assert main(arguments) == 0
+    for one, other in zip(first, weights(out), strict=True):
+        np.testing.assert_array_equal(one, other)
+    out.unlink()
+    assert main([*arguments, "--gain", "2"]) == 2
+    assert "--gain must be left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--distribution", "normal"])
+    assert not out.exists()
+
+
 def test_an_architecture_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(keras.applications, "MobileNet", lambda weights: small())
     assert main(["init", "MobileNet", "-o", str(tmp_path / "out.keras")]) == 0

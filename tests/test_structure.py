@@ -26,6 +26,7 @@ ORDER = [
     "keras_glorot_cli",
     "cli",
     "tools",
+    "recipes",
     "_models",
     "initializers",
     "layer_rules",

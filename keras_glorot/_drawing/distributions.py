@@ -10,14 +10,19 @@ import ml_dtypes
 import numpy as np
 
 from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.mirrored import Mirror
 from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
 from keras_glorot.fans import Fans, compute_fans
 
 __all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
 
-Form = Literal["constant", "uniform", "truncated_normal", "normal", "orthogonal"]
+Form = Literal[
+    "constant", "uniform", "truncated_normal", "normal", "orthogonal", "mirrored", "tap"
+]
 
+# Of these a region costs what it holds.
+_REGIONAL = ("constant", "uniform", "truncated_normal")
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -33,6 +38,7 @@ class Distribution(NamedTuple):
             are always zero.
         mean: The mean of what comes out.
         matrices: What an orthogonal one is made of; None for one that Keras draws.
+        mirror: How a mirrored one repeats its orthogonal matrices.
     """
 
     form: Form
@@ -40,6 +46,7 @@ class Distribution(NamedTuple):
     std: float
     mean: float = 0.0
     matrices: Matrices | None = None
+    mirror: Mirror | None = None
 
     @classmethod
     def from_std(cls, form: Form, std: float, mean: float = 0.0) -> "Distribution":
@@ -56,12 +63,31 @@ class Distribution(NamedTuple):
         """Random orthogonal matrices in a kernel that has this std."""
         return cls("orthogonal", std * matrices.scale, std, 0.0, matrices)
 
+    @classmethod
+    def mirrored(cls, scale: float, mirror: Mirror) -> "Distribution":
+        """Orthogonal matrices between pairs of opposite sign."""
+        return cls("mirrored", scale, scale * mirror.std, mirror=mirror)
+
+    @classmethod
+    def tap(cls, value: float, matrices: Matrices) -> "Distribution":
+        """One value at the tap of each filter, and zeros beside it."""
+        size = matrices.window_size
+        std = value * math.sqrt((1 - 1 / size) / size)
+        return cls("tap", value, std, value / size, matrices)
+
     def matrices_of(self, shape: tuple[int, ...]) -> Matrices | None:
         """What a weight of this shape is made of; None if it is not orthogonal."""
+        if self.mirror is not None:
+            return Matrices.from_shape(self.mirror.shapes[0])
         if self.form != "orthogonal" or self.matrices is not None:
             return self.matrices
         axes = range(len(shape))  # Keras's has all axes but the last one as rows
         return Matrices.from_axes(shape, axes[:-1], axes[-1:])
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two draws differ."""
+        return self.std > 0 and self.form != "tap"
 
     @property
     def bound(self) -> float:
@@ -109,7 +135,7 @@ class Distribution(NamedTuple):
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
         """Draws one region after the other; what is no stream is drawn whole, once."""
-        if self.form not in ("normal", "orthogonal") or self.matrices is not None:
+        if self.matrices is not None or self.form in _REGIONAL:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
 
@@ -126,7 +152,7 @@ def _draw_constant(distribution, shape, dtype, seed, region) -> np.ndarray:
 
 
 def _draw_from_stream(distribution, shape, dtype, seed, region) -> np.ndarray:
-    form, scale, _, mean, _ = distribution
+    form, scale, _, mean = distribution[:4]
     if mean == 0:
         return draw(form, shape, scale, dtype, seed, region)
     work = "float64" if dtype == "float64" else "float32"
@@ -152,6 +178,19 @@ def _draw_orthogonal(distribution, shape, dtype, seed, region) -> np.ndarray:
     return _finish(values, distribution, dtype, region)
 
 
+def _draw_mirrored(distribution, shape, dtype, seed, region) -> np.ndarray:
+    values = distribution.mirror.draw(distribution.scale, seed)
+    if dtype != "float64":
+        values = values.astype(np.float32)
+    return _cut(values, dtype, region)
+
+
+def _draw_tap(distribution, shape, dtype, seed, region) -> np.ndarray:
+    values = np.zeros(shape, np.float32)
+    distribution.matrices.at_tap(values)[...] = distribution.scale
+    return _cut(values, dtype, region)
+
+
 def _generator(seed: Sequence[int]) -> np.random.Generator:
     # Unlike our own stream, these bits may change with NumPy.
     return np.random.Generator(np.random.PCG64(list(seed)))
@@ -160,6 +199,10 @@ def _generator(seed: Sequence[int]) -> np.random.Generator:
 def _finish(values, distribution, dtype, region) -> np.ndarray:
     values *= distribution.scale
     values += distribution.mean
+    return _cut(values, dtype, region)
+
+
+def _cut(values, dtype, region) -> np.ndarray:
     if region is not None:
         values = values[tuple(slice(*bounds) for bounds in region)]
     return np.ascontiguousarray(values, dtype)
@@ -183,6 +226,8 @@ _FORMS: dict[Form, _Form] = {
     "normal": _Form(1.0, math.inf, 3.0, _draw_normal),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
     "orthogonal": _Form(math.nan, 1.0, 3.0, _draw_orthogonal),
+    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored),
+    "tap": _Form(math.nan, math.inf, 3.0, _draw_tap),
 }
 
 

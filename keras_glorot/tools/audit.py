@@ -1,5 +1,6 @@
 """`audit`: compares the fresh weights of a model with their declared initializers."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from keras_glorot.layer_rules import (
     unit_axis,
     window_rank,
 )
+from keras_glorot.recipes import Start
+from keras_glorot.recipes.isometric import isometric
 from keras_glorot.tables import Finding, Layout, Row, Severity, Table
 from keras_glorot.tables.plots import RATIOS
 from keras_glorot.tools._fitting import (
@@ -29,6 +32,7 @@ from keras_glorot.tools._fitting import (
     is_off,
     measure,
 )
+from keras_glorot.tools._isometry import find_fault, is_start
 from keras_glorot.tools._slices import (
     Slices,
     can_be_chance,
@@ -59,11 +63,12 @@ def audit(model: keras.Layer) -> Table:
     activation that has no known gain).
 
     A kernel is also right if it is what `initialize` draws: Glorot, uniform, normal or
-    orthogonal, with gain 1 or that of the activation. Std and mean are called wrong if they
-    are off by more than 5 % and by more than six standard errors. In a small tensor, six
-    standard errors can be much more than 5 %. An orthogonal matrix leaves nothing to
-    chance: from 32 rows and columns on, one wrong row is found. Weights from an initializer
-    that is neither Keras's nor ours can't be compared.
+    orthogonal, with gain 1 or that of the activation, or as the recipe `"isometric"` has
+    it. Std and mean are called wrong if they are off by more than 5 % and by more than six
+    standard errors. In a small tensor, six standard errors can be much more than 5 %. An
+    orthogonal matrix leaves nothing to chance: from 32 rows and columns on, one wrong row
+    is found. Weights from an initializer that is neither Keras's nor ours can't be
+    compared.
 
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
@@ -102,7 +107,8 @@ def audit(model: keras.Layer) -> Table:
 
 def audited(survey: Survey) -> Table:
     """As `audit`, of a model that has been looked at."""
-    measured = [_measure_weight(weight) for weight in survey.weights]
+    starts = functools.cache(lambda: isometric(survey).by_id)
+    measured = [_measure_weight(weight, starts) for weight in survey.weights]
     findings = [finding for subject in measured for finding in _check(subject)]
     findings += _find_twins(measured)
     trained = _find_trained(survey, measured)
@@ -154,6 +160,7 @@ class _Measured(NamedTuple):
         fault: The code of what speaks against it; None if nothing does.
         repeats: Slices of it that are zero or repeated; looked for in random weights.
         gain: That of its activation; None where it can't be computed.
+        detail: What is at fault in a kernel of the isometric start.
     """
 
     weight: Weight
@@ -162,6 +169,7 @@ class _Measured(NamedTuple):
     fault: str | None
     repeats: list[Slices]
     gain: float | None
+    detail: str = ""
 
     @property
     def is_finite(self) -> bool:
@@ -176,7 +184,10 @@ class _Measured(NamedTuple):
         return type(self.weight.initializer).__name__
 
 
-def _measure_weight(weight: Weight) -> _Measured:
+_Starts = Callable[[], dict[int, Start]]
+
+
+def _measure_weight(weight: Weight, starts: _Starts) -> _Measured:
     declared = weight.distribution
     center = 0.0 if declared is None else declared.mean
     statistics = measure(weight.variable, center)
@@ -193,7 +204,25 @@ def _measure_weight(weight: Weight) -> _Measured:
         values = _values_drawn(weight, random)
         window = window_rank(weight.owner, weight.shape)
         repeats = list(find_repeats(values, window, collision(weight, random)))
-    return _Measured(weight, statistics, expected, fault, repeats, gain)
+    subject = _Measured(weight, statistics, expected, fault, repeats, gain)
+    # An orthogonal kernel can be right by itself, and have its gain in the next one.
+    is_orthogonal = expected is not None and expected.form == "orthogonal"
+    if fault or repeats or is_orthogonal:
+        return _as_isometric(subject, starts)
+    return subject
+
+
+def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
+    """A kernel that the isometric start has made, as far as its values tell, is one."""
+    weight = subject.weight
+    start = starts().get(id(weight.variable)) if subject.is_finite else None
+    if start is None or not is_start(weight, start.distribution):
+        return subject
+    found = find_fault(weight, start.distribution)
+    code, detail = found or (None, "")
+    return subject._replace(
+        expected=start.distribution, fault=code, repeats=[], detail=detail
+    )
 
 
 def _values_drawn(weight: Weight, random: Distribution) -> Values:
@@ -209,7 +238,7 @@ def _random_distribution(
 ) -> Distribution | None:
     """The expected distribution, if it has more than one value."""
     is_float = keras.backend.is_float_dtype(weight.variable.dtype)
-    return expected if is_float and expected is not None and expected.std > 0 else None
+    return expected if is_float and expected is not None and expected.is_random else None
 
 
 def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
@@ -274,6 +303,8 @@ def _is_constant_kernel(subject: _Measured) -> bool:
     size, expected = subject.statistics.size, subject.expected
     if not (subject.weight.is_kernel and subject.is_constant and size > 1):
         return False
+    if expected is not None and expected.form == "tap":
+        return False
     random = _random_distribution(subject.weight, expected)
     # A few random values of half precision can be equal by chance.
     return random is None or not can_be_chance(
@@ -323,7 +354,7 @@ def _check_form(subject: _Measured) -> _Verdict | None:
     expected = subject.expected
     if expected is None or subject.fault != "form" or _is_constant_kernel(subject):
         return None
-    message = (
+    message = subject.detail or (
         f"Mean and std are right, but the values are not {_FORM_NAMES[expected.form]}."
     )
     return _Verdict("warning", message, _REINITIALIZE)
@@ -382,6 +413,8 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
     if not (weight.is_kernel and statistics.std and is_relu_like(weight.activation)):
         return None
     if not isinstance(weight.initializer, _GLOROT) or expected is None:
+        return None
+    if expected.form in ("mirrored", "tap"):
         return None
     plain, with_gain = _glorot_stds(weight, subject.gain or 1.0)
     if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
@@ -480,7 +513,7 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
         return False
     random = _random_distribution(weight, expected)
     if random is None:
-        if not weight.is_kernel:
+        if not weight.is_kernel or (expected is not None and expected.form == "tap"):
             return False
         random = Distribution.from_std("normal", statistics.std)
     matrices = random.matrices_of(weight.shape)

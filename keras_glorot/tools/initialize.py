@@ -26,6 +26,7 @@ from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import activation_gain
 from keras_glorot.initializers import check_alone, find_initializer, is_unshared
+from keras_glorot.recipes import RECIPES, Start, Starts
 from keras_glorot.tables import Finding, Layout, Row, Table
 
 __all__ = ["initialize"]
@@ -92,6 +93,9 @@ def initialize(
         model: A built layer or model.
         initializer: For the kernels: whatever `keras.initializers.get` takes.
             `GlorotUniform(gain="auto")` also sees an activation that is the next layer.
+            Or the name of a recipe. `"isometric"` gives kernels with which a plain network
+            of any depth keeps what goes in: orthogonal ones, with units in pairs of
+            opposite weights that the next kernel takes with opposite signs.
         seed: An integer. Defaults to the initializer's own seed if it has one, else to one
             from Python's `random`, which `keras.utils.set_random_seed` governs. One of
             the three is needed in a program of several processes: each must have the same.
@@ -102,8 +106,9 @@ def initialize(
     Returns:
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
         `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
-        initializer, or why the variable is not changed. The codes of its findings:
-        `not-reset` (a variable) and `optimizer`.
+        initializer, or why the variable is not changed. `"isometric"` adds `pairs`: "yes",
+        or why a kernel makes none. The codes of its findings: `not-reset` (a variable) and
+        `optimizer`.
 
     Warns:
         UserWarning: If something can't be reset. (Data statistics of a `Normalization`
@@ -125,11 +130,14 @@ def initialize(
     Reference:
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
+    - [Balduzzi et al., 2017](https://arxiv.org/abs/1702.08591), pairs of units;
+      [Xiao et al., 2018](https://arxiv.org/abs/1806.05393), orthogonal convolutions
     """
     survey = Survey(model)
-    kernel_initializer = _kernel_initializer(initializer, seed)
+    kernel_initializer, starts = _how(survey, initializer, seed)
     root = _root_seed(seed, kernel_initializer)
-    assignments = list(_plan(survey, kernel_initializer, root, survey.select(layers)))
+    selected = survey.select(layers)
+    assignments = list(_plan(survey, kernel_initializer, starts, root, selected))
     _assign_all(assignments, verbose)
     findings = _reset_around(survey)
 
@@ -137,21 +145,23 @@ def initialize(
     findings += [_explain_skipped(assignment) for assignment in skipped]
     _warn(findings)
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
+    columns = (*columns[:2], *starts.columns, *columns[2:])
     count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
-    note = f"Reinitialized {count} variables (seed {root})."
-    rows = [assignment.row for assignment in assignments]
+    note = f"Reinitialized {count} variables (seed {root}). {starts.note}".strip()
+    rows = [dict.fromkeys(starts.columns) | each.row for each in assignments]
     return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
 
 
 def _plan(
-    survey: Survey, kernel_initializer: Any, root: int, selected: set[int]
+    survey: Survey, kernel_initializer: Any, starts: Starts, root: int, selected: set[int]
 ) -> Iterator[_Assignment]:
     """Each variable is counted, selected or not: its seed depends on those before it."""
     derive = _seed_deriver(root, survey)
     for weight in survey.weights:
         seed = derive(weight.owner, weight.variable)
         if id(weight.owner) in selected:
-            yield _plan_weight(weight, kernel_initializer, seed)
+            start = starts.by_id.get(id(weight.variable))
+            yield _plan_weight(weight, kernel_initializer, seed, start)
     for layer, generator in survey.seed_generators:
         seed = derive(layer, generator.state)
         if id(layer) in selected:
@@ -162,11 +172,25 @@ def _plan(
             yield _plan_untracked(layer, variable, survey.path(layer, variable))
 
 
+def _how(survey: Survey, initializer: Any, seed: int | None) -> tuple[Any, Starts]:
+    """An initializer for all kernels, or what a recipe has for each weight."""
+    if isinstance(initializer, str) and initializer in RECIPES:
+        return None, RECIPES[initializer](survey)
+    return _kernel_initializer(initializer, seed), Starts({}, (), "")
+
+
 def _kernel_initializer(initializer: Any, seed: int | None) -> Any:
     # An initializer without a seed makes one up.
     is_seeded = seed is not None
-    with unmoved_generators() if is_seeded else contextlib.nullcontext():
-        found = find_initializer(initializer)
+    try:
+        with unmoved_generators() if is_seeded else contextlib.nullcontext():
+            found = find_initializer(initializer)
+    except ValueError as error:
+        names = ", ".join(map(repr, RECIPES))
+        raise ValueError(
+            "Argument `initializer` must be an initializer, the name of one, or a recipe: "
+            f"{names}. Received: initializer={initializer!r}"
+        ) from error
     if not callable(found):
         raise TypeError(
             "Argument `initializer` must be an initializer or the name of one, such as "
@@ -237,7 +261,9 @@ def _seed_deriver(
     return derive
 
 
-def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignment:
+def _plan_weight(
+    weight: Weight, kernel_initializer: Any, seed: int, start: Start | None
+) -> _Assignment:
     """What is to be done with a weight; raises whatever there is to raise."""
     row = _empty_row(weight.path, weight.owner, weight.variable)
     if weight.reason:
@@ -247,8 +273,10 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
     if isinstance(initializer, BuildValue):
         return _plan_built(weight, initializer, row, seed)
     if weight.is_kernel and weight.fans is not None:
-        initializer = kernel_initializer
         row["fan_in"], row["fan_out"] = weight.fans
+        initializer = kernel_initializer or initializer
+    if start is not None:
+        return _plan_start(weight, start, row, seed)
     if getattr(initializer, "gain", None) == "auto":
         gain = activation_gain(weight.activation)
         initializer = _with_config(initializer, gain=gain)
@@ -257,6 +285,13 @@ def _plan_weight(weight: Weight, kernel_initializer: Any, seed: int) -> _Assignm
         row["std"] = distribution.std or None
     row["done"] = _describe_initializer(initializer)
     new_value = _value_factory(initializer, distribution, weight.variable, seed)
+    return _Assignment(weight.variable, new_value, row)
+
+
+def _plan_start(weight: Weight, start: Start, row: Row, seed: int) -> _Assignment:
+    row |= {"std": start.distribution.std or None, "done": start.name, **start.columns}
+    _check_range(start.distribution, start.name, weight.variable)
+    new_value = functools.partial(_draw, start.distribution, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row)
 
 

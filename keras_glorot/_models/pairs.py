@@ -1,0 +1,268 @@
+"""Units in pairs, z and -z, and where they stand after what is no kernel."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import keras
+import numpy as np
+
+from keras_glorot import _backends as backends
+from keras_glorot._keras.graph import Graph, Step
+from keras_glorot._keras.state import unmoved_generators
+from keras_glorot._models.kernel_maps import channel_axis
+from keras_glorot.layer_rules import is_normalization, layer_activation
+
+__all__ = [
+    "LOW_LEVEL",
+    "Effect",
+    "Lost",
+    "Pairs",
+    "measure_effect",
+    "step_activation",
+    "through",
+]
+
+# The std at which smooth activations are all but linear.
+LOW_LEVEL = 0.1
+
+
+class Lost(Exception):
+    """Pairs can't be followed any further: says why."""
+
+
+class Pairs(NamedTuple):
+    """Which units of a tensor are pairs.
+
+    Attributes:
+        axis: The axis of the tensor on which the units stand.
+        partner: Of each unit, the place of the one with the opposite weights; -1 for none.
+        slope: Of each unit, the a of f(z) - f(-z) = a z.
+    """
+
+    axis: int
+    partner: np.ndarray
+    slope: np.ndarray
+
+    @classmethod
+    def neighbours(cls, axis: int, count: int, groups: int) -> Self:
+        """Units 0 and 1, 2 and 3, ... of each group; the last of an odd number is alone."""
+        size = count // groups
+        partner = np.arange(count).reshape(groups, size)
+        partner = partner + np.where(np.arange(size) % 2, -1, 1)
+        if size % 2:
+            partner[:, -1] = -1
+        return cls(axis, partner.reshape(-1), np.full(count, 2.0))
+
+    def merged(self, other: "Pairs") -> Self:
+        """Both of them, where kernels have sent theirs to different units of a tensor."""
+        new = other.partner >= 0
+        partner = np.where(new, other.partner, self.partner)
+        return self._replace(partner=partner, slope=np.where(new, other.slope, self.slope))
+
+    def repeated(self, copies: int) -> Self:
+        """Where each unit becomes so many, one beside the other."""
+        partner = np.repeat(self.partner, copies) * copies
+        partner += np.tile(np.arange(copies), len(self.partner))
+        partner[np.repeat(self.partner < 0, copies)] = -1
+        return self._replace(partner=partner, slope=np.repeat(self.slope, copies))
+
+    def with_slope(self, slope: float) -> Self:
+        return self._replace(slope=np.full(len(self.slope), slope))
+
+    def equals(self, other: "Pairs | None") -> bool:
+        return other is not None and all(map(np.array_equal, self, other))
+
+
+# Activations -----------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """What an activation f makes of a pair.
+
+    Attributes:
+        slope: The a of f(z) - f(-z) = a z.
+        level: The std of z at which a network begins: 1, or less if the slope does not hold
+            up to there. 1 for an odd f, too: saturation cost less than a weak signal in
+            `benchmarks/evidence/depth.py` (50 layers of tanh).
+        gain: What makes up for f where a unit is alone: |z| / rms(f(z), f(-z)).
+        is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
+        is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
+    """
+
+    slope: float
+    level: float
+    gain: float
+    is_odd: bool
+    is_idempotent: bool
+
+
+def measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+    """Measured, so that it holds for any activation; None if it mixes units or fails."""
+    try:
+        with unmoved_generators():
+            return backends.outside_traces(_measure_effect, activation)
+    except Exception:  # from a function of the user: anything
+        return None
+
+
+def _measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+    def f(values: np.ndarray) -> np.ndarray:
+        tensor = activation(keras.ops.convert_to_tensor(values, "float32"))
+        return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
+
+    points = np.append(np.linspace(0.01, 4, 201), LOW_LEVEL).astype(np.float32)
+    up, down = f(points), f(-points)
+    slopes = (up - down) / points
+    mixes = not np.allclose(f(points[::2]), up[::2], atol=1e-6)
+    if mixes or not np.isfinite(slopes).all() or not slopes[-1]:
+        return None
+    is_linear = np.allclose(slopes, slopes[-1], rtol=1e-3)
+    is_odd = bool(np.allclose(up, -down, rtol=1e-4, atol=1e-6))
+    rms = math.sqrt((up[-1] ** 2 + down[-1] ** 2) / 2)
+    return Effect(
+        float(slopes[-1]),
+        1.0 if is_linear or is_odd else LOW_LEVEL,
+        LOW_LEVEL / rms,
+        is_odd,
+        bool(np.allclose(f(up), up, atol=1e-6)),
+    )
+
+
+def step_activation(operation: Any) -> Callable[[Any], Any] | None:
+    """The function of a step that acts on each value alone; None of any other step."""
+    if isinstance(operation, keras.Layer):
+        found: Any = layer_activation(operation)
+        return None if found is keras.activations.linear else found
+    name = type(operation).__name__
+    spelled = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    return operation.call if hasattr(keras.activations, spelled) else None
+
+
+# What else stands between kernels --------------------------------------------------------
+
+# By the names of the classes: layers and operations of one name do the same.
+_KEEP_ALL = {
+    "ActivityRegularization",
+    "AlphaDropout",
+    "Cast",
+    "ConvertToTensor",
+    "Dropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Identity",
+    "Masking",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "StopGradient",
+}
+_KEEP_CHANNELS = (
+    "AdaptiveAveragePooling",
+    "AdaptiveMaxPooling",
+    "AveragePooling",
+    "Cropping",
+    "GlobalAveragePooling",
+    "GlobalMaxPooling",
+    "MaxPooling",
+    "UpSampling",
+    "ZeroPadding",
+)
+_MOVE = {"ExpandDims", "Flatten", "Permute", "Ravel", "Reshape", "Squeeze", "Transpose"}
+
+
+def through(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
+    """Where the pairs of a tensor stand after a step that is no kernel and no activation.
+
+    Raises:
+        Lost: If that is not known.
+    """
+    operation = step.operation
+    name = type(operation).__name__
+    if name in _KEEP_ALL or layer_activation(operation) is keras.activations.linear:
+        return pairs
+    if name.startswith(_KEEP_CHANNELS):
+        return _through_channels(step, graph, pairs)
+    if name in _MOVE:
+        return _through_move(step, graph, pairs)
+    if name == "Concatenate":
+        return _through_concatenation(step, graph, number, pairs)
+    if isinstance(operation, keras.Layer) and is_normalization(operation):
+        raise Lost("a normalization layer follows")
+    if name == "Add":
+        raise Lost("its output is added to another one")
+    raise Lost(f"{operation.name} follows, which mixes units or is not known")
+
+
+def _through_channels(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    source, target = (graph.tensors[ends[0]].shape for ends in (step.inputs, step.outputs))
+    if pairs.axis != channel_axis(step.operation, len(source)):
+        raise Lost(f"{step.operation.name} follows, which mixes units")
+    is_last = pairs.axis == len(source) - 1
+    return pairs._replace(axis=len(target) - 1 if is_last else pairs.axis)
+
+
+def _through_concatenation(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
+    shapes = [graph.tensors[each].shape for each in step.inputs]
+    if step.operation.axis % len(shapes[0]) != pairs.axis:
+        raise Lost(f"{step.operation.name} puts other positions beside its output")
+    size = sum(shape[pairs.axis] for shape in shapes)
+    partner, slope, start = np.full(size, -1), np.ones(size), 0
+    for each, shape in zip(step.inputs, shapes, strict=True):
+        part = slice(start, start + shape[pairs.axis])
+        if each == number:
+            partner[part] = np.where(pairs.partner < 0, -1, pairs.partner + start)
+            slope[part] = pairs.slope
+        start = part.stop
+    return Pairs(pairs.axis, partner, slope)
+
+
+def _through_move(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    """By doing it with the places of the units in place of their values."""
+    name, (args, kwargs) = step.operation.name, step.arguments
+    source, target = (graph.tensors[ends[0]].shape for ends in (step.inputs, step.outputs))
+    sizes = source[1:]
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+
+    def move() -> np.ndarray:
+        batch = keras.ops.convert_to_tensor(np.broadcast_to(places, source), "int32")
+        moved = step.operation.call(batch, *args[1:], **kwargs)
+        return np.asarray(keras.ops.convert_to_numpy(moved))
+
+    try:
+        came_from = backends.outside_traces(move)[0].reshape(target[1:])
+    except Exception:  # it moves examples as well
+        raise Lost(f"{name} follows, which mixes examples") from None
+    if not np.array_equal(np.sort(came_from, axis=None), places.reshape(-1)):
+        raise Lost(f"{name} follows, which mixes examples")
+    axis = pairs.axis - 1
+    steps = np.where(pairs.partner < 0, 0, pairs.partner - np.arange(sizes[axis]))
+    ahead = _along(steps * math.prod(sizes[axis + 1 :]), axis, sizes)
+    goes_to = np.argsort(came_from, axis=None)
+    partner = goes_to[came_from + ahead[came_from]]
+    partner[ahead[came_from] == 0] = -1
+    return _on_one_axis(partner, _along(pairs.slope, axis, sizes)[came_from], name)
+
+
+def _along(values: np.ndarray, axis: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """Values along one axis, for each place of a tensor in row-major order."""
+    wide = [-1 if each == axis else 1 for each in range(len(sizes))]
+    return np.broadcast_to(values.reshape(wide), sizes).reshape(-1)
+
+
+def _on_one_axis(partner: np.ndarray, slope: np.ndarray, name: str) -> Pairs:
+    """The axis on which units and partners stand, alike at all positions."""
+    sizes = partner.shape
+    here = np.indices(sizes)
+    there = np.array(np.unravel_index(np.maximum(partner, 0), sizes))
+    there = np.where(partner < 0, here, there)
+    for axis in reversed(range(len(sizes))):
+        others = [each for each in range(len(sizes)) if each != axis]
+        local = np.where(partner < 0, -1, there[axis])
+        rows, slopes = (
+            np.moveaxis(each, axis, -1).reshape(-1, sizes[axis]) for each in (local, slope)
+        )
+        stays = np.array_equal(there[others], here[others])
+        if stays and (rows == rows[0]).all() and (slopes == slopes[0]).all():
+            return Pairs(axis + 1, rows[0], slopes[0])
+    raise Lost(f"{name} follows, which puts partners apart")

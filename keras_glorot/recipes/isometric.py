@@ -1,0 +1,390 @@
+"""The isometric start: kernels with which a network of any depth keeps all that goes in.
+
+Units come in pairs with opposite weights, z and -z. The next kernel takes the two with
+opposite signs, so that it sees f(z) - f(-z). For ReLU, GELU, SiLU and softplus that is just
+z, for leaky ReLU (1 + slope) z, for other smooth activations nearly a multiple of z where z
+is small. Between the pairs stands an orthogonal matrix, so the network at its start is a
+linear isometry, whatever its depth. Training breaks the pairs at once: their two units are
+active on different examples.
+
+A kernel makes pairs only if everything that its output reaches can take them. Saxe et al.
+(2014) and Pennington et al. (2017) say why an isometry trains at any depth; Balduzzi et al.
+(2017) have the pairs, Xiao et al. (2018) the tap in the middle of a window.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.mirrored import Mirror, Side
+from keras_glorot._keras.calls import error_reason
+from keras_glorot._keras.graph import Graph, Step, trace
+from keras_glorot._models.kernel_maps import Map, depthwise_kernel, kernel_map
+from keras_glorot._models.pairs import (
+    Effect,
+    Lost,
+    Pairs,
+    measure_effect,
+    step_activation,
+    through,
+)
+from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.initializers import GlorotOrthogonal
+from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
+from keras_glorot.recipes._start import Start, Starts
+
+__all__ = ["isometric"]
+
+YES = "yes"
+
+
+def isometric(survey: Survey) -> Starts:
+    """Mirrored and orthogonal kernels, as the graph of the model allows."""
+    unknown = "how its layer uses it is not known"
+    try:
+        graph = trace(survey.root)
+        plans = _plan(graph)
+        depthwise = _depthwise_kernels(graph)
+    except Exception as error:  # from a layer of the user: anything
+        unknown = f"the model can't be followed: {error_reason(error)}"
+        plans, depthwise = {}, set()
+    starts = {}
+    for weight in survey.weights:
+        if weight.is_kernel and not weight.reason:
+            plan = plans.get(id(weight.variable))
+            if plan is not None:
+                start = plan.start()
+            elif id(weight.variable) in depthwise:
+                start = _tap(weight)
+            else:
+                start = _plain(weight, unknown)
+            starts[id(weight.variable)] = start
+    counts = Counter(start.columns["pairs"] for start in starts.values())
+    note = f"{counts[YES]} of {len(starts)} kernels make pairs."
+    return Starts(starts, ("pairs",), note)
+
+
+def _plain(weight: Weight, reason: str) -> Start:
+    initializer = GlorotOrthogonal(seed=0)
+    distribution = weight.distribution_of(initializer)
+    assert distribution is not None
+    return Start(type(initializer).__name__, distribution, {"pairs": reason})
+
+
+def _tap(weight: Weight) -> Start:
+    """Each channel as it is, or copies of it."""
+    matrices = kernel_matrices(weight.shape, *weight.site)
+    distribution = Distribution.tap(1 / math.sqrt(matrices.columns), matrices)
+    return Start("Identity", distribution, {"pairs": "it hands on those of its input"})
+
+
+class _Plan(NamedTuple):
+    """How a kernel is to be drawn.
+
+    Attributes:
+        map: The kernel, and how it maps.
+        takes, makes: The pairs of its input and of its output; None where there are none.
+        gain: The factor on inputs that are no pairs, for the activation that they went
+            through.
+        scale: A factor on all of it.
+        reason: Why it makes no pairs; "" if it does.
+    """
+
+    map: Map
+    takes: Pairs | None
+    makes: Pairs | None
+    gain: float
+    scale: float
+    reason: str
+
+    def start(self) -> Start:
+        m = self.map.matrices
+        partner, slope = _flat(self.takes, self.map.inputs, m, m.inputs)
+        inputs = Side.of(partner, m.parts)
+        factors = inputs.factors * np.where(partner < 0, self.gain, 1 / slope)
+        partner, _ = _flat(self.makes, self.map.outputs, m, m.outputs)
+        outputs = Side.of(partner, m.parts)
+        mirror = Mirror(m, self.map.taps, inputs._replace(factors=factors), outputs)
+        name = "MirroredOrthogonal" if self.takes or self.makes else "Orthogonal"
+        distribution = Distribution.mirrored(self.scale, mirror)
+        return Start(name, distribution, {"pairs": self.reason or YES})
+
+
+def _flat(
+    pairs: Pairs | None, axes: Sequence[int], m: Matrices, own: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Partner and slope of each unit, all axes of units counted as one.
+
+    `axes` are those of the tensor that the kernel's `own` ones stand for.
+    """
+    sizes = [m.shape[axis] for axis in own]
+    if own == m.inputs:
+        sizes[-1] *= m.parts  # a kernel has those of one group
+    if pairs is None:
+        return np.full(math.prod(sizes), -1), np.ones(math.prod(sizes))
+    at = axes.index(pairs.axis)
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    wide = [-1 if axis == at else 1 for axis in range(len(sizes))]
+    partner = np.broadcast_to(pairs.partner.reshape(wide), sizes)
+    slope = np.broadcast_to(pairs.slope.reshape(wide), sizes)
+    other = np.take_along_axis(places, np.maximum(partner, 0), at)
+    return np.where(partner < 0, -1, other).reshape(-1), slope.reshape(-1)
+
+
+def _plan(graph: Graph) -> dict[int, _Plan]:
+    """By `id` of the kernel, how each is to be drawn that has a map."""
+    network = _Network(graph)
+    refused: dict[int, str] = {}
+    while True:
+        attempt = _Attempt(network, refused)
+        more = attempt.refuse()
+        if not more:
+            return attempt.plans()
+        refused |= more
+
+
+class _Network:
+    """A graph with what is asked of its steps again and again."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.maps: list[tuple[Step, Map]] = []
+        self.map_of: dict[int, Map] = {}  # by id of the step
+        for step in graph.steps:
+            found = kernel_map(step, graph)
+            if found is not None:
+                self.maps.append((step, found))
+                self.map_of[id(step)] = found
+        self.effect = functools.cache(measure_effect)
+
+    def activation(self, step: Step) -> Callable[[Any], Any] | None:
+        """What its output goes through, in it or as the step itself."""
+        return _own_activation(step.operation) or step_activation(step.operation)
+
+    def gains(self) -> list[float]:
+        """Of each tensor, what makes up for the activation that it went through last."""
+        gains = [1.0] * len(self.graph.tensors)
+        for step in self.graph.steps:
+            function = self.activation(step)
+            effect = function and self.effect(function)
+            gain = 1.0
+            if effect:
+                gain = effect.gain
+            elif step.inputs and not self._is_new(step):
+                gain = gains[step.inputs[0]]
+            for number in step.outputs:
+                gains[number] = gain
+        return gains
+
+    def _is_new(self, step: Step) -> bool:
+        operation = step.operation
+        return (
+            id(step) in self.map_of
+            or is_normalization(operation)
+            or type(operation).__name__ == "Add"
+        )
+
+    def scales(self) -> dict[int, float]:
+        """By `id` of the step: the level where a signal starts, and that of branch ends."""
+        level = min((each.level for each in self._effects()), default=1.0)
+        ends = self._branch_ends()
+        scales = {}
+        for step, _ in self.maps:
+            scale = level if self._starts(step) else 1.0
+            scales[id(step)] = scale / math.sqrt(len(ends)) if id(step) in ends else scale
+        return scales
+
+    def _effects(self) -> Iterator[Effect]:
+        """Those of the activations between kernels."""
+        for step in self.graph.steps:
+            function = self.activation(step)
+            if function and step.outputs[0] not in self.graph.outputs:
+                effect = self.effect(function)
+                if effect:
+                    yield effect
+
+    def _starts(self, step: Step) -> bool:
+        """Whether its input comes from outside, or from a normalization layer."""
+        number = step.inputs[0]
+        while number in self.graph.makers:
+            maker = self.graph.makers[number]
+            if id(maker) in self.map_of or not maker.inputs:
+                return False
+            if is_normalization(maker.operation):
+                return True
+            number = maker.inputs[0]
+        return True
+
+    def _branch_ends(self) -> set[int]:
+        """By `id`, the kernels whose output is added to the input of their branch."""
+        ends = set()
+        for total in self.graph.steps:
+            if type(total.operation).__name__ == "Add":
+                for number in total.inputs:
+                    end = self._last_kernel(number)
+                    others = set(total.inputs) - {number}
+                    if end and self.graph.ancestors(end) & others:
+                        ends.add(id(end))
+        return ends
+
+    def _last_kernel(self, number: int) -> Step | None:
+        """The kernel that made a tensor, without activation or normalization after it."""
+        step = self.graph.makers.get(number)
+        while step and id(step) not in self.map_of:
+            operation = step.operation
+            is_open = len(step.inputs) == 1 and not is_normalization(operation)
+            if not is_open or step_activation(operation):
+                return None
+            step = self.graph.makers.get(step.inputs[0])
+        return step
+
+
+class _Attempt:
+    """Sends the pairs of all kernels on their way, but for those that are refused."""
+
+    def __init__(self, network: _Network, refused: dict[int, str]):
+        self.network, self.graph, self.refused = network, network.graph, refused
+        # By number of the tensor: the pairs that reach it, and the id of their kernel.
+        self.arrived: dict[int, list[tuple[int, Pairs]]] = {}
+        self.made: dict[int, Pairs] = {}
+        self.reasons = dict(refused)
+        for step, each in network.maps:
+            if id(each.variable) not in refused:
+                self._make(step, each)
+
+    def _make(self, step: Step, own: Map) -> None:
+        maker, m = id(own.variable), own.matrices
+        count = m.shape[m.outputs[-1]]
+        pairs = Pairs.neighbours(own.outputs[-1], count, m.parts)
+        try:
+            if (pairs.partner < 0).all():
+                raise Lost("it has one unit")
+            for number, sent in self._send(step, pairs):
+                self.arrived.setdefault(number, []).append((maker, sent))
+            self.made[maker] = pairs
+        except Lost as lost:
+            self.reasons[maker] = str(lost)
+
+    def _send(self, step: Step, pairs: Pairs) -> list[tuple[int, Pairs]]:
+        """The tensors that kernels take from this one, with its pairs in them."""
+        arrived: list[tuple[int, Pairs]] = []
+        own = _own_activation(step.operation)
+        if own is not None:
+            pairs = self._activated(pairs, own, False)
+        waiting = [(step.outputs[0], pairs, own is not None)]
+        while waiting:
+            number, pairs, is_active = waiting.pop()
+            if number in self.graph.outputs:
+                raise Lost("its output is one of the model's")
+            for consumer in self.graph.consumers(number):
+                passed = self._pass(consumer, number, pairs, is_active)
+                if passed is None:
+                    arrived.append((number, pairs))
+                else:
+                    waiting.append((consumer.outputs[0], *passed))
+        if not arrived:
+            raise Lost("no kernel takes its output")
+        return arrived
+
+    def _pass(
+        self, step: Step, number: int, pairs: Pairs, is_active: bool
+    ) -> tuple[Pairs, bool] | None:
+        """The pairs after a step, and whether an activation was met; None: a kernel's."""
+        function = step_activation(step.operation)
+        if function is not None:
+            return self._activated(pairs, function, is_active), True
+        kernel, own = depthwise_kernel(step.operation), self.network.map_of.get(id(step))
+        if kernel is not None:
+            pairs = pairs.repeated(kernel.shape[-1])
+        if own is not None:
+            if not is_active:
+                raise Lost("no activation follows")
+            _check_taken(own, pairs)
+            return None
+        if kernel is None:
+            return through(step, self.graph, number, pairs), is_active
+        function = _own_activation(step.operation)
+        if function is None:
+            return pairs, is_active
+        return self._activated(pairs, function, is_active), True
+
+    def _activated(
+        self, pairs: Pairs, function: Callable[[Any], Any], is_active: bool
+    ) -> Pairs:
+        effect = self.network.effect(function)
+        if effect is None:
+            raise Lost("its activation mixes units, or can't be measured")
+        if is_active:
+            if effect.is_idempotent:
+                return pairs
+            raise Lost("a second activation follows")
+        if effect.is_odd:
+            raise Lost("its activation is odd, so a pair is no more than one unit")
+        return pairs.with_slope(effect.slope)
+
+    def refuse(self) -> dict[int, str]:
+        """The kernels whose pairs not all calls of a shared kernel can send or take."""
+        found: dict[int, str] = {}
+        first: dict[int, tuple[int, Pairs | None]] = {}
+        for step, own in self.network.maps:
+            key, pairs = id(own.variable), self._taken(step)
+            if key in self.reasons and key in self.made:
+                found[key] = self.reasons[key]
+            number, others = first.setdefault(key, (step.inputs[0], pairs))
+            if (pairs is None and others is None) or (pairs and pairs.equals(others)):
+                continue
+            for each in (step.inputs[0], number):
+                for maker, _ in self.arrived.get(each, []):
+                    found[maker] = "a shared kernel takes its output, and another one's"
+        return found
+
+    def _taken(self, step: Step) -> Pairs | None:
+        arrived = [pairs for _, pairs in self.arrived.get(step.inputs[0], [])]
+        return functools.reduce(Pairs.merged, arrived) if arrived else None
+
+    def plans(self) -> dict[int, _Plan]:
+        gains, scales = self.network.gains(), self.network.scales()
+        plans: dict[int, _Plan] = {}
+        for step, own in self.network.maps:
+            key = id(own.variable)
+            if key not in plans:
+                plans[key] = _Plan(
+                    own,
+                    self._taken(step),
+                    self.made.get(key),
+                    gains[step.inputs[0]],
+                    scales[id(step)],
+                    self.reasons.get(key, ""),
+                )
+        return plans
+
+
+def _own_activation(layer: Any) -> Callable[[Any], Any] | None:
+    """That of a layer that has a kernel before it."""
+    own: Any = getattr(layer, "activation", None)
+    if isinstance(own, keras.Layer):
+        own = layer_activation(own) or own
+    if not callable(own) or own is keras.activations.linear or layer_activation(layer):
+        return None
+    return own
+
+
+def _check_taken(own: Map, pairs: Pairs) -> None:
+    """The calls of a kernel can take pairs that it sums over, within its groups."""
+    if pairs.axis not in own.inputs:
+        raise Lost("the next kernel sums over another axis")
+    group = np.arange(len(pairs.partner)) * own.matrices.parts // len(pairs.partner)
+    if ((pairs.partner >= 0) & (group[pairs.partner] != group)).any():
+        raise Lost("its pairs would fall into different groups")
+
+
+def _depthwise_kernels(graph: Graph) -> set[int]:
+    kernels = (depthwise_kernel(step.operation) for step in graph.steps)
+    return {id(kernel) for kernel in kernels if kernel is not None}

@@ -1,0 +1,94 @@
+"""Whether a kernel is as the isometric start draws it, and what is wrong if it is not."""
+
+import math
+
+import numpy as np
+
+from keras_glorot import _backends as backends
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.mirrored import Mirror
+from keras_glorot._models.survey import Weight
+
+__all__ = ["find_fault", "is_start"]
+
+# Float32 keeps orthogonality to 1e-6, half precision to its own rounding.
+_TOLERANCE = 1e-2
+
+
+def is_start(weight: Weight, start: Distribution) -> bool:
+    """Whether the values come from this start, perhaps with a fault, and not by chance."""
+    values = _values(weight)
+    if start.form == "tap":
+        return bool(np.mean(values == _tapped(values, start)) > 0.5)
+    mirror = start.mirror
+    if mirror is None or not values.size:
+        return False
+    folded = mirror.fold(values)
+    least = sum(each.size for each in folded) / values.size  # of any values
+    if np.mean(_is_mirrored(values, mirror)) < (1 + least) / 2:
+        return False
+    # What has pairs has them on purpose. Else the matrix alone can tell.
+    return least < 1 or _disorder(folded, start.scale) < 0.5
+
+
+def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
+    """The code of what is wrong, and a sentence; None if nothing is."""
+    values = _values(weight)
+    if start.form == "tap":
+        is_right = np.allclose(values, _tapped(values, start), rtol=_TOLERANCE, atol=0)
+        message = "Its filters are not one value at the tap, and zeros beside it."
+        return None if is_right else ("form", message)
+    mirror = start.mirror
+    assert mirror is not None
+    is_right = _is_mirrored(values, mirror)
+    if not is_right.all():
+        return "form", _where(np.argwhere(~is_right), mirror, values)
+    folded = mirror.fold(values)
+    sizes = [min(each.shape) * start.scale**2 for each in folded]
+    ratio = math.sqrt(sum((each * each).sum() for each in folded) / sum(sizes))
+    if abs(ratio - 1) > 0.05:
+        return "std", f"The values are {ratio:.3g} times as large as those of this start."
+    if _disorder(folded, start.scale) > _TOLERANCE:
+        return "form", "The matrix between its pairs is not orthogonal."
+    return None
+
+
+def _values(weight: Weight) -> np.ndarray:
+    return backends.values(weight.variable)[(slice(None),) * len(weight.shape)]
+
+
+def _tapped(values: np.ndarray, start: Distribution) -> np.ndarray:
+    return start.draw(values.shape, "float32", (0,)).astype(values.dtype)
+
+
+def _is_mirrored(values: np.ndarray, mirror: Mirror) -> np.ndarray:
+    """Of each value, whether it is as the first unit of its pair tells."""
+    exact = values.astype(np.float64)
+    slack = 1e-3 * np.abs(exact).max()
+    return np.abs(exact - mirror.unfold(mirror.fold(values))) <= slack
+
+
+def _disorder(matrices: list[np.ndarray], scale: float) -> float:
+    """How far MᵀM / scale² moves a random vector, as a share of its length; the worst."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    worst = 0.0
+    for matrix in matrices:
+        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+        vector = rng.standard_normal(tall.shape[1])
+        moved = tall.T @ (tall @ vector) / scale**2 - vector
+        worst = max(worst, float(np.linalg.norm(moved) / np.linalg.norm(vector)))
+    return worst
+
+
+def _where(wrong: np.ndarray, mirror: Mirror, values: np.ndarray) -> str:
+    """The input, output or tap that fewest others share."""
+    m = mirror.matrices
+    for axis, tap in zip(m.window, mirror.taps, strict=True):
+        outside = [at for at in wrong[:, axis] if not tap.start <= at < tap.stop]
+        if outside:
+            return f"Beside the tap it is not zero: at {int(outside[0])} of the window."
+    names = [(axis, "output") for axis in m.outputs]
+    names += [(axis, "input") for axis in m.inputs]
+    axis, name = min(names, key=lambda each: len(np.unique(wrong[:, each[0]])))
+    place = int(wrong[0, axis])
+    return f"Not all pairs are opposite: {name} {place} is not the negative of its partner."

@@ -1,0 +1,471 @@
+"""`initialize(model, "isometric")`: a network of any depth keeps what goes in.
+
+The truth is the Jacobian of the whole model, read off its outputs: where all kernels make
+pairs the model is a linear function at its start, so differences of outputs are exact.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from models import WITH_STATE, Late, attention, mobile, nested_twice
+
+from keras_glorot import audit, initialize, layer_fans
+from keras_glorot._keras.tree import Tree
+from keras_glorot._models.pairs import Pairs, measure_effect
+
+ACTIVATIONS = ["relu", "gelu", "silu", "leaky_relu", "softplus"]
+HEAD = "its output is one of the model's"
+
+
+def start(model, **options):
+    """By path of the kernel, whether it makes pairs."""
+    table = initialize(model, "isometric", seed=1, **options)
+    return {row["path"]: row["pairs"] for row in table if row["pairs"] is not None}
+
+
+def call(model, x) -> Any:
+    return ops.convert_to_numpy(model(x.astype("float32"), training=False))
+
+
+def jacobian(model):
+    """Inputs as rows, outputs as columns; the model must be a linear function."""
+    shape = model.input_shape[1:]
+    size = math.prod(shape)
+    images = np.concatenate([np.zeros((1, size)), np.eye(size)]).reshape(-1, *shape)
+    outputs = call(model, images).reshape(size + 1, -1).astype(np.float64)
+    matrix = outputs[1:] - outputs[0]
+    x = np.random.default_rng(0).normal(size=(5, size))
+    y = call(model, x.reshape(-1, *shape)).reshape(5, -1)
+    np.testing.assert_allclose(y - outputs[0], x @ matrix, atol=2e-4)
+    return matrix
+
+
+def check_isometry(model, factor=1.0):
+    """All singular values are the factor; of fewer outputs than inputs, all that can be."""
+    found = np.linalg.svd(jacobian(model), compute_uv=False)
+    np.testing.assert_allclose(found, factor, atol=1e-4)
+
+
+def dense(activation, depth, width=32, inputs=16, outputs=16):
+    hidden = [layers.Dense(width, activation) for _ in range(depth)]
+    return keras.Sequential([keras.Input((inputs,)), *hidden, layers.Dense(outputs)])
+
+
+def images(*parts):
+    return keras.Sequential([keras.Input((4, 4, 4)), *parts])
+
+
+def conv(filters, size=3, activation="relu", **options):
+    return layers.Conv2D(filters, size, padding="same", activation=activation, **options)
+
+
+def kernel(model, number=0):
+    return [each for each in model.weights if "kernel" in each.name][number]
+
+
+def values(variable) -> np.ndarray:
+    return np.array(ops.convert_to_numpy(ops.cast(variable, "float32")))
+
+
+def change(variable, function):
+    changed = values(variable)
+    function(changed)
+    variable.assign(changed)
+
+
+# Isometries
+
+
+@pytest.mark.parametrize("depth", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_singular_value_is_one(activation, depth):
+    model = dense(activation, depth)
+    pairs = start(model)
+    assert list(pairs.values()) == [*["yes"] * depth, HEAD]
+    check_isometry(model)
+
+
+def test_convolutions_strides_and_flatten():
+    """A stride loses nothing: there are as many taps as it leaves out positions."""
+    model = images(
+        conv(8),
+        conv(8, 5, None, dilation_rate=2),
+        layers.LeakyReLU(),
+        conv(32, 3, "gelu", strides=2),
+        layers.Dropout(0.5),
+        layers.Flatten(),
+        layers.Dense(128, "silu"),
+        layers.Dense(64),
+    )
+    assert list(start(model).values()) == [*["yes"] * 4, HEAD]
+    check_isometry(model)
+
+
+def test_groups_separable_and_depthwise_layers():
+    model = images(
+        layers.SeparableConv2D(8, 3, padding="same", activation="relu"),
+        layers.DepthwiseConv2D(3, padding="same"),
+        conv(8, groups=2),
+        layers.DepthwiseConv2D(3, padding="same", activation="relu"),
+        layers.Conv2DTranspose(8, 3, padding="same", activation="softplus"),
+        conv(4, activation=None),
+    )
+    pairs = list(start(model).values())
+    assert pairs.count("yes") == 3
+    assert pairs[-1] == HEAD
+    check_isometry(model)
+
+
+def test_copies_of_a_depthwise_layer():
+    model = images(
+        conv(8),
+        layers.DepthwiseConv2D(3, padding="same", depth_multiplier=4),
+        conv(16, activation=None),
+    )
+    assert "yes" in start(model).values()
+    check_isometry(model)
+
+
+@pytest.mark.parametrize("pooling", [layers.AveragePooling2D, layers.MaxPooling2D])
+def test_pairs_pass_pooling(pooling):
+    model = images(conv(8), pooling(2), conv(8), layers.Flatten(), layers.Dense(16))
+    assert list(start(model).values()) == ["yes", "yes", HEAD]
+    if pooling is layers.AveragePooling2D:
+        check_isometry(model, 0.5)
+
+
+def test_causal_and_channels_first():
+    model = keras.Sequential(
+        [
+            keras.Input((6, 4)),
+            layers.Conv1D(8, 3, padding="causal", activation="relu"),
+            layers.Permute((2, 1)),
+            layers.Reshape((2, 4, 6)),
+            layers.Permute((3, 1, 2)),
+            layers.Reshape((6, 8)),
+            layers.Conv1D(4, 3, padding="causal"),
+        ]
+    )
+    assert list(start(model).values()) == ["yes", HEAD]
+    check_isometry(model)
+
+
+# Every model in which all activations are followed is a linear function at its start.
+
+
+class Residual(keras.Model):
+    """Bare operations, and a layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.Dense(16)
+        self.inner = layers.Dense(16)
+        self.last = layers.Dense(3)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.inner.build((None, 16))
+        self.last.build((None, 16))
+
+    def call(self, x):
+        x = ops.relu(self.first(x))
+        x = ops.silu(self.inner(x))
+        x = ops.reshape(ops.gelu(self.inner(x)), (-1, 4, 4))
+        return self.last(ops.reshape(x, (-1, 16)))
+
+
+def subclassed():
+    model = Residual()
+    model.build((None, 8))
+    return model
+
+
+def concatenated():
+    x = keras.Input((6,))
+    a = layers.Dense(5, "relu")(x)
+    b = layers.Dense(8, "gelu")(a)
+    c = layers.Concatenate()([b, layers.Dense(4, "relu")(x)])
+    d = layers.Concatenate()([layers.Dense(9, "leaky_relu")(c), b])
+    return keras.Model(x, [layers.Dense(3)(d), layers.Dense(2)(a)])
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.ReLU()])
+    x = keras.Input((8,))
+    return keras.Model(x, layers.Dense(4)(inner(layers.Dense(8, "relu")(x))))
+
+
+def shared():
+    twice = layers.Dense(16, "relu")
+    x = keras.Input((16,))
+    return keras.Model(x, layers.Dense(4)(twice(twice(layers.Dense(16, "relu")(x)))))
+
+
+def patches():
+    x = keras.Input((4, 4, 2))
+    y = layers.Reshape((4, 16))(layers.Conv2D(16, 2, strides=2, activation="relu")(x))
+    y = layers.EinsumDense("abc,cde->abde", (None, 2, 8), activation="gelu")(y)
+    y = layers.EinsumDense("abde,dec->abc", (None, 6))(y)
+    return keras.Model(x, y)
+
+
+@pytest.mark.parametrize("make", [subclassed, nested, shared, patches])
+def test_a_model_in_pairs_is_linear(make):
+    model = make()
+    pairs = list(start(model).values())
+    assert pairs.count("yes") == len(pairs) - 1
+    x = np.random.default_rng(0).normal(size=(4, *_input_shape(model)))
+    y = call(model, x)
+    np.testing.assert_allclose(call(model, -3 * x), -3 * y, atol=1e-4)
+    assert np.linalg.norm(y) > 0.3 * np.linalg.norm(x) / math.sqrt(x.size / y.size)
+
+
+def _input_shape(model):
+    return (8,) if isinstance(model, Residual) else model.input_shape[1:]
+
+
+def test_concatenation_two_outputs_and_units_without_a_partner():
+    model = concatenated()
+    pairs = start(model)
+    assert [each for each in pairs.values() if each != "yes"] == [HEAD, HEAD]
+    alone = keras.Model(model.input, model.layers[1].output)
+    x = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
+    y = call(alone, x)
+    first = values(model.layers[1].kernel)
+    np.testing.assert_array_equal(first[:, 0], -first[:, 1])
+    np.testing.assert_allclose(y[:, 0] - y[:, 1], x @ first[:, 0], atol=1e-5)
+    assert not np.allclose(first[:, 4], -first[:, 3])
+
+
+# What can't be followed is told
+
+
+def test_attention_and_sums_make_no_pairs():
+    model = attention()
+    pairs = start(model)
+    reasons = [reason for reason in pairs.values() if reason != "yes"]
+    assert any("mixes units or is not known" in each for each in reasons)
+    assert any("is added to another one" in each for each in reasons)
+    assert "normalization" not in pairs
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        ([layers.BatchNormalization(), layers.ReLU()], "a normalization layer follows"),
+        ([layers.Activation("tanh")], "its activation is odd"),
+        ([layers.Softmax()], "its activation mixes units"),
+        ([], "no activation follows"),
+        ([layers.Activation("gelu"), layers.Activation("silu")], "a second activation"),
+        ([layers.Activation("relu"), layers.Rescaling(2.0)], "rescaling"),
+    ],
+)
+def test_reasons(between, reason):
+    parts = [keras.Input((8,)), layers.Dense(8), *between, layers.Dense(8)]
+    first, _ = start(keras.Sequential(parts)).values()
+    assert reason in first
+
+
+def test_odd_activations_get_orthogonal_kernels():
+    model = dense("tanh", 3, 16)
+    table = initialize(model, "isometric", seed=1)
+    assert table.note.endswith("0 of 4 kernels make pairs.")
+    matrix = values(kernel(model, 1))
+    square = matrix.T @ matrix
+    np.testing.assert_allclose(square, square[0, 0] * np.eye(16), atol=1e-5)
+
+
+def test_a_model_that_can_not_be_followed():
+    model = Late(layers.Dense(32, "relu"), layers.Dense(4))
+    model.built = True
+    model.parts[0].build((None, 32))
+    reason = start(model)
+    assert all("can't be followed" in each for each in reason.values())
+    matrix = values(kernel(model))
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(32), atol=1e-5)
+
+
+def test_other_weights_keep_their_own_initializer():
+    model = nested_twice()
+    table = initialize(model, "isometric", seed=1)
+    for row in table:
+        assert (row["pairs"] is None) == (row["fan_in"] is None)
+    model = keras.Sequential([keras.Input((5, 4)), layers.LSTM(6), layers.Dense(2)])
+    rows = {row["path"].split("/")[-1]: row for row in initialize(model, "isometric", 1)}
+    assert rows["recurrent_kernel"]["done"] == "Orthogonal"
+    assert rows["recurrent_kernel"]["pairs"] is None
+
+
+# Deterministic, all or nothing
+
+
+def digest(model):
+    joined = b"".join(values(each).astype("<f4").tobytes() for each in model.weights)
+    return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def test_the_same_bits_on_every_backend():
+    """Any change of them is a change of the random stream: see CONTRIBUTING.md."""
+    found = []
+    for make in (concatenated, patches, mobile):
+        model = make()
+        start(model)
+        found.append(digest(model))
+        change(kernel(model), lambda values: values.fill(0))
+        start(model)
+        assert digest(model) == found[-1]
+    assert found == ["e2f0c8d47e9283e7", "34dc1e7861e5db6c", "784dee7755be8244"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_every_weight_dtype(dtype):
+    if dtype == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 by default")
+    model, single = (
+        keras.Sequential(
+            [
+                keras.Input((8,)),
+                layers.Dense(16, "relu", name="first", dtype=policy),
+                layers.Dense(8, name="last", dtype=policy),
+            ]
+        )
+        for policy in (dtype, "float32")
+    )
+    start(model)
+    start(single)
+    for one, other in zip(model.weights, single.weights, strict=True):
+        assert keras.backend.standardize_dtype(one.dtype) == dtype
+        if dtype != "float64":
+            other = ops.cast(other, dtype)
+        np.testing.assert_allclose(values(one), values(other), rtol=1e-6)
+
+
+def test_layers_limits_it():
+    model, other = dense("relu", 2), dense("relu", 2)
+    start(model)
+    before = values(kernel(other, 0))
+    start(other, layers=[other.layers[1]])
+    np.testing.assert_array_equal(values(kernel(other, 1)), values(kernel(model, 1)))
+    np.testing.assert_array_equal(values(kernel(other, 0)), before)
+
+
+def test_an_unknown_name_lists_the_recipes():
+    with pytest.raises(ValueError, match=r"a recipe: 'isometric'.*Received: .*'isometri'"):
+        initialize(dense("relu", 1), "isometri")
+
+
+def test_nothing_is_left_behind():
+    model = attention()
+    before = [set(vars(layer)) for layer in Tree(model).layers]
+    keras.utils.set_random_seed(3)
+    drawn = np.random.random(), values(keras.random.normal((2,)))  # noqa: NPY002
+    keras.utils.set_random_seed(3)
+    start(model)
+    np.testing.assert_equal(drawn[0], np.random.random())  # noqa: NPY002
+    np.testing.assert_equal(drawn[1], values(keras.random.normal((2,))))
+    assert [set(vars(layer)) for layer in Tree(model).layers] == before
+
+
+# `audit` finds it sound, and every fault
+
+
+@pytest.mark.parametrize(
+    "make",
+    [subclassed, concatenated, nested, shared, patches, attention, mobile, *WITH_STATE],
+)
+def test_audit_finds_it_sound(make):
+    model = make()
+    start(model)
+    assert [each for each in audit(model).findings if each.code != "activation"] == []
+
+
+def _negate_unit(values):
+    values[..., 3] *= -1
+
+
+def _swap_sign(values):
+    values[1, 2] *= -1
+
+
+def _other_matrix(values):
+    noise = np.random.default_rng(0).normal(size=values.shape).astype(values.dtype)
+    noise = noise[::2, ::2].repeat(2, 0).repeat(2, 1)
+    signs = np.array([1, -1])
+    values[...] = noise * np.std(values) * np.tile(np.outer(signs, signs), (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (_negate_unit, "output 3 is not the negative"),
+        (_swap_sign, "is not the negative of its partner"),
+        (_other_matrix, "between its pairs is not orthogonal"),
+    ],
+)
+def test_audit_finds_a_planted_fault(fault, message):
+    model = dense("relu", 3)
+    start(model)
+    change(kernel(model, 1), fault)
+    (finding,) = audit(model).findings
+    assert finding.code == "form"
+    assert finding.path.endswith("kernel")
+    assert message in finding.message
+    with pytest.raises(AssertionError):
+        check_isometry(model)
+
+
+def test_audit_finds_a_tap_off_the_centre():
+    model = images(conv(8), conv(8), conv(4, activation=None))
+    start(model)
+    change(kernel(model, 1), lambda values: values.__setitem__(..., np.roll(values, 1, 0)))
+    (finding,) = audit(model).findings
+    assert finding.code == "form"
+    assert "Beside the tap" in finding.message
+    with pytest.raises(AssertionError):
+        check_isometry(model)
+
+
+def test_audit_finds_a_wrong_scale():
+    model = dense("tanh", 3)
+    start(model)
+    change(kernel(model, 1), lambda values: np.multiply(values, 2, out=values))
+    assert [each.code for each in audit(model).findings] == ["std"]
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("name", "slope", "is_odd"),
+    [("relu", 1, False), ("gelu", 1, False), ("elu", 1.95, False), ("tanh", 2, True)],
+)
+def test_effects_of_activations(name, slope, is_odd):
+    effect = measure_effect(keras.activations.get(name))
+    assert effect.slope == pytest.approx(slope, rel=0.01)
+    assert effect.is_odd == is_odd
+    assert measure_effect(keras.activations.softmax) is None
+
+
+def test_neighbours_stay_in_their_group():
+    pairs = Pairs.neighbours(1, 10, 2)
+    assert pairs.partner.tolist() == [1, 0, 3, 2, -1, 6, 5, 8, 7, -1]
+    assert pairs.repeated(2).partner.tolist()[6:10] == [4, 5, -1, -1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", "EfficientNetB0", "DenseNet121", "ResNet50"]
+)
+def test_applications(name):
+    build = getattr(keras.applications, name)
+    model = build(weights=None, input_shape=(64, 64, 3), classes=10)
+    pairs = start(model)
+    assert len(pairs) == len(layer_fans(model))
+    assert not [each for each in audit(model).findings if each.severity != "info"]
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+    assert np.isfinite(call(model, x)).all()
