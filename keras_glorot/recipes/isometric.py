@@ -49,7 +49,7 @@ def isometric(survey: Survey) -> Starts:
     """Mirrored and orthogonal kernels, as the graph of the model allows."""
     unknown = "how its layer uses it is not known"
     try:
-        graph = trace(survey.root)
+        graph = trace(survey)
         plans = _plan(graph)
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
