@@ -236,9 +236,12 @@ def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None
 
 
 def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    # Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards.
-    tolerance = max(1e-3, 2 * _rounding(weight))
-    return bool(max(_disorder(weight, distribution)) < tolerance)
+    return bool(max(_disorder(weight, distribution)) < _slack(weight))
+
+
+def _slack(weight: Weight) -> float:
+    """Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards."""
+    return max(1e-3, 2 * _rounding(weight))
 
 
 def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
@@ -254,7 +257,9 @@ def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
     long, short = sorted((matrices.rows, matrices.columns))[::-1]
     spread = 2 / (9 * short)
     least = max(0.0, 1 - spread - _SIGMAS * math.sqrt(spread))
-    return bool(disorder < math.sqrt(least**3 * short / long))
+    # In a small matrix only one that is orthogonal to the last digits is beyond chance.
+    slack = _slack(weight) if _slack(weight) ** short < ONE_IN else 0.0
+    return bool(disorder < max(slack, math.sqrt(least**3 * short / long)))
 
 
 def _disorder(weight: Weight, distribution: Distribution) -> np.ndarray:

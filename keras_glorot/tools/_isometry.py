@@ -9,7 +9,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._drawing.mirrored import Mirror
 from keras_glorot._models.survey import Weight
 
-__all__ = ["find_fault", "is_start"]
+__all__ = ["find_fault", "has_pairs", "is_start"]
 
 # Float32 keeps orthogonality to 1e-6, half precision to its own rounding.
 _TOLERANCE = 1e-2
@@ -29,6 +29,14 @@ def is_start(weight: Weight, start: Distribution) -> bool:
         return False
     # What has pairs has them on purpose. Else the matrix alone can tell.
     return least < 1 or _disorder(folded, start.scale) < 0.5
+
+
+def has_pairs(start: Distribution) -> bool:
+    """Whether units, or filters, are alike but for their sign."""
+    if start.mirror is None:
+        return start.form == "tap"
+    sides = start.mirror.inputs, start.mirror.outputs
+    return any(bool((side.factors < 0).any()) for side in sides)
 
 
 def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:

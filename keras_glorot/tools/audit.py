@@ -32,7 +32,7 @@ from keras_glorot.tools._fitting import (
     is_off,
     measure,
 )
-from keras_glorot.tools._isometry import find_fault, is_start
+from keras_glorot.tools._isometry import find_fault, has_pairs, is_start
 from keras_glorot.tools._slices import (
     Slices,
     can_be_chance,
@@ -219,6 +219,9 @@ def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
     if start is None or not is_start(weight, start.distribution):
         return subject
     found = find_fault(weight, start.distribution)
+    is_sound = subject.fault is None and not subject.repeats
+    if found and (is_sound or not has_pairs(start.distribution)):
+        return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
     return subject._replace(
         expected=start.distribution, fault=code, repeats=[], detail=detail
