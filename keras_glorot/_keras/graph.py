@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
+from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import Tree
 
 __all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
@@ -101,7 +102,8 @@ def trace(walked: Tree, inputs: Any = None) -> Graph:
         Exception: Whatever the model raises.
     """
     arguments = inputs or _built_on(walked.root)
-    return backends.outside_traces(_Tracer(walked).trace, arguments)
+    with unmoved_generators():  # layers may draw in their call
+        return backends.outside_traces(_Tracer(walked).trace, arguments)
 
 
 def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

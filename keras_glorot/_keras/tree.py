@@ -127,6 +127,16 @@ class Tree:
         return [each for each in unique(found) if type(each).__name__ == "Add"]
 
     @functools.cached_property
+    def in_graphs(self) -> set[int]:
+        """By `id`, the layers that a functional or sequential model holds."""
+        models = [
+            layer
+            for layer in self.layers
+            if isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
+        ]
+        return {id(child) for model in models for child in self.children(model)}
+
+    @functools.cached_property
     def seed_generators(self) -> list[tuple[keras.Layer, keras.random.SeedGenerator]]:
         """Each with the layer that holds it."""
         return [(layer, each) for layer in self.layers for each in _seed_generators(layer)]

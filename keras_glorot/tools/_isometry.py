@@ -21,11 +21,13 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     if start.form == "tap":
         return bool(np.mean(values == _tapped(values, start)) > 0.5)
     mirror = start.mirror
-    if mirror is None or not values.size:
+    if mirror is None or not values.any():
         return False
     folded = mirror.fold(values)
     least = sum(each.size for each in folded) / values.size  # of any values
-    if np.mean(_is_mirrored(values, mirror)) < (1 + least) / 2:
+    # Zeros are opposite to zeros, and mean something beside a tap only.
+    drawn = (values != 0) | bool(mirror.matrices.window)
+    if np.mean(_is_mirrored(values, mirror)[drawn]) < (1 + least) / 2:
         return False
     # What has pairs has them on purpose. Else the matrix alone can tell.
     return least < 1 or _disorder(folded, start.scale) < 0.5
