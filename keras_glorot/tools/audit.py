@@ -66,7 +66,7 @@ def audit(model: keras.Layer) -> Table:
     orthogonal, with gain 1 or that of the activation, or as the recipe `"isometric"` has
     it. Std and mean are called wrong if they are off by more than 5 % and by more than six
     standard errors. In a small tensor, six standard errors can be much more than 5 %. An
-    orthogonal matrix leaves nothing to chance: from 32 rows and columns on, one wrong row
+    orthogonal matrix leaves nothing to chance: from 64 rows and columns on, one wrong row
     is found. Weights from an initializer that is neither Keras's nor ours can't be
     compared.
 
