@@ -1,5 +1,6 @@
 """The commands of the command line, whose arguments `keras_glorot_cli.py` reads."""
 
+import _thread
 import argparse
 import contextlib
 import os
@@ -201,10 +202,19 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
     """Lets a signal that would end the process at once clean up first."""
+    hook = sys.unraisablehook
 
     def stop(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough
         raise SystemExit(128 + number)
+
+    def stop_again(swallowed: Any) -> None:
+        """Finalizers and callbacks of the garbage collector swallow what is raised."""
+        if not isinstance(swallowed.exc_value, SystemExit):
+            return hook(swallowed)
+        number = swallowed.exc_value.code - 128
+        signal.signal(number, stop)
+        threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
 
     numbers = []
     if threading.current_thread() is threading.main_thread():
@@ -215,8 +225,10 @@ def _signals_as_exceptions() -> Iterator[None]:
                 numbers.append(number)
     for number in numbers:
         signal.signal(number, stop)
+    sys.unraisablehook = stop_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)

@@ -425,6 +425,32 @@ def test_a_signal_leaves_nothing_behind(name, model_file, tmp_path, monkeypatch,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_signal_ends_the_work_though_a_finalizer_swallows_it(
+    model_file, tmp_path, monkeypatch, request
+):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # here the handler runs
+
+    def save(self, path):
+        Path(path).write_text("half")
+        holder = [Finalized()]
+        holder.clear()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    outer = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, outer))
+    monkeypatch.setattr(keras.Model, "save", save)
+    with pytest.raises(SystemExit) as end:
+        main(["init", model_file, "-o", str(tmp_path / "out.keras")])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.slow
 def test_a_process_that_is_terminated_leaves_nothing_behind(tmp_path):
     command = [sys.executable, "-m", "keras_glorot", "init", "MobileNetV2"]  # takes long
