@@ -12,7 +12,13 @@ import numpy as np
 from keras_glorot import _backends as backends
 from keras_glorot.arguments import suggestion
 
-__all__ = ["activation_gain", "activation_growth", "calculate_gain", "known_gain"]
+__all__ = [
+    "activation_gain",
+    "activation_growth",
+    "calculate_gain",
+    "is_wave",
+    "known_gain",
+]
 
 # PyTorch's table (torch.nn.init.calculate_gain), under PyTorch's names. Linear maps keep
 # the variance; a sigmoid is taken as linear (Glorot & Bengio, 2010); 5/3 for tanh is
@@ -151,6 +157,20 @@ def activation_growth(activation: str | Callable[[Any], Any] | None) -> float:
         return backends.outside_traces(_growth, activation)
     except Exception:  # from an activation of the user: anything
         return 1.0
+
+
+def is_wave(activation: Callable[[Any], Any]) -> bool:
+    """Whether a function goes up and down again and again, as a sine does."""
+
+    def turns() -> int:
+        steps = np.diff(_evaluate(activation, np.linspace(-13.0, 13.0, _BATCH)))
+        signs = np.sign(steps[np.abs(steps) > 1e-4 * np.abs(steps).max()])
+        return int(np.count_nonzero(np.diff(signs)))
+
+    try:
+        return backends.outside_traces(turns) > 4
+    except Exception:  # from an activation of the user: anything
+        return False
 
 
 @functools.cache

@@ -18,9 +18,10 @@ from keras_glorot._models.passes import (
     record,
 )
 from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.gains import is_wave
 from keras_glorot.layer_rules import is_normalization
 
-__all__ = ["Flow", "Kernel", "Place", "Sum", "flow_of_calls", "flow_of_model"]
+__all__ = ["Flow", "Kernel", "flow_of_calls", "flow_of_model"]
 
 tree: Any = keras.tree
 
@@ -36,7 +37,8 @@ _KINDS = {
     "concatenation": ("concatenate", "stack", "hstack", "vstack"),
     "activation": ("activation", "relu", "relu6", "leakyrelu", "prelu", "elu", "selu",
                    "celu", "gelu", "silu", "hardsilu", "swish", "mish", "tanh", "softplus",
-                   "softsign", "hardtanh", "sin", "cos", "erf"),
+                   "softsign", "hardtanh", "erf"),
+    "wave": ("sin", "cos"),
     "reshape": ("reshape", "flatten", "permute", "transpose", "expanddims", "squeeze",
                 "moveaxis", "swapaxes", "repeatvector", "getitem", "split", "pad",
                 "broadcastto"),
@@ -77,42 +79,19 @@ class Kernel(NamedTuple):
     is_head: bool
 
 
-class Sum(NamedTuple):
-    """An addition of several tensors of the model.
-
-    Attributes:
-        total, terms: The numbers of the tensors.
-        ends: Positions of the kernel calls that put out what is added to the term that
-            passes by: the one with the fewest kernels before it.
-    """
-
-    total: int
-    terms: tuple[int, ...]
-    ends: tuple[int, ...]
-
-
-class Place(NamedTuple):
-    """Where a call can see a tensor: as its first input or its first output."""
-
-    operation: Any
-    call: int
-    is_input: bool
-
-
 class Flow(NamedTuple):
     """The kernels of a model and what is between them.
 
     Attributes:
         kernels: The calls of layers with a kernel, in an order in which they can be done.
-        sums: Where something is added to what passes by.
+        sums: Where something is added to what passes by, the term with the fewest kernels
+            before it: positions of the kernel calls that put out what is added.
         stem: The layer of the first kernel, if a learned table is added to its output.
-        places: By number of the tensor.
     """
 
     kernels: list[Kernel]
-    sums: list[Sum]
+    sums: list[tuple[int, ...]]
     stem: Any
-    places: dict[int, Place]
 
     def of_layer(self, layer: Any) -> list[Kernel]:
         """Its kernel calls, without those that feed another one of them."""
@@ -136,12 +115,29 @@ class Flow(NamedTuple):
         return any(kernel.is_head for kernel in self.of_layer(layer))
 
     def feeds_gate(self, layer: Any) -> bool:
-        """Whether a softmax or a sigmoid follows, which have a scale of their own."""
-        return any(kernel.kinds & {"softmax", "gate"} for kernel in self.of_layer(layer))
+        """Whether a softmax follows, or a sigmoid that multiplies something or is an output.
+
+        They have a scale of their own.
+        """
+        return any(
+            "softmax" in kernel.kinds
+            or ("gate" in kernel.kinds and (kernel.is_head or "product" in kernel.kinds))
+            for kernel in self.of_layer(layer)
+        )
+
+    def feeds_wave(self, layer: Any) -> bool:
+        """Whether a periodic activation follows."""
+        return any("wave" in kernel.kinds for kernel in self.of_layer(layer))
+
+    def takes_means(self, layer: Any) -> bool:
+        """Whether it stands behind a pooling, or attention, which take means."""
+        calls = self.of_layer(layer)
+        kinds = frozenset().union(*(k for each in calls for k in each.sources.values()))
+        return bool(kinds & {"pooling", "softmax"})
 
     def ends(self) -> list[Any]:
         """The layers that put out what is added to what passes by."""
-        return [self.kernels[i].layer for each in self.sums for i in each.ends]
+        return [self.kernels[i].layer for ends in self.sums for i in ends]
 
 
 def flow_of_model(survey: Survey, batch: Batch, training: bool) -> Flow:
@@ -298,11 +294,10 @@ def _derive(graph: Graph, survey: Survey) -> Flow:
         for i, kernel in enumerate(walk.kernels)
     ]
     tables = {id(weight.owner) for weight in weights if _is_table(weight)} - layers.keys()
-    visible = {id(each) for each in (*survey.layers, *survey.additions)}
-    return Flow(kernels, _sums(walk, kinds), _stem(walk, tables), _places(graph, visible))
+    return Flow(kernels, _sums(walk, kinds), _stem(walk, tables))
 
 
-def _sums(walk: _Walk, kinds: list[Kinds]) -> list[Sum]:
+def _sums(walk: _Walk, kinds: list[Kinds]) -> list[tuple[int, ...]]:
     """The additions, without those that belong to the scores of a softmax."""
     sums = []
     for step in walk.others:
@@ -315,7 +310,7 @@ def _sums(walk: _Walk, kinds: list[Kinds]) -> list[Sum]:
         pairs = zip(terms, depths, strict=True)
         branches = [number for number, depth in pairs if depth > least] or terms[-1:]
         ends = [_end(walk.behind.get(number, {})) for number in branches]
-        sums.append(Sum(total, tuple(terms), tuple(i for i in ends if i is not None)))
+        sums.append(tuple(i for i in ends if i is not None))
     return sums
 
 
@@ -349,27 +344,6 @@ def _stem(walk: _Walk, tables: set[int]) -> Any:
     return None
 
 
-def _places(graph: Graph, visible: set[int]) -> dict[int, Place]:
-    """Where a call sees each tensor: as its output or, else, as its first input."""
-    as_outputs: dict[int, Place] = {}
-    as_inputs: dict[int, Place] = {}
-    same: dict[int, int] = {}  # what only was cast, or made a tensor
-    calls: dict[int, list[int]] = {}
-    for step in graph.steps:
-        calls.setdefault(id(step.operation), []).append(step.call)
-    for step in graph.steps:
-        operation = step.operation
-        if _name(operation) in ("converttotensor", "cast"):
-            same[step.outputs[0]] = same.get(step.inputs[0], step.inputs[0])
-        if id(operation) in visible:
-            call = sorted(calls[id(operation)]).index(step.call)
-            as_outputs[step.outputs[0]] = Place(operation, call, False)
-            for number in step.inputs[:1]:
-                place = Place(operation, call, True)
-                as_inputs.setdefault(same.get(number, number), place)
-    return as_inputs | as_outputs
-
-
 _UNKNOWN = object()  # stands for a layer that the graph does not tell
 
 
@@ -394,5 +368,5 @@ def _activation_kind(activation: Any) -> str:
     name = getattr(activation, "__name__", "").replace("_", "")
     if activation is None or name == "linear":
         return ""
-    kind = _KIND_BY_NAME.get(name, "activation")
-    return kind if kind in ("softmax", "gate") else "activation"
+    kind = _KIND_BY_NAME.get(name, "wave" if is_wave(activation) else "activation")
+    return kind if kind in ("softmax", "gate", "wave") else "activation"

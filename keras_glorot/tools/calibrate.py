@@ -1,4 +1,4 @@
-"""`calibrate`: both of Glorot's constraints, held on the whole network by measurement."""
+"""`calibrate`: signal, gradient and the likeness of examples, held by measurement."""
 
 import functools
 import math
@@ -10,45 +10,36 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._models.kernels import Flow, flow_of_model
-from keras_glorot._models.passes import Batch
+from keras_glorot._models.passes import Batch, is_float
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.gains import activation_growth
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
-from keras_glorot.tools._scaling import Measured, Measurement, Site, find_sites, scaled
+from keras_glorot.tools._scaling import (
+    Pass,
+    ScaledLayer,
+    ScalingPasses,
+    find_scaled_layers,
+    scaled,
+)
 
-__all__ = ["calibrate", "measure_ends"]
+__all__ = ["calibrate"]
 
 
-Mode = Literal["balanced", "forward", "backward"]
-
-# How much of the compromise goes to the gradient.
-_GRADIENT_WEIGHT = {"forward": 0.0, "balanced": 0.5, "backward": 1.0}
-# What a mode holds from end to end.
-_HELD = {
-    "forward": ("The signal's change", lambda forward, backward: forward),
-    "balanced": ("Forward times backward", lambda forward, backward: forward * backward),
-    "backward": ("The gradient's change", lambda forward, backward: backward),
-}
-# No kernel's output leaves the median by more, unless the ends can't hold otherwise.
-_LARGEST_RATIO = 4.0
-_LIMIT = 0.95 * math.log(_LARGEST_RATIO)  # what is aimed at
+# The levels that are tried: the std of a hidden kernel's output.
+_LEVELS = (1.0, 0.5, 0.2, 0.05)
+# From the first kernel to the last, signal and gradient hold within this factor, and the
+# mean cosine of examples within this difference.
+_MOST_CHANGE = math.log(2)
+_MOST_DRIFT = 0.2
+# A level is worth it if the cosine changes by no more than this part of what it did.
+_NEARER = 0.75
+# Of two halves of a batch, by chance.
+_SLACK = 0.1
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
-# A sum that each block adds to may reach this many times the std that it starts with, as
-# far as branches at a quarter of the level allow.
-_STREAM_BOUND = 1.15
-# By how much, in logarithms, signal and gradient may change from end to end, on average.
-_END_BOUND = math.log(1.2)
-# The levels of s that are tried where log g has more than a small variance at level 1, and
-# to what part that has to fall.
-_LEVELS = (0.25, 0.5, 2.0, 4.0, 8.0)
-_SMALL_CHANGE = 0.1
-_CLEAR_GAIN = 0.4
-_MOST_PASSES = 12  # from there on
-_TOLERANCE = 0.02  # of a logarithm
+_FEWEST_EXAMPLES = 4
 
 
 def calibrate(
@@ -57,7 +48,6 @@ def calibrate(
     y: Any = None,
     loss: Any = None,
     *,
-    mode: Mode = "balanced",
     layers: Sequence[keras.Layer | str] | None = None,
     seed: int = 0,
     training: bool = True,
@@ -65,48 +55,36 @@ def calibrate(
 ) -> Table:
     """Scales each kernel by one factor, in place, so that signal and gradient hold.
 
-    Glorot and Bengio ask that neither the variance of the signal nor that of the gradient
-    changes from layer to layer. Their formula gives that for a chain of plain layers; here
-    it is measured on the network as it is. With s the std of a kernel's output (before the
-    activation) and g that of the gradient there, on this batch, the objective is
+    Three things are to be the same at the first kernel of a network and at the last one:
+    the std s of the kernels' outputs (before the activation), the length g of the gradient
+    there, and the mean cosine between two examples. They are measured on one half of the
+    batch. The factors stand the test on the other half and on the first one times 1.01, or
+    no kernel is changed, and a finding names the part of the model that is the cause.
 
-        sum over kernels of (1 - w) (log s - mean log s)² + w (log g - mean log g)²
+    - Each hidden kernel gets an output of the same std, the level. By Euler's theorem, s
+      times g is then the same all along a chain whose activations keep factors, as ReLU
+      does and every smooth one near zero: the gradient holds where the signal does.
+    - The level is the highest of 1, 0.5, 0.2 and 0.05 at which all three hold, or 1 where
+      a lower one makes nothing better. GELU and SiLU let small differences grow, and tanh
+      too, the more the higher the level is. Along a chain, the signal may then change by
+      the root of what the gradient does.
+    - In a residual sum of n branches, their last kernels get 1 / (2 sqrt(n)).
+    - Kernels before an output of the model, a softmax or a gate, and the input kernels of
+      recurrent layers keep their scale, as far as the std stays below 1. At a low level
+      they make up for it.
+    - No kernel gets a gain (std of its output over the root mean square of its input) above
+      2.5, and above 1 behind a mean over positions: that makes a signal smaller on purpose.
 
-    with w = 1/2 for `"balanced"`, 0 for `"forward"` and 1 for `"backward"`, as `fan_avg`,
-    `fan_in` and `fan_out` are for the formula. A factor trades one for the other: along a
-    path s times g is given by the structure, so at the least of the balanced objective
-    s / g is the same everywhere, and forward times backward is 1.
+    A model in which all three hold already is left as it is: signal and gradient change by
+    less than 2, the cosine by less than 0.2. So are models that no level makes better.
+    Start from the right fans: `initialize(model, "xavier_uniform")`, or `"isometric"`.
 
-    The geometric mean of s, the level, is 1, unless no sum passes by and the gradient
-    changes much at level 1 and far less at another one from 1/4 to 8. It depends on the
-    level how much an activation makes small differences grow: GELU and SiLU do it less at
-    a high level, tanh at a low one. Heads, from which no other kernel leads to an output
-    of the model, have s = 1, or less where their author gave them a small std.
-
-    Each pass sets the factors as the layers are called, one after the other, and then
-    measures g. Start from the right fans: `initialize(model, "xavier_uniform")`.
-
-    - Kernels that feed a softmax or a sigmoid get s = 1, such as those of query and key, so
-      that the scores have unit variance; so do the input kernels of recurrent layers.
-    - Where blocks add to a sum, the last kernels of the branches are made smaller until the
-      sum has at most 1.15 times the std that it starts with, but not below about 1/4: the
-      sum of 48 branches then has twice that std. The last of them may be larger, to hold
-      the ends (see below). In the objective they count as if they were not smaller.
-      Branches that end in a normalization layer have a scale of their own. Sums are known
-      by the graph, also a bare `+` in the `call` of a layer. One is measured where a layer
-      takes it or makes it. Of layers that can't be called without values, such as those
-      that call the backend, only what goes in and out is seen.
-    - A first kernel stays as it is if a learned table, as of positions, is added to its
-      output: in another proportion, the places could not be told apart.
-    - Kernels in branches that are switched off on purpose (LayerScale, zeros) get s = 1.
-    - Constants, frozen layers, embeddings, recurrent kernels, and layers that are called in
-      a loop, derivative or program that the backend traces stay as they are; a finding says
-      so. A shared kernel has one factor, for the mean over its calls.
-    - s stays within a factor of 4 of the median, unless the ends can't hold otherwise.
-    - From end to end nothing changes by more than a factor of about 1.2: not forward in
-      mode `"forward"`, backward in `"backward"`, and the root of their product in
-      `"balanced"`. Where the rules above leave more, the last kernel makes up for it, then
-      the first.
+    These stay as they are, and a finding says so: constants, frozen layers, embeddings and
+    recurrent kernels; kernels with a constraint on their size; those that the output of
+    their layer does not follow, as with weight standardization; those that their author
+    scaled for a periodic activation; a first kernel to whose output a learned table, as of
+    positions, is added; layers that are called in a loop, derivative or program that the
+    backend traces. The first call of a shared kernel decides over its factor.
 
     All or nothing: after an error or an interrupt the kernels are as they were.
 
@@ -116,7 +94,6 @@ def calibrate(
         y: Targets for `loss`. Give both or neither.
         loss: What is differentiated, as in `propagate`. Without one it is
             `sum(c * model(x))`, where c is random.
-        mode: `"balanced"`, `"forward"` or `"backward"`.
         layers: Layers of the model, or their names, to which to limit the work.
         seed: An integer: the same one gives the same c.
         training: Whether BatchNormalization uses the statistics of the batch, as training
@@ -124,16 +101,16 @@ def calibrate(
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
 
     Returns:
-        A `Table` with a row per kernel. Keys: `path`, `factor`; `std`, `gradient_std`:
-        s and g, this relative to their geometric mean; `std_before`; `share`: the part of
-        the gradient that it gets of what passes by; `target`: `"balanced"`, `"unit"`,
-        `"small"` (a head), `"off path"` or `""` (not scaled); `shape`, `layer`. The note
-        has forward (s of the last kernel over the first), backward (g of the first over
-        the last), and what the mode holds of them.
+        A `Table` with a row per kernel, measured on the model as it is afterwards, on the
+        half that the factors do not come from. Keys: `path`, `factor`; `std_before` and
+        `std`: s; `gradient_std`: g, over its geometric mean; `likeness`: the mean cosine of
+        two examples; `role`: `"hidden"`, `"branch"` (the end of one) or `"bounded"` (before
+        an output, a softmax or a gate); `shape`, `layer`. The note tells all three from
+        end to end, by straight lines through the logarithms of s and g.
 
     Raises:
         ValueError: If the model is not built or not finite, the batch does not fit, or
-            nothing can be measured on it: one example, or all alike, or not finite.
+            nothing can be measured on it: fewer than four examples, or all alike.
         TypeError: If an argument is of a wrong type, or `x` does not hold numbers.
 
     Example:
@@ -145,33 +122,29 @@ def calibrate(
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), equations
       8 and 9
-    - [Mishkin & Matas, 2016](https://arxiv.org/abs/1511.06422), the forward pass alone
+    - [Mishkin & Matas, 2016](https://arxiv.org/abs/1511.06422), the signal alone
+    - [Schoenholz et al., 2017](https://arxiv.org/abs/1611.01232), the likeness of examples
     """
-    _check_mode(mode)
     batch = Batch.check(x, y, loss, seed)
     _check_tells(batch)
     survey = Survey(model)
     selected = survey.select(layers)
     flow = flow_of_model(survey, batch, training)
-    sites, left = find_sites(survey, selected, flow)
-    if not sites:
+    found, left = find_scaled_layers(survey, selected, flow)
+    if not found:
         raise ValueError(
             "Argument `model` must have a kernel that may be scaled: one that is trainable "
             f"and was not made constant. Received: model={model}"
         )
     with progress("calibrate", verbose) as advance:
-        advance(0.0, "as it is")
-        measure, first = _first_pass(survey, batch, flow, sites, training)
-        left += _unseen(sites, measure.sites)
-        result = _solve(measure, first, mode, advance)
-        _check_finite(model, result)
-    table = _table(result, left)
+        result = _measure(survey, batch, found, flow, training, advance)
+    table = _table(result, left, flow)
     before: list[tuple[keras.Variable, Any]] = []
     try:
-        for site, factor in zip(result.sites, result.after.factors, strict=True):
-            for weight in site.kernels:
+        for layer, factor in zip(result.layers, result.factors, strict=True):
+            for weight in layer.kernels if factor != 1 else ():
                 before.append((weight.variable, backends.held_value(weight.variable)))
-                scale = functools.partial(scaled, site, factor)
+                scale = functools.partial(scaled, layer, factor)
                 backends.assign(weight.variable, backends.map_parts(weight.variable, scale))
         return table  # within, so that an interrupt in this last moment is caught too
     except BaseException:
@@ -180,78 +153,186 @@ def calibrate(
         raise
 
 
-def _first_pass(
-    survey: Survey,
-    batch: Batch,
-    flow: Flow,
-    sites: list[Site],
-    training: bool,
-) -> tuple[Measurement, Measured]:
-    """The pass before, over those sites of which each call is seen."""
-    measure = Measurement(survey, batch, flow, sites, training)
-    before = measure(None)
-    unseen = {id(layer) for layer in measure.unseen}
-    seen = [site for site in sites if id(site.layer) not in unseen]
-    if len(seen) < len(sites):
-        measure = Measurement(survey, batch, flow, seen, training)
-        before = measure(None)
-    if not before.order:
-        raise ValueError(
-            "Argument `model` must call a layer whose kernel may be scaled, outside of "
-            "loops, derivatives and programs that the backend traces. "
-            f"Received: model={survey.root}"
-        )
-    return measure, before
-
-
-def _unseen(sites: list[Site], seen: list[Site]) -> list[tuple[Weight, str]]:
-    reason = "it is called in a loop, a derivative or a program that the backend traces"
-    missing = [site for site in sites if site not in seen]
-    return [(weight, reason) for site in missing for weight in site.kernels]
-
-
-def measure_ends(
-    model: keras.Layer, x: Any, training: bool = True, on_path: np.ndarray | None = None
-) -> tuple[float, float, np.ndarray]:
-    """Signal and gradient from end to end of the model as it is, and between which sites.
-
-    `on_path` is what an earlier call returned, to measure between the same two kernels.
-    """
-    batch, survey = Batch.check(x), Survey(model)
-    flow = flow_of_model(survey, batch, training)
-    sites, _ = find_sites(survey, survey.select(None), flow)
-    seen = Measurement(survey, batch, flow, sites, training)(None)
-    on_path = _on_path(sites, seen) if on_path is None else on_path
-    return (*_ends(seen, on_path), on_path)
-
-
-def _check_mode(mode: Any) -> None:
-    if not isinstance(mode, str) or mode not in _GRADIENT_WEIGHT:
-        raise ValueError(
-            "Argument `mode` must be 'balanced', 'forward' or 'backward'. "
-            f"Received: mode={mode!r}"
-        )
-
-
 def _check_tells(batch: Batch) -> None:
     parts = keras.tree.flatten(batch.x)
     arrays = [np.asarray(keras.ops.convert_to_numpy(part)) for part in parts]
     varies = any((array != array[:1]).any() for array in arrays if array.size)
-    if batch.size < 2 or not varies:
+    if batch.size < _FEWEST_EXAMPLES or not varies:
         raise ValueError(
             "Argument `x` must be a batch of several examples that differ, dozens of them: "
-            f"nothing can be measured on one. Received: x of shape {arrays[0].shape}"
-            + ("" if batch.size < 2 else ", with all examples alike")
+            "one half is measured on, the other half tests the result. "
+            f"Received: x of shape {arrays[0].shape}"
+            + (", with all examples alike" if len(arrays[0]) > 1 and not varies else "")
+        )
+    largest = float(np.finfo(np.float32).max)
+    sizes = [float(np.abs(each).max(initial=0.0)) for each in arrays]
+    if max(sizes) > largest:
+        raise ValueError(
+            f"Argument `x` must be within the range of float32, up to {largest:.3g}: scale "
+            f"it to a std near 1. Received: x with values up to {max(sizes):.3g}"
         )
 
 
-def _check_finite(model: keras.Layer, result: "_Result") -> None:
+def _halves(batch: Batch) -> list[Batch]:
+    """Every second example, and the others; as many of them."""
+    count = batch.size // 2
+
+    def half(start: int, structure: Any) -> Any:
+        def cut(array: Any) -> Any:
+            is_batch = getattr(array, "shape", ())[:1] == (batch.size,)
+            return array[start : start + 2 * count : 2] if is_batch else array
+
+        return keras.tree.map_structure(cut, structure)
+
+    return [batch._replace(x=half(i, batch.x), y=half(i, batch.y)) for i in (0, 1)]
+
+
+def _grown(batch: Batch) -> Batch:
+    """The same examples, a hundredth larger."""
+
+    def grow(array: Any) -> Any:
+        return array * 1.01 if is_float(array) else array
+
+    return batch._replace(x=keras.tree.map_structure(grow, batch.x))
+
+
+class _Change(NamedTuple):
+    """What becomes of signal, gradient and likeness between the first kernel and the last.
+
+    Attributes:
+        signal: Log of what the std of the kernels' outputs is multiplied with.
+        gradient: The same of the gradient's length, on its way back.
+        likeness: The mean cosine of two examples at the first hidden kernel, and the last.
+        excess: Log of the largest std before a head, a softmax or a gate; 0 if below 1.
+        is_finite: Whether all of it is, and no output is zero.
+        kernels: How many hidden kernels these are.
+    """
+
+    signal: float
+    gradient: float
+    likeness: tuple[float, float]
+    excess: float
+    is_finite: bool
+    kernels: int
+
+    @property
+    def is_level(self) -> bool:
+        """Whether signal and gradient hold."""
+        both = self.signal + self.gradient
+        most = max(abs(self.signal), abs(self.gradient), abs(both), self.excess)
+        return self.is_finite and most <= _MOST_CHANGE
+
+    @property
+    def drift(self) -> float:
+        """By how much examples become alike, or unlike."""
+        return abs(self.likeness[1] - self.likeness[0])
+
+    def is_held(self, most_drift: float) -> bool:
+        return self.is_level and self.drift <= most_drift
+
+    def __str__(self) -> str:
+        if not self.is_finite:
+            return "the signal overflows or vanishes on its way"
+        with np.errstate(over="ignore"):
+            signal, gradient = np.exp([self.signal, self.gradient])
+        first, last = self.likeness
+        return (
+            f"signal {signal:.2g}x, gradient {gradient:.2g}x, likeness {first:.2g} to "
+            f"{last:.2g}"
+        )
+
+
+class _Attempt(NamedTuple):
+    """A pass with kernels scaled to a level, and what became of the three in it."""
+
+    level: float
+    seen: Pass
+    change: _Change
+
+
+class _Result(NamedTuple):
+    """What was measured, and what follows from it.
+
+    Attributes:
+        layers, unseen: Those that are scaled, and those of which not all calls are seen.
+        was: As the model was.
+        scaled: With the factors, on the examples that they come from; None if nothing is
+            to be scaled.
+        fresh: With the factors, on the other examples.
+        failed: The last attempt that did not hold; None if all three hold as they are.
+        passes: How many there were.
+    """
+
+    layers: list[ScaledLayer]
+    unseen: list[ScaledLayer]
+    was: _Attempt
+    scaled: _Attempt | None
+    fresh: _Attempt | None
+    failed: _Attempt | None
+    passes: int
+
+    @property
+    def after(self) -> Pass:
+        """The model as it will be."""
+        return (self.fresh or self.was).seen
+
+    @property
+    def factors(self) -> np.ndarray:
+        return (self.scaled or self.was).seen.factors
+
+
+def _measure(
+    survey: Survey,
+    batch: Batch,
+    found: list[ScaledLayer],
+    flow: Flow,
+    training: bool,
+    advance: Callable[[float, str], None],
+) -> _Result:
+    """All passes, each on half of the batch."""
+    half, other = _halves(batch)
+    advance(0.0, "as it is")
+    run, before = _first_pass(survey, half, found, training)
+    layers, was = run.layers, _attempt(run.layers, 0.0, before)
+    scaled, fresh, failed = None, None, None
+    is_sound = was.change.is_level and was.change.drift <= _MOST_DRIFT
+    # Residual sums carry all three past the activations, whatever the level.
+    levels = [] if is_sound else _LEVELS[:1] if flow.sums else _LEVELS
+    most = max(_MOST_DRIFT, was.change.drift + _SLACK)
+    for i, level in enumerate(levels):
+        advance((1 + i) / (1 + len(levels)), f"level {level:g}")
+        attempt = _scale(run, half, level, is_chain=not flow.sums)
+        _check_finite(survey.root, layers, before, attempt.seen)
+        if scaled and attempt.change.drift > _NEARER * scaled.change.drift:
+            break
+        tests = [attempt]
+        if attempt.change.is_held(most):
+            factors = attempt.seen.factors
+            batches = (other, _grown(half))
+            passes = [run(each, factors=factors) for each in batches]
+            tests += [_attempt(layers, level, each) for each in passes]
+        bad = [each for each in tests if not each.change.is_held(most)]
+        bad += [each for each in tests if _differ(layers, each.seen, attempt.seen)]
+        if bad:
+            failed = bad[0]
+            continue
+        scaled, fresh = attempt, tests[1]
+        if scaled.change.drift <= _MOST_DRIFT:
+            break
+    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
+        scaled, fresh, failed = None, None, scaled  # it holds what can be held
+    unseen = [each for each in found if each not in layers]
+    return _Result(layers, unseen, was, scaled, fresh, failed, run.passes)
+
+
+def _check_finite(
+    model: keras.Layer, layers: list[ScaledLayer], before: Pass, after: Pass
+) -> None:
     """An error where even the scaled model does not give numbers."""
-    after = result.after
-    if after.is_finite:
+    if before.is_finite or after.is_finite:
         return
     wrong = [i for i in after.order if not after.signal[i] < math.inf]
-    place = f"At {result.sites[wrong[0]].path}" if wrong else "Behind the last kernel"
+    place = f"At {layers[wrong[0]].path}" if wrong else "Behind the last kernel"
     raise ValueError(
         "Argument `model` must give finite values on `x`, whatever the scale of its "
         f"kernels. {place} they are not: look for weights that are not finite with "
@@ -259,320 +340,210 @@ def _check_finite(model: keras.Layer, result: "_Result") -> None:
     )
 
 
-class _Result(NamedTuple):
-    """The pass before, the best pass after, and what it aimed at."""
+def _scale(run: ScalingPasses, half: Batch, level: float, is_chain: bool) -> _Attempt:
+    """Scaled to a level; along a chain the signal takes half of the gradient's change.
 
-    mode: Mode
-    sites: list[Site]
-    before: Measured
-    after: Measured
-    on_path: np.ndarray  # which sites take part in the compromise
-    passes: int
-
-
-def _solve(
-    measure: Measurement,
-    before: Measured,
-    mode: Mode,
-    advance: Callable[[float, str], None],
-) -> _Result:
-    """The objective at its least, on the level where the gradient changes least."""
-    level = _level(measure, before, advance)
-    seen, on_path = _converge(measure, before, _GRADIENT_WEIGHT[mode], level, advance)
-    return _Result(mode, measure.sites, before, seen, on_path, measure.passes)
-
-
-def _base(sites: list[Site], seen: Measured, level: float) -> np.ndarray:
-    """Log targets: the level, or the site's goal; 1 for what is called last.
-
-    The stem stays as it is, in proportion to what is added to it.
+    A factor trades one for the other: signal times gradient is as the structure has it.
     """
-    base = np.array([level if site.goal is None else site.goal for site in sites])
-    last = seen.order[-1]
-    if sites[last].goal is None and last not in seen.ends:
-        base[last] = 0.0
-    if seen.stem is not None:
-        base[seen.stem] = seen.signal[seen.stem]
-    return base
+    layers = run.layers
+    aims = level * np.array([each.share or 1.0 for each in layers])
+    attempt = _attempt(layers, level, run(half, level, aims))
+    change = attempt.change.gradient
+    if is_chain and _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE:
+        path = _path(layers, attempt.seen)
+        aims[path] *= np.exp(-change / 2 * np.linspace(-0.5, 0.5, len(path)))
+        attempt = _attempt(layers, level, run(half, level, aims))
+    return attempt
 
 
-def _level(
-    measure: Measurement, before: Measured, advance: Callable[[float, str], None]
-) -> float:
-    """The log std at which, with the signal level, the gradient changes least."""
-
-    def change(level: float) -> float:
-        advance(measure.passes / _MOST_PASSES, f"level {level:g}")
-        seen = measure(_base(measure.sites, before, math.log(level)))
-        on_path = _on_path(measure.sites, seen)
-        return float(np.var(seen.gradient[on_path])) if on_path.any() else 0.0
-
-    # A sum carries signal and gradient past the activations, at whatever level.
-    at_one = 0.0 if before.ends else change(1.0)
-    if at_one < _SMALL_CHANGE:
-        return 0.0
-    changes = {level: change(level) for level in _LEVELS}
-    best = min(changes, key=changes.__getitem__)
-    return math.log(best) if changes[best] < _CLEAR_GAIN * at_one else 0.0
+def _attempt(layers: list[ScaledLayer], level: float, seen: Pass) -> _Attempt:
+    return _Attempt(level, seen, _change(layers, seen, level > 0))
 
 
-def _converge(
-    measure: Measurement,
-    before: Measured,
-    weight: float,
-    level: float,
-    advance: Callable[[float, str], None],
-) -> tuple[Measured, np.ndarray]:
-    """Passes until s and g are in their proportion everywhere, or nothing improves."""
-    sites = measure.sites
-    base = wanted = aim = _base(sites, before, level)
-    # A shared layer's first call, or an unusual layer, is set off from what is wanted.
-    offset = np.zeros(len(sites))
-    ends, small = None, 0.0
-    best, best_fit, best_wanted, step = None, math.inf, wanted, 1.0
-    for _ in range(_MOST_PASSES):
-        seen = measure(wanted + offset)
-        on_path = _on_path(sites, seen)
-        ends = _small_ends(sites, seen) if ends is None else ends
-        missed = np.where(np.isfinite(seen.signal), seen.signal - wanted, 0.0)
-        offset = np.clip(offset - missed, -5, 5)
-        misfit, compromise = _compromise(seen, on_path, weight, level, small * ends)
-        change = _excess(seen, level, small) if ends.any() else 0.0
-        end = _end_excess(seen, on_path, weight, seen.signal)
-        fit = math.hypot(misfit, float(np.abs(missed).max()), change, end)
-        advance(measure.passes / _MOST_PASSES, f"worst ratio {math.exp(fit):.3g}")
-        if best is None or fit < best_fit:
-            step = 1.0 if fit < 0.8 * best_fit else 0.5 * step
-            best, best_fit, best_wanted = (seen, on_path), fit, wanted
-            small += change
-            aim = np.where(on_path, compromise, base) + small * ends
-            aim = _hold_ends(aim, seen, on_path, weight)
-        else:
-            step *= 0.5
-        if best_fit < _TOLERANCE or step < 0.25:
-            break
-        wanted = best_wanted + step * (aim - best_wanted)
-    assert best is not None
-    return best
+def _differ(layers: list[ScaledLayer], one: Pass, other: Pass) -> bool:
+    """Whether the output of a hidden kernel has another std on other examples."""
+    hidden = [i for i in one.order if layers[i].share is not None]
+    off = np.abs(one.signal[hidden] - other.signal[hidden])
+    return bool((off > _MOST_CHANGE).any())
 
 
-def _small_ends(sites: list[Site], seen: Measured) -> np.ndarray:
-    """1 for the ends of branches that are made smaller; 0 elsewhere."""
-    is_small = [i for i in seen.ends if sites[i].goal is None]
-    ends = np.zeros(len(sites))
-    ends[is_small] = seen.share[is_small] > _SMALLEST_SHARE
-    return ends
+def _first_pass(
+    survey: Survey, half: Batch, found: list[ScaledLayer], training: bool
+) -> tuple[ScalingPasses, Pass]:
+    """The pass before, over those layers of which each call is seen."""
+    run = ScalingPasses(survey, found, training)
+    first = run(half)
+    unseen = {id(layer) for layer in run.unseen}
+    seen = [each for each in found if id(each.layer) not in unseen]
+    if len(seen) < len(found):
+        run = ScalingPasses(survey, seen, training)
+        first = run(half)
+    if not first.order:
+        raise ValueError(
+            "Argument `model` must call a layer whose kernel may be scaled, outside of "
+            "loops, derivatives and programs that the backend traces. "
+            f"Received: model={survey.root}"
+        )
+    return run, first
 
 
-def _excess(seen: Measured, level: float, small: float) -> float:
-    """By how much, in logarithms, the ends of branches have to change for the bound."""
-    start = max(math.exp(level), seen.start)
-    grown = seen.stream**2 - start**2
-    if not 0 < grown < math.inf:
-        return -small
-    change = 0.5 * math.log((_STREAM_BOUND**2 - 1) * start**2 / grown)
-    return float(np.clip(small + change, -_LIMIT, 0.0)) - small
+def _change(layers: list[ScaledLayer], seen: Pass, is_scaled: bool) -> _Change:
+    """By straight lines through the logarithms: in branches, one may differ widely."""
+    path = _path(layers, seen)
+    bounded = [seen.signal[i] for i in seen.order if layers[i].share is None]
+    # The ends of branches are small on purpose.
+    aims = np.log([layers[i].share if is_scaled else 1.0 for i in path])
+    alike = seen.likeness[path]
+    alike = alike[np.isfinite(alike)]
+    return _Change(
+        _line(seen.signal[path] - aims),
+        -_line(seen.gradient[path] + aims),
+        (float(alike[0]), float(alike[-1])) if len(alike) else (0.0, 0.0),
+        max([0.0, *bounded]),
+        seen.is_finite and not np.isneginf(seen.signal).any(),
+        len(path),
+    )
 
 
-def _hold_ends(
-    aim: np.ndarray, seen: Measured, on_path: np.ndarray, weight: float
-) -> np.ndarray:
-    """The same targets, but for the last kernel, else the first, that keep the ends level.
-
-    Limits, and what is small on purpose, would leave a change from end to end.
-    """
-    aim = aim.copy()
-    path = _path(seen, on_path)
-    if path:
-        middle, limit = float(np.median(aim[path])), _limit(seen, on_path, weight)
-        for i, sign in (path[-1], -1), (path[0], 1):
-            change = _end_excess(seen, on_path, weight, aim)
-            low, high = min(aim[i], middle - limit), max(aim[i], middle + limit)
-            aim[i] = np.clip(aim[i] + sign * change, low, high)
-    return aim
-
-
-def _limit(seen: Measured, on_path: np.ndarray, weight: float) -> float:
-    """How far, in logarithms, an output may be from the median.
-
-    As far as it has to if the first and the last are to hold the ends.
-    """
-    forward, backward = _log_ends(seen, on_path, seen.signal)
-    tilt = weight * abs(forward - backward)
-    return max(_LIMIT, (tilt - _END_BOUND) / 2)
-
-
-def _end_excess(
-    seen: Measured, on_path: np.ndarray, weight: float, signal: np.ndarray
-) -> float:
-    """How far beyond the bound signal and gradient change from end to end, on average."""
-    forward, backward = _log_ends(seen, on_path, signal)
-    change = (1 - weight) * forward + weight * backward
-    return float(change - np.clip(change, -_END_BOUND, _END_BOUND))
-
-
-def _log_ends(
-    seen: Measured, on_path: np.ndarray, signal: np.ndarray
-) -> tuple[float, float]:
-    """Log of what signal, and of what gradient, is at the end over what it started with.
-
-    With a log signal as given: at a kernel, signal times gradient stays as it is.
-    """
-    path = _path(seen, on_path)
-    if not path:
-        return 0.0, 0.0
-    first, last = path[0], path[-1]
-    with np.errstate(invalid="ignore"):
-        gradient = seen.signal + seen.gradient - signal
-        return signal[last] - signal[first], gradient[first] - gradient[last]
-
-
-def _path(seen: Measured, on_path: np.ndarray) -> list[int]:
-    """The sites that take part in the compromise, in order of their calls."""
-    return [i for i in seen.order if on_path[i]]
-
-
-def _on_path(sites: list[Site], seen: Measured) -> np.ndarray:
-    """Where the gradient counts: not in branches that are switched off, nor at the end."""
-    balanced = np.array([site.goal is None for site in sites])
-    on_path = balanced & (seen.share > _SMALLEST_SHARE) & np.isfinite(seen.gradient)
-    on_path[seen.order[-1]] = False  # what follows it is the loss
-    if seen.stem is not None:
-        on_path[seen.stem] = False
-    return on_path
-
-
-def _compromise(
-    seen: Measured, on_path: np.ndarray, weight: float, level: float, small: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """How far s and g are from the compromise, and log targets nearer to it.
-
-    Where s is small on purpose, it counts as if it were not.
-    """
-    if on_path.sum() < 2:
-        return 0.0, np.full(len(on_path), level)
-    s = seen.signal - small
-    g = seen.gradient - seen.gradient[on_path].mean()
-    compromise = weight * (s + g)
-    compromise += level - compromise[on_path].mean()
-    limit = _limit(seen, on_path, weight)
-    middle = float(np.median((compromise + small)[on_path]))
-    compromise = np.clip(compromise + small, middle - limit, middle + limit) - small
-    misfit = ((1 - weight) * s - weight * g)[on_path]
-    return float(misfit.std()), compromise
-
-
-def _table(result: _Result, left: list[tuple[Weight, str]]) -> Table:
-    rows = [
-        _row(result, i, weight)
-        for i, site in enumerate(result.sites)
-        for weight in site.kernels
+def _path(layers: list[ScaledLayer], seen: Pass) -> list[int]:
+    """The hidden kernels that signal and gradient come by, in order of their calls."""
+    return [
+        i
+        for i in seen.order
+        if layers[i].share is not None
+        and seen.share[i] > _SMALLEST_SHARE
+        and math.isfinite(seen.signal[i] + seen.gradient[i])
     ]
+
+
+def _line(values: np.ndarray) -> float:
+    """By how much a straight line through them rises from the first to the last."""
+    count = len(values)
+    return float(np.polyfit(range(count), values, 1)[0] * (count - 1)) if count > 1 else 0.0
+
+
+def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table:
+    layers = result.layers
+    reason = "it is called in a loop, a derivative or a program that the backend traces"
+    left = [*left, *((each, reason) for unseen in result.unseen for each in unseen.kernels)]
+    after = result.after
+    for i, layer in enumerate(layers):
+        reason = ""
+        if i not in after.order:
+            reason = "its layer was not called"
+        elif result.was.seen.signal[i] == -math.inf:
+            reason = "its output is zero on this batch"
+        elif result.scaled and not result.scaled.seen.follows[i]:
+            reason = "the output of its layer does not change with it"
+        left += [(weight, reason) for weight in layer.kernels if reason]
     findings = [
         Finding("info", "not-scaled", weight.path, f"Not scaled: {reason}.", "")
         for weight, reason in left
     ]
-    columns = ("path", "factor", "std_before", "std", "gradient_std", "target", "shape",
-               "share", "layer")  # fmt: skip
-    findings += _findings(result)
+    columns = ("path", "factor", "std_before", "std", "gradient_std", "likeness", "role",
+               "shape", "layer")  # fmt: skip
+    path = _path(layers, after)
+    middle = float(after.gradient[path].mean()) if path else 0.0
+    rows = [
+        _row(result, i, weight, middle)
+        for i, layer in enumerate(layers)
+        for weight in layer.kernels
+    ]
+    findings += _unreached(result, flow)
     layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
     return Table("calibrate", rows, findings, columns, _note(result), layout)
 
 
-def _note(result: _Result) -> str:
-    """What became of signal and gradient, and what the mode holds of both."""
-    (forward, backward), (old_forward, old_backward) = (
-        _ends(seen, result.on_path) for seen in (result.after, result.before)
-    )
-    name, held = _HELD[result.mode]
-    stream = result.after.stream
-    sums = f"Residual sums have a std of {stream:.3g} at most. " if stream else ""
-    return (
-        f"From the first kernel to the last the signal changes {forward:.3g}x (before: "
-        f"{old_forward:.2g}x); on the way back the gradient changes {backward:.3g}x "
-        f"(before: {old_backward:.2g}x). {name}: {held(forward, backward):.3g}, where 1 is "
-        f"aimed at. {sums}Done in {result.passes} passes."
-    )
-
-
-def _row(result: _Result, i: int, weight: Weight) -> Row:
-    site, after = result.sites[i], result.after
-    called = not math.isnan(after.signal[i])
-    reached = called and math.isfinite(after.gradient[i])
-    middle = after.gradient[result.on_path].mean() if result.on_path.any() else 0.0
-    target = "balanced" if result.on_path[i] else "off path"
-    if site.goal is not None or i == after.order[-1]:
-        target = "small" if site.goal else "unit"
-    if i == after.stem or not called:
-        target = ""
+def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
+    layer, before, after = result.layers[i], result.was.seen, result.after
+    called = i in after.order
+    alike = float(after.likeness[i])
+    role = "bounded" if layer.share is None else "hidden" if layer.share == 1 else "branch"
     return {
         "path": weight.path,
-        "factor": float(after.factors[i] ** (1 / len(site.kernels))),
-        "std_before": math.exp(result.before.signal[i]) if called else None,
+        "factor": float(result.factors[i] ** (1 / len(layer.kernels))),
+        "std_before": math.exp(before.signal[i]) if called else None,
         "std": math.exp(after.signal[i]) if called else None,
-        "gradient_std": math.exp(after.gradient[i] - middle) if reached else None,
-        "share": min(1.0, float(after.share[i])),
-        "target": target,
+        "gradient_std": math.exp(after.gradient[i] - middle) if called else None,
+        "likeness": alike if math.isfinite(alike) else None,
+        "role": role,
         "shape": weight.shape,
-        "layer": type(site.owner).__name__,
+        "layer": type(layer.owner).__name__,
     }
 
 
-def _ends(seen: Measured, on_path: np.ndarray) -> tuple[float, float]:
-    """Signal of the last kernel over the first; gradient of the first over the last."""
-    forward, backward = _log_ends(seen, on_path, seen.signal)
-    with np.errstate(over="ignore"):
-        return float(np.exp(forward)), float(np.exp(backward))
+def _note(result: _Result) -> str:
+    """The verdict: what was done, and what became of the three."""
+    passes = f"Done in {result.passes} passes over half of the batch."
+    ends = "From the first kernel to the last, and back"
+    if result.fresh is None and result.failed is None and result.was.change.kernels < 2:
+        return f"Nothing was scaled: {_TOO_FEW}. {passes}"
+    if result.fresh is None:
+        reason = "no scale holds more" if result.failed else "all three hold as they are"
+        return f"Nothing was scaled: {reason}. {ends}: {result.was.change}. {passes}"
+    return (
+        f"Scaled to a std of {result.fresh.level:g}. {ends}, on examples that the factors "
+        f"do not come from: {result.fresh.change} (before: {result.was.change}). {passes}"
+    )
 
 
-def _findings(result: _Result) -> list[Finding]:
-    found = []
-    sites, after = result.sites, result.after
-    forward, backward = _ends(after, result.on_path)
-    path = _path(after, result.on_path)
-    name, held = _HELD[result.mode]
-    value = held(forward, backward)
-    if path and not 0.5 <= value <= 2:
+def _unreached(result: _Result, flow: Flow) -> list[Finding]:
+    """What does not hold, and the part of the model that is the cause."""
+    if result.fresh is None and result.failed is None:
+        return []
+    change = (result.fresh or result.was).change
+    if change.is_held(_MOST_DRIFT):
+        return []
+    path, cause, advice = _cause(result, flow)
+    if result.fresh is None and not change.is_level:
         message = (
-            f"{name} is {value:.2g}, not 1: the signal changes {forward:.2g}x from "
-            f"{sites[path[0]].path} to here, the gradient {backward:.2g}x on its way back."
+            f"No scale of the kernels holds on other examples ({result.failed.change}), "
+            f"so all are as they were. The cause is {cause}."
         )
-        advice = "Add normalization layers or residual connections."
-        found.append(Finding("warning", "unreached", sites[path[-1]].path, message, advice))
-    ratio = forward / backward
-    growths = [_growth(sites[i]) for i in path]
-    total = math.prod(growths)
-    if path and ratio < 0.25 and total > 10:
-        message = (
-            f"Its activation lets a deviation grow {max(growths):.3g}x per layer "
-            f"(chi) even where the signal is level: up to {total:.2g}x over "
-            f"{len(growths)} kernels."
-        )
-        advice = (
-            "No scale of the kernels changes that: use fewer layers, residual connections, "
-            "normalization layers, or another activation, such as 'relu'."
-        )
-        path_of = sites[path[int(np.argmax(growths))]].path
-        found.append(Finding("warning", "unstable-activation", path_of, message, advice))
-    for i, site in enumerate(sites):
-        if math.isnan(after.signal[i]):
-            reason = "Not scaled: its layer was not called."
-            found.append(Finding("info", "not-scaled", site.path, reason, ""))
-        elif after.signal[i] == -math.inf:
-            reason = "Not scaled: its output is zero on this batch."
-            found.append(Finding("info", "not-scaled", site.path, reason, ""))
-        elif i == after.stem:
-            reason = "Not scaled: a learned table, such as of positions, is added to it."
-            found.append(Finding("info", "not-scaled", site.path, reason, ""))
-        elif after.share[i] <= _SMALLEST_SHARE and site.goal is None:
-            message = (
-                f"It gets {after.share[i]:.1g} of the gradient that passes by, as if "
-                "switched off on purpose: only its signal was set."
+        return [Finding("warning", "unreached", path, message, advice)]
+    first, last = change.likeness
+    message = (
+        f"The mean cosine of two examples goes from {first:.2g} to {last:.2g}, whatever "
+        f"the scale of the kernels. The cause is {cause}."
+    )
+    return [Finding("info", "unreached", path, message, advice)]
+
+
+def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
+    """The path of a kernel, the part of the model there, and what to do."""
+    layers = result.layers
+    attempt = result.failed or result.fresh
+    hidden = [i for i in attempt.seen.order if layers[i].share is not None]
+    for i in hidden:
+        aim = math.log(attempt.level * layers[i].share)
+        is_small = attempt.seen.signal[i] < aim - _MOST_CHANGE
+        if is_small and not flow.takes_means(layers[i].layer):
+            cause = (
+                f"its small input: it would need a gain above {layers[i].largest_gain:.2g}"
             )
-            found.append(Finding("info", "off-path", site.path, message, ""))
-    return found
+            return layers[i].path, cause, "Scale the data, or embeddings, to a std near 1."
+    for kind, cause in _CAUSES.items():
+        for i in hidden:
+            calls = flow.of_layer(layers[i].layer)
+            sources = [kinds for each in calls for kinds in each.sources.values()]
+            if any(kind in kinds for kinds in (*sources, *(each.kinds for each in calls))):
+                return layers[i].path, cause, _ADVICE
+    for i in hidden:
+        activation = layers[i].kernels[0].activation
+        if activation is not None:
+            name = getattr(activation, "__name__", type(activation).__name__)
+            return layers[i].path, f"the activation {name}", _ADVICE
+    return layers[attempt.seen.order[0]].path, "the structure behind it", _ADVICE
 
 
-def _growth(site: Site) -> float:
-    activation = site.kernels[0].activation
-    return activation_growth(activation) if activation else 1.0
+_TOO_FEW = "fewer than two hidden kernels have a scale that is free"
+_ADVICE = (
+    "Use `initialize(model, 'isometric')`, fewer layers, residual connections or "
+    "normalization layers."
+)
+# By kind of what stands between kernels, the likeliest first.
+_CAUSES = {
+    "product": "a product of two signals, as in a gate, which doubles a relative change",
+    "normalization": "a normalization layer, which undoes the scale of what it takes",
+    "pooling": "a pooling over positions",
+}
