@@ -1,4 +1,4 @@
-"""`calibrate`: all three hold on new data, by hand-made backpropagation too, or no change."""
+"""`calibrate`: all three hold on new data, by hand too, or nothing is changed."""
 
 import itertools
 import json
@@ -16,6 +16,7 @@ from keras import layers
 import keras_glorot
 from keras_glorot import _backends as backends
 from keras_glorot import calibrate, initialize, propagate
+from keras_glorot.tables.findings import are_remarks
 from keras_glorot.tools import _scaling
 from keras_glorot.tools import calibrate as calibration
 
@@ -29,6 +30,12 @@ def snapshot(model):
         [np.asarray(weight).tobytes() for weight in model.variables],
         [sorted(vars(layer)) for layer in model._flatten_layers()],
     )
+
+
+def sick(case):
+    """The models of other tests, with kernels of five times the size."""
+    model, x = CASES[case]()
+    return fill(model, 5), x
 
 
 def codes(table):
@@ -82,7 +89,7 @@ def test_signal_and_gradient_hold_on_new_data_by_hand(activation):
 
 @pytest.mark.parametrize("case", CASES)
 def test_factors_are_the_same_on_every_backend(case, request):
-    model, x = CASES[case]()
+    model, x = sick(case)
     before = model.get_weights()
     table = calibrate(model, x, seed=3)
     factors = [row["factor"] for row in table]
@@ -106,7 +113,7 @@ def test_factors_are_the_same_on_every_backend(case, request):
 @pytest.mark.parametrize("case", CASES)
 def test_the_table_tells_what_propagate_then_measures(case):
     """On the half of the batch that the factors do not come from."""
-    model, x = CASES[case]()
+    model, x = sick(case)
     for weight in model.weights:
         if weight.name == "bias":
             weight.assign(np.zeros(weight.shape))
@@ -158,7 +165,7 @@ def test_a_shared_layer_has_one_factor_which_its_first_call_decides():
     shared = layers.Dense(32, use_bias=False, name="shared")
     inputs = keras.Input((32,))
     x = shared(layers.Rescaling(1.5)(shared(inputs)))
-    model = fill(keras.Model(inputs, layers.Dense(4, name="last")(x)), 0.2)
+    model = fill(keras.Model(inputs, layers.Dense(4, name="last")(x)), 3)
     table = calibrate(model, data(64, 32))
     assert len(table) == 2
     x = data(64, 32)[::2]
@@ -184,6 +191,7 @@ def test_what_is_not_to_be_scaled_stays_and_is_listed():
     x = layers.Dense(6, name="ones", kernel_initializer="ones")(x)
     for i, norm in enumerate([keras.constraints.MaxNorm(2), keras.constraints.UnitNorm()]):
         x = layers.Dense(6, name=f"norm{i}", kernel_constraint=norm)(x)
+    x = layers.LayerNormalization()(x)
     x = layers.Dense(6, name="free", kernel_constraint="non_neg")(x)
     model = fill(keras.Model(inputs, layers.Dense(3, name="last")(x)))
     model.get_layer("last").kernel.assign(30 * data(6, 3))
@@ -215,11 +223,11 @@ class Standardized(layers.Dense):
         return self.activation(z)
 
 
-class ByOperation(layers.Conv1D):
+class ByOperation(layers.Conv2D):
     """The same by Keras's own hook; `call` is that of Keras."""
 
     def convolution_op(self, inputs, kernel):
-        return super().convolution_op(inputs, kernel / keras.ops.std(kernel))
+        return super().convolution_op(inputs, kernel / keras.ops.std(kernel) / 4)
 
 
 def with_lora(units, activation, name):
@@ -240,19 +248,23 @@ def with_lora(units, activation, name):
     ],
 )
 def test_a_kernel_that_its_output_does_not_follow_is_left_and_listed(make):
-    inputs = x = keras.Input((6, 32))
+    inputs = x = keras.Input((2, 3, 32))
     for i in range(6):
         x = layers.Dense(32, "relu", name=f"dense{i}")(x)
     x = make(32, "relu", name="odd")(x)
     model = fill(keras.Model(inputs, layers.Dense(3, name="last")(x)), 0.5)
+    for weight in model.get_layer("odd").weights:
+        weight.assign(3 * weight.value)
+    if make is with_lora:
+        model.get_layer("odd").lora_kernel_b.assign(np.zeros((4, 32)))
     before = [np.array(weight) for weight in model.get_layer("odd").weights]
-    table = calibrate(model, data(64, 6, 32))
+    table = calibrate(model, data(64, 2, 3, 32))
     for weight, value in zip(model.get_layer("odd").weights, before, strict=True):
         np.testing.assert_array_equal(np.asarray(weight), value)
     assert by_path(table)["dense3/kernel"]["factor"] > 1
     left = {finding.path for finding in table.findings if finding.code == "not-scaled"}
     assert any(path.startswith("odd/") for path in left)
-    rows = by_path(propagate(model, data(64, 6, 32)[1::2]))
+    rows = by_path(propagate(model, data(64, 2, 3, 32)[1::2]))
     assert by_path(table)["last/kernel"]["std"] == pytest.approx(rows["last"]["std"], 0.02)
 
 
@@ -277,15 +289,14 @@ def test_a_kernel_of_two_layers_has_one_factor():
 
 
 def test_scores_of_attention_are_made_smaller_and_never_larger():
-    for scale, most in ((5, 1), (0.1, 0.2)):
+    for scale, most in ((9, 1.1), (0.1, 0.1)):
         inputs = keras.Input((20, 32))
-        x = layers.MultiHeadAttention(4, 8, name="attention")(inputs, inputs)
-        model = fill(keras.Model(inputs, layers.Dense(3)(layers.Dense(32)(x))))
-        table = by_path(calibrate(model, scale * data(16, 20, 32)))
+        x = inputs + layers.MultiHeadAttention(4, 8, name="attention")(inputs, inputs)
+        model = fill(keras.Model(inputs, layers.Dense(3)(layers.Dense(32)(x))), scale)
+        rows = by_path(calibrate(model, data(16, 20, 32)))
         for name in ("query", "key"):
-            row = table[f"attention/{name}/kernel"]
-            assert row["role"] == "bounded"
-            assert 0.5 * most < row["std"] < 1.1 * most
+            assert rows[f"attention/{name}/kernel"]["role"] == "bounded"
+            assert rows[f"attention/{name}/kernel"]["std"] < most
 
 
 class LayerScale(layers.Layer):
@@ -349,17 +360,16 @@ class Residual(layers.Layer):
 @pytest.mark.parametrize("blocks", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_residual_streams_are_bounded(add, blocks):
     """All branches together add a quarter to the variance."""
-    model, x = residual(blocks, add), 3 * data(32, 6, 32)
-    table = calibrate(model, x / 3)
-    calibrate(model, x)
+    model, x = fill(residual(blocks, add), 3), data(32, 6, 32)
+    table = calibrate(model, x)
     stds = {path: row["std"] for path, row in by_path(table).items()}
     ends = [std for path, std in stds.items() if path.startswith("end")]
     inner = [std for path, std in stds.items() if path.startswith("inner")]
     np.testing.assert_allclose(inner, 1, rtol=0.1)
     np.testing.assert_allclose(ends, 0.5 / math.sqrt(blocks), rtol=0.1)
-    stream = by_path(propagate(model, x / 3))["norm"]["input_std"]
-    assert stream == pytest.approx(math.sqrt(1.25), rel=0.05)
-    assert "unreached" not in codes(table)
+    stream = by_path(propagate(model, x))["norm"]["input_std"]
+    assert stream == pytest.approx(math.sqrt(x.var() + 0.25), rel=0.05)
+    assert are_remarks(table.findings)
 
 
 @pytest.mark.slow
@@ -367,10 +377,10 @@ def test_residual_streams_of_subclassed_blocks_are_bounded():
     blocks = [OwnSum(None) for _ in range(24)]
     final = layers.LayerNormalization(name="norm")
     model = keras.Sequential([keras.Input((6, 32)), *blocks, final, layers.Dense(3)])
-    fill(model)
-    calibrate(model, data(32, 6, 32))
-    norm = by_path(propagate(model, data(32, 6, 32)))["norm"]
-    assert norm["input_std"] == pytest.approx(math.sqrt(1.25), rel=0.06)
+    x = data(32, 6, 32)
+    calibrate(fill(model), x)
+    norm = by_path(propagate(model, x))["norm"]
+    assert norm["input_std"] == pytest.approx(math.sqrt(x.var() + 0.25), rel=0.06)
 
 
 class Positions(layers.Layer):
@@ -404,14 +414,14 @@ def test_a_stem_stays_in_proportion_to_the_positions_added_to_it(with_positions)
     ("activation", "levels"), [("gelu", {0.05, 0.2}), ("tanh", {0.2, 0.5}), ("relu", {1})]
 )
 def test_the_level_is_the_highest_at_which_all_three_hold(activation, levels):
-    """GELU and tanh let differences grow near 1; with ReLU the level makes no difference."""
+    """GELU and tanh let differences grow near 1; ReLU is the same at any level."""
     model, x = deep(activation, depth=40)
     table = calibrate(model, x)
     assert float(table.note.split("Scaled to a std of ")[1].split(". ")[0]) in levels
-    alike = [row["likeness"] for row in table][:-1]
+    *alike, _ = [row["likeness"] for row in table]
     if activation != "relu":
         assert abs(alike[-1] - alike[0]) < 0.3
-    assert 0.3 < table[-1]["std"] < 1.1  # of the head, whatever the level
+    assert 0.3 < table.rows[-1]["std"] < 1.1  # of the head, whatever the level
 
 
 def test_batch_normalization_is_seen_as_in_training_and_left_as_it_is():
@@ -425,7 +435,6 @@ def test_batch_normalization_is_seen_as_in_training_and_left_as_it_is():
     others = [v for v in model.variables if "kernel" not in v.path]
     before = [np.asarray(variable) for variable in others]
     table = calibrate(model, data(64, 16))
-    assert "holds" in table.note or "hold as they are" in table.note
     for variable, value in zip(others, before, strict=True):
         np.testing.assert_array_equal(np.asarray(variable), value)
     # With the moving statistics the signal would fall tenfold at each.
@@ -434,20 +443,20 @@ def test_batch_normalization_is_seen_as_in_training_and_left_as_it_is():
 
 
 def test_a_part_of_the_model_alone():
-    model, x = deep("relu", depth=4)
+    model, x = deep("relu", depth=8)
     before = model.get_weights()
-    part = model.layers[1:3]
-    table = calibrate(model, x, layers=[part[0], part[1].name])
+    part = model.layers[1:6]
+    table = calibrate(model, x, layers=[*part[:4], part[4].name])
     assert [row["path"] for row in table] == [f"{layer.name}/kernel" for layer in part]
-    changed = [
-        not np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)
-    ]
-    assert changed == [False, False, True, False, True, False] + 4 * [False]
+    pairs = zip(before, model.get_weights(), strict=True)
+    changed = [i for i, (a, b) in enumerate(pairs) if not np.array_equal(a, b)]
+    assert changed == [2, 4, 6, 8, 10]
 
 
 def test_half_precision():
-    models = [mlp(dtype=dtype) for dtype in ("mixed_bfloat16", "float32", "bfloat16")]
-    half, single, all_half = (calibrate(model, 9 * data(64, 12)) for model in models)
+    dtypes = ("mixed_bfloat16", "float32", "bfloat16")
+    models = [fill(mlp(dtype=dtype), 9) for dtype in dtypes]
+    half, single, all_half = (calibrate(each, data(64, 12)).rows for each in models)
     for row, expected in zip(half, single, strict=True):
         assert row["factor"] == pytest.approx(expected["factor"], rel=0.03)
     assert all_half[0]["factor"] < 1
@@ -479,7 +488,7 @@ def squared(blocks):
 
 @pytest.mark.parametrize(
     ("make", "cause"),
-    [(gated, "product"), (highway, "product"), (squared, "square|gain")],
+    [(gated, "product"), (highway, "product"), (squared, "square")],
 )
 def test_a_model_that_no_scale_holds_is_left_with_the_cause(make, cause):
     """The factors of one half give other numbers on the other, or on 1.01 times as much."""
@@ -494,6 +503,133 @@ def test_a_model_that_no_scale_holds_is_left_with_the_cause(make, cause):
     assert finding.path in {row["path"].rpartition("/")[0] for row in table}
 
 
+def variational():
+    inputs = keras.Input((16, 16, 1))
+    x = inputs
+    for filters in (16, 32):
+        x = layers.Conv2D(filters, 3, 2, "same", activation="relu")(x)
+    x = layers.Flatten()(x)
+    mean, log_var = layers.Dense(4)(x), layers.Dense(4)(x)
+    x = mean + 0.1 * keras.ops.exp(log_var / 2)
+    x = layers.Reshape((4, 4, 32))(layers.Dense(512, "relu")(x))
+    x = layers.Conv2DTranspose(16, 3, 2, "same", activation="relu")(x)
+    x = layers.Conv2DTranspose(1, 3, 2, "same")(x)
+
+    def loss(x, outputs):
+        x_again, mean, log_var = outputs
+        kl = keras.ops.exp(log_var) + mean**2 - 1 - log_var
+        return keras.ops.mean((x_again - x) ** 2) + keras.ops.mean(kl) / 2
+
+    return keras.Model(inputs, [x, mean, log_var]), data(64, 16, 16, 1), None, loss
+
+
+def detector():
+    """Levels of a pyramid with shared heads, and the focal prior in a bias."""
+    inputs = x = keras.Input((16, 16, 3))
+    levels = []
+    for filters in (16, 32, 32):
+        x = layers.Conv2D(filters, 3, 2, "same", activation="relu")(x)
+        levels.append(layers.Conv2D(16, 1)(x))
+    small = keras.initializers.RandomNormal(stddev=0.01)
+    prior = keras.initializers.Constant(-math.log(99))
+    inner = layers.Conv2D(16, 3, padding="same", activation="relu")
+    head = layers.Conv2D(5, 3, padding="same", kernel_initializer=small)
+    head.bias_initializer = prior
+    outputs = [layers.Reshape((-1, 5))(head(inner(level))) for level in levels]
+    model = keras.Model(inputs, layers.Concatenate(1)(outputs))
+
+    def loss(y, logits):  # all is background
+        return keras.ops.mean(keras.ops.softplus(logits))
+
+    return model, data(64, 16, 16, 3), np.zeros((64, 84, 5), "float32"), loss
+
+
+def recommender():
+    users, items = keras.Input((1,), dtype="int32"), keras.Input((1,), dtype="int32")
+    x = layers.Concatenate()([layers.Embedding(50, 16)(each) for each in (users, items)])
+    x = layers.Flatten()(x)
+    for _ in range(3):
+        x = layers.Dense(32, "relu")(x)
+    ids = [np.arange(64)[:, None] % 50, np.arange(64)[:, None] * 7 % 50]
+    y = data(64, 1)
+    return keras.Model([users, items], layers.Dense(1)(x)), ids, y, "mse"
+
+
+def text():
+    inputs = keras.Input((20,), dtype="int32")
+    x = layers.LSTM(32)(layers.Embedding(50, 16)(inputs))
+    model = keras.Model(inputs, layers.Dense(4)(layers.Dense(32, "relu")(x)))
+    ids = np.arange(64 * 20).reshape(64, 20) ** 2 % 50
+    return model, ids, np.arange(64) % 4, CROSS_ENTROPY
+
+
+def translator():
+    """Cross attention from one text to another."""
+    source, target = (keras.Input((12,), dtype="int32") for _ in range(2))
+    a, b = layers.Embedding(50, 32)(source), layers.Embedding(50, 32)(target)
+    for _ in range(2):
+        a = layers.LayerNormalization()(a + layers.MultiHeadAttention(4, 8)(a, a))
+        a = a + layers.Dense(32)(layers.Dense(64, "gelu")(a))
+    for _ in range(2):
+        b = layers.LayerNormalization()(b + layers.MultiHeadAttention(4, 8)(b, a))
+        b = b + layers.Dense(32)(layers.Dense(64, "gelu")(b))
+    ids = [np.arange(64 * 12).reshape(64, 12) ** k % 50 for k in (2, 3)]
+    model = keras.Model([source, target], layers.Dense(50)(b))
+    return model, ids, ids[1], CROSS_ENTROPY
+
+
+def u_net():
+    inputs = x = keras.Input((16, 16, 1))
+    skips = []
+    for filters in (8, 16):
+        x = layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+        skips.append(x)
+        x = layers.MaxPooling2D()(x)
+    x = layers.Conv2D(32, 3, padding="same", activation="relu")(x)
+    for skip in skips[::-1]:
+        x = layers.Concatenate()([layers.UpSampling2D()(x), skip])
+        x = layers.Conv2D(skip.shape[-1], 3, padding="same", activation="relu")(x)
+    x, y = layers.Conv2D(1, 1)(x), data(64, 16, 16, 1)
+    return keras.Model(inputs, x), data(64, 16, 16, 1), np.float32(y > 0), LOGITS
+
+
+def experts():
+    inputs = x = keras.Input((32,))
+    for _ in range(4):
+        gate = keras.ops.softmax(layers.Dense(4)(x))
+        parts = [layers.Dense(32, "relu")(x) for _ in range(4)]
+        x = keras.ops.sum(keras.ops.stack(parts, -1) * gate[:, None], axis=-1)
+    model = keras.Model(inputs, layers.Dense(4)(x))
+    return model, data(64, 32), np.arange(64) % 4, CROSS_ENTROPY
+
+
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+LOGITS = keras.losses.BinaryCrossentropy(from_logits=True)
+HARMED = [variational, detector, recommender, text, translator, u_net, experts]
+
+
+@pytest.mark.parametrize("make", HARMED)
+def test_the_loss_of_a_sound_model_is_not_made_worse(make):
+    """On the half of the batch that the factors do not come from."""
+    keras.utils.set_random_seed(0)
+    model, x, y, loss = make()
+    y = x if y is None else y
+
+    def half(array):
+        return keras.ops.convert_to_tensor(array[1::2])
+
+    def losses():
+        outputs = model(keras.tree.map_structure(half, x))
+        function = keras.losses.get(loss)
+        return float(np.mean(keras.ops.convert_to_numpy(function(half(y), outputs))))
+
+    before = losses()
+    table = calibrate(model, x)
+    most = 2.5 if make is variational else 1.15 * before  # with means of std 1
+    assert losses() < most, table.note
+    assert max(row["factor"] for row in table) < 10
+
+
 class Stop(BaseException):
     """As an interrupt: no `Exception`."""
 
@@ -502,7 +638,7 @@ class Stop(BaseException):
     "stage", ["first call", "later call", "gradient", "assign", "loss"]
 )
 def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch):
-    model, x = CASES["convnet"]()
+    model, x = sick("convnet")
     count = 0
 
     def failing(function, at):
@@ -536,7 +672,7 @@ def test_an_error_at_any_stage_leaves_the_model_bit_identical(stage, monkeypatch
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatch):
-    model, x = CASES["convnet"]()
+    model, x = sick("convnet")
     before, results = snapshot(model), []
 
     def solve(*arguments):
@@ -647,22 +783,20 @@ def test_bare_sums_count_as_those_of_layers_do():
 
 def test_no_head_gets_larger_than_1_and_one_that_was_made_small_stays_small():
     """As in detectors and variational autoencoders: the last called is not the only one."""
-    inputs = x = keras.Input((32,))
-    for _ in range(30):
-        x = layers.Dense(32, "gelu")(x)
-    outputs = [
-        layers.Dense(8, name=name)(x) for name in ("plain", "small", "large", "last")
-    ]
-    model = fill(keras.Model(inputs, outputs))
-    model.get_layer("small").kernel.assign(0.01 * data(32, 8))
-    model.get_layer("large").kernel.assign(3 * data(32, 8))
-    table = calibrate(model, data(64, 32))
+    inputs = x = keras.Input((64,))
+    for _ in range(20):
+        x = layers.Dense(64, "gelu")(x)
+    names = ("plain", "small", "large", "last")
+    model = fill(keras.Model(inputs, [layers.Dense(8, name=name)(x) for name in names]))
+    model.get_layer("small").kernel.assign(0.01 * data(64, 8))
+    model.get_layer("large").kernel.assign(3 * data(64, 8))
+    table = calibrate(model, data(64, 64))
     rows = by_path(table)
-    assert float(table.note.split("Scaled to a std of ")[1].split(". ")[0]) < 1
+    assert rows["plain/kernel"]["factor"] == 20  # the level is 1/20
     assert 0.3 < rows["plain/kernel"]["std"] < 1.2
-    assert 0.005 < rows["small/kernel"]["std"] < 0.06
+    assert 0.01 < rows["small/kernel"]["std"] < 0.06
     assert rows["large/kernel"]["std"] == pytest.approx(1, rel=0.3)
-    assert {rows[f"{name}/kernel"]["role"] for name in ("plain", "small")} == {"bounded"}
+    assert {rows[f"{name}/kernel"]["role"] for name in names} == {"bounded"}
 
 
 def test_scores_of_a_softmax_stay_as_large_whatever_their_layer_is_called():
@@ -679,7 +813,7 @@ def test_scores_of_a_softmax_stay_as_large_whatever_their_layer_is_called():
 
 
 def test_small_inputs_are_not_made_up_for():
-    """An embedding of std 0.03, or a mean over positions, is no fault of the next kernel."""
+    """Of an embedding of std 0.03, or of a mean over positions."""
     text = keras.Sequential(
         [keras.Input((9,), dtype="int32"), layers.Embedding(50, 16), layers.LSTM(16)]
     )

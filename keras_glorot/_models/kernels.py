@@ -115,7 +115,7 @@ class Flow(NamedTuple):
         return any(kernel.is_head for kernel in self.of_layer(layer))
 
     def feeds_gate(self, layer: Any) -> bool:
-        """Whether a softmax follows, or a sigmoid that multiplies something or is an output.
+        """Whether a softmax follows, or a sigmoid that is a gate or an output.
 
         They have a scale of their own.
         """

@@ -54,7 +54,7 @@ class ScaledLayer(NamedTuple):
         owner: The one that has the kernels: the same, or the one inside a TimeDistributed.
         kernels: Its kernels.
         share: The std that its output is to have, in units of the level. None where its
-            kernels keep their own scale, as far as that gives a std of at most 1.
+            kernels keep their own scale, as far as its root mean square is at most 1.
         largest_gain: Beyond which they are not scaled.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
         has_bias: Whether it has a bias that is not zero.
@@ -388,8 +388,9 @@ class _OnePass:
         std = _std(z)
         safe = ops.where(std > 0, std, 1.0)
         if layer.share is None:
-            # A low level behind it is no fault of its own.
-            wanted = ops.minimum(1 / self.level, 1 / safe)
+            # It makes up for a low level, and for nothing else.
+            size = _size(z)
+            wanted = ops.minimum(1 / self.level, 1 / ops.where(size > 0, size, 1.0))
         else:
             wanted = self.aims[i] / safe
             if inputs is not None:

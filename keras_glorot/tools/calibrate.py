@@ -40,6 +40,7 @@ _SLACK = 0.1
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
 _FEWEST_EXAMPLES = 4
+_FEWEST_KERNELS = 4
 
 
 def calibrate(
@@ -125,9 +126,8 @@ def calibrate(
     - [Mishkin & Matas, 2016](https://arxiv.org/abs/1511.06422), the signal alone
     - [Schoenholz et al., 2017](https://arxiv.org/abs/1611.01232), the likeness of examples
     """
-    batch = Batch.check(x, y, loss, seed)
+    batch, survey = Batch.check(x, y, loss, seed), Survey(model)
     _check_tells(batch)
-    survey = Survey(model)
     selected = survey.select(layers)
     flow = flow_of_model(survey, batch, training)
     found, left = find_scaled_layers(survey, selected, flow)
@@ -305,6 +305,9 @@ def _measure(
         _check_finite(survey.root, layers, before, attempt.seen)
         if scaled and attempt.change.drift > _NEARER * scaled.change.drift:
             break
+        if _is_starved(layers, attempt):
+            failed = attempt
+            break
         tests = [attempt]
         if attempt.change.is_held(most):
             factors = attempt.seen.factors
@@ -363,8 +366,18 @@ def _attempt(layers: list[ScaledLayer], level: float, seen: Pass) -> _Attempt:
 def _differ(layers: list[ScaledLayer], one: Pass, other: Pass) -> bool:
     """Whether the output of a hidden kernel has another std on other examples."""
     hidden = [i for i in one.order if layers[i].share is not None]
-    off = np.abs(one.signal[hidden] - other.signal[hidden])
+    with np.errstate(invalid="ignore"):
+        off = np.abs(one.signal[hidden] - other.signal[hidden])
     return bool((off > _MOST_CHANGE).any())
+
+
+def _is_starved(layers: list[ScaledLayer], attempt: _Attempt) -> bool:
+    """Whether no sound gain makes up for the small input of the first hidden kernel."""
+    for i in attempt.seen.order:
+        share = layers[i].share
+        if share is not None:
+            return math.exp(attempt.seen.signal[i]) < attempt.level * share / 2
+    return False
 
 
 def _first_pass(
@@ -417,9 +430,11 @@ def _path(layers: list[ScaledLayer], seen: Pass) -> list[int]:
 
 
 def _line(values: np.ndarray) -> float:
-    """By how much a straight line through them rises from the first to the last."""
+    """By how much a straight line through them rises; nothing vanishes along a few."""
     count = len(values)
-    return float(np.polyfit(range(count), values, 1)[0] * (count - 1)) if count > 1 else 0.0
+    if count < _FEWEST_KERNELS:
+        return 0.0
+    return float(np.polyfit(range(count), values, 1)[0] * (count - 1))
 
 
 def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table:
@@ -476,7 +491,8 @@ def _note(result: _Result) -> str:
     """The verdict: what was done, and what became of the three."""
     passes = f"Done in {result.passes} passes over half of the batch."
     ends = "From the first kernel to the last, and back"
-    if result.fresh is None and result.failed is None and result.was.change.kernels < 2:
+    was = result.was.change
+    if result.fresh is None and result.failed is None and was.kernels < _FEWEST_KERNELS:
         return f"Nothing was scaled: {_TOO_FEW}. {passes}"
     if result.fresh is None:
         reason = "no scale holds more" if result.failed else "all three hold as they are"
@@ -514,14 +530,10 @@ def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
     layers = result.layers
     attempt = result.failed or result.fresh
     hidden = [i for i in attempt.seen.order if layers[i].share is not None]
-    for i in hidden:
-        aim = math.log(attempt.level * layers[i].share)
-        is_small = attempt.seen.signal[i] < aim - _MOST_CHANGE
-        if is_small and not flow.takes_means(layers[i].layer):
-            cause = (
-                f"its small input: it would need a gain above {layers[i].largest_gain:.2g}"
-            )
-            return layers[i].path, cause, "Scale the data, or embeddings, to a std near 1."
+    first = next(iter(hidden), attempt.seen.order[0])
+    if _is_starved(layers, attempt):
+        cause = f"its small input: it would need a gain above {layers[first].largest_gain}"
+        return layers[first].path, cause, "Scale the data, or embeddings, to a std near 1."
     for kind, cause in _CAUSES.items():
         for i in hidden:
             calls = flow.of_layer(layers[i].layer)
@@ -533,10 +545,10 @@ def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
         if activation is not None:
             name = getattr(activation, "__name__", type(activation).__name__)
             return layers[i].path, f"the activation {name}", _ADVICE
-    return layers[attempt.seen.order[0]].path, "the structure behind it", _ADVICE
+    return layers[first].path, "the structure behind it", _ADVICE
 
 
-_TOO_FEW = "fewer than two hidden kernels have a scale that is free"
+_TOO_FEW = "signal and gradient come by fewer than four kernels with a scale that is free"
 _ADVICE = (
     "Use `initialize(model, 'isometric')`, fewer layers, residual connections or "
     "normalization layers."
@@ -546,4 +558,5 @@ _CAUSES = {
     "product": "a product of two signals, as in a gate, which doubles a relative change",
     "normalization": "a normalization layer, which undoes the scale of what it takes",
     "pooling": "a pooling over positions",
+    "softmax": "a softmax, as in attention, which takes means",
 }
