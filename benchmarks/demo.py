@@ -54,7 +54,6 @@ class Net:
 
     title: str
     axis: str
-    hidden: str  # the class of the layers that are counted
     build: Callable[[str], Any]
     starts: tuple[str, ...]
     optimizer: Callable[[], Any]
@@ -66,8 +65,9 @@ STOCK, HE, FANS, ISOMETRIC = "stock Keras", "he_normal", "initialize", "isometri
 def dense_net(start):
     kernel = "he_normal" if start == HE else "glorot_uniform"  # Keras's default
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
-    for _ in range(100):
-        model.add(keras.layers.Dense(64, activation="relu", kernel_initializer=kernel))
+    for i in range(100):
+        name = f"hidden_{i + 1}"
+        model.add(keras.layers.Dense(64, "relu", kernel_initializer=kernel, name=name))
     model.add(keras.layers.Dense(10, name="scores"))
     if start == ISOMETRIC:
         keras_glorot.initialize(model, "isometric", seed=3, verbose=False)
@@ -78,8 +78,9 @@ def separable_net(start):
     model = keras.Sequential(
         [keras.Input((8, 8, 1)), keras.layers.Conv2D(32, 3, activation="tanh", name="stem")]
     )
-    for _ in range(10):
-        model.add(keras.layers.SeparableConv2D(32, 3, padding="same", activation="tanh"))
+    for i in range(10):
+        options: Any = {"padding": "same", "activation": "tanh", "name": f"hidden_{i + 1}"}
+        model.add(keras.layers.SeparableConv2D(32, 3, **options))
     model.add(keras.layers.Flatten())
     model.add(keras.layers.Dense(10, name="scores"))
     if start == FANS:
@@ -91,7 +92,6 @@ NETS = [
     Net(
         "100 dense layers of ReLU",
         "layer",
-        "Dense",
         dense_net,
         (STOCK, HE, ISOMETRIC),
         lambda: keras.optimizers.Adam(1e-4),
@@ -99,7 +99,6 @@ NETS = [
     Net(
         "10 separable convolutions",
         "separable convolution",
-        "SeparableConv2D",
         separable_net,
         (STOCK, FANS),
         lambda: keras.optimizers.SGD(0.05),
@@ -113,7 +112,7 @@ class Result:
 
     model: Any
     verdict: str
-    stds: list[float]  # by depth
+    apart: list[float]  # what tells examples apart, by depth
     accuracies: list[float]  # by epoch
 
 
@@ -123,12 +122,14 @@ def verdict(model):
     return note[: note.index(" kernels")]
 
 
-def differences(model, layer, batch):
-    """The std between the examples, by depth: what is left to tell them apart."""
-    rows = [
-        row for row in keras_glorot.propagate(model, batch).rows if row["layer"] == layer
+def differences(model, batch):
+    """Of the hidden layers: the RMS distance between two examples, over the root of 2."""
+    rows = keras_glorot.propagate(model, batch).rows
+    return [
+        math.hypot(row["mean"], row["std"]) * math.sqrt(1 - row["likeness"])
+        for row in rows
+        if row["path"].startswith("hidden")
     ]
-    return [row["std"] * math.sqrt(row["between_examples"]) for row in rows]
 
 
 def learn(model, optimizer, data):
@@ -154,12 +155,9 @@ def run(net, data, console):
         with console.status(f"{net.title}, {start}: {EPOCHS} epochs"):
             keras.utils.set_random_seed(3)
             model = net.build(start)
-            found, batch = verdict(model), data[0][:BATCH]
-            stds = differences(model, net.hidden, batch)[
-                : -1 if net.hidden == "Dense" else None
-            ]
+            found, apart = verdict(model), differences(model, data[0][:BATCH])
             accuracies = learn(model, net.optimizer(), data)
-            results[start] = Result(model, found, stds, accuracies)
+            results[start] = Result(model, found, apart, accuracies)
     return results
 
 
@@ -172,22 +170,22 @@ def predicts_the_same_when_loaded(model, images):
     return np.array_equal(*predictions)
 
 
-def bars(stds, lowest, highest):
-    """One bar for each tenth of the depth, the std on a logarithmic scale."""
+def bars(values, lowest, highest):
+    """One bar for each tenth of the depth, on a logarithmic scale."""
     low, high = math.log(lowest), math.log(highest)
-    step = len(stds) // BAR_COUNT
-    heights = [(math.log(std) - low) / (high - low) for std in stds[step - 1 :: step]]
+    step = len(values) // BAR_COUNT
+    heights = [(math.log(each) - low) / (high - low) for each in values[step - 1 :: step]]
     return "".join(BARS[round(height * (len(BARS) - 1))] for height in heights)
 
 
 def show(net, results, console):
-    seen = [std for result in results.values() for std in result.stds]
+    seen = [each for result in results.values() for each in result.apart]
     depth = len(seen) // len(results)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("first weights", no_wrap=True, min_width=14)
+    table.add_column("first weights", no_wrap=True)
     heads = (
         "audit:\nstds right",
-        "std between\nexamples at 1",
+        "examples\napart at 1",
         "by depth",
         f"at {depth}",
         "accuracy",
@@ -196,11 +194,11 @@ def show(net, results, console):
         side = "center" if head == "by depth" else "right"
         table.add_column(head, justify=side, no_wrap=True, vertical="bottom")
     for start, result in results.items():
-        ends = [f"{std:.1e}" for std in (result.stds[0], result.stds[-1])]
-        drawn = bars(result.stds, min(seen), max(seen))
+        ends = [f"{each:.1e}" for each in (result.apart[0], result.apart[-1])]
+        drawn = bars(result.apart, min(seen), max(seen))
         accuracy = f"{result.accuracies[-1]:.1%}"
         table.add_row(start, result.verdict, ends[0], drawn, ends[1], accuracy)
-    console.print(f"{net.title}, {EPOCHS} epochs")
+    console.print(f"{net.title}, {EPOCHS} epochs of handwritten digits")
     console.print(table)
 
 
@@ -236,11 +234,11 @@ def draw_picture(nets, folder):
 def draw_row(net, results, left, right):
     for start, result in results.items():
         color, marker = STYLES[start]
-        depth, epochs = len(result.stds), len(result.accuracies)
+        depth, epochs = len(result.apart), len(result.accuracies)
         options = {"color": color, "ms": 4, "label": start, "markevery": depth // BAR_COUNT}
-        left.semilogy(range(1, depth + 1), result.stds, marker, **options)
+        left.semilogy(range(1, depth + 1), result.apart, marker, **options)
         right.plot(range(1, epochs + 1), result.accuracies, marker, color=color, ms=4)
-    left.set(xlabel=net.axis, ylabel="std between examples")
+    left.set(xlabel=net.axis, ylabel="distance between examples")
     right.set(xlabel="epoch", ylabel="accuracy on unseen digits", ylim=(0, 1))
     left.set_title(f"{net.title}: what tells examples apart", loc="left", fontsize=11)
     right.set_title("what is learned", loc="left", fontsize=11)
@@ -260,7 +258,7 @@ def main():
     begin = time.perf_counter()
     console.print(
         f"keras-glorot {keras_glorot.__version__} on Keras {keras.__version__}, "
-        f"{keras.backend.backend()} backend; handwritten digits, no normalization"
+        f"{keras.backend.backend()} backend"
     )
     data, nets = digits(), []
     for net in NETS:

@@ -282,7 +282,7 @@ REFUSED = [GlorotOrthogonal(), GlorotNormal(gain="tanh")]
 
 
 def test_loading_without_the_import(tmp_path):
-    # As the README says: Keras takes its own class of the same name, if it can.
+    # As the guide to files says: Keras takes its own class of the same name, if it can.
     layers, paths = [], []
     for initializer in [*LOADED, *REFUSED]:
         layers.append(keras.layers.Dense(2, kernel_initializer=initializer))
