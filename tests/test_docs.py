@@ -156,7 +156,11 @@ def test_nothing_but_pages_is_published():
 
 
 def test_charts_are_those_of_the_tables():
-    command = [sys.executable, str(ROOT / "benchmarks" / "evidence" / "charts.py"), "--check"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "evidence" / "charts.py"),
+        "--check",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

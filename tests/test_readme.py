@@ -65,7 +65,7 @@ def test_it_is_short():
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 6
+    assert len(BLOCKS) >= 5
     assert len(TABLES) >= 1
 
 

@@ -54,7 +54,11 @@ def training():
     for row in rows(RESULTS / "training.md", "net | data | epochs | stock"):
         if row["data"] == "digits":
             for head, start in starts.items():
-                yield f"{row['net']}, {start}", number(row[head]), row[head].replace("*", "")
+                yield (
+                    f"{row['net']}, {start}",
+                    number(row[head]),
+                    row[head].replace("*", ""),
+                )
 
 
 def paper_table1():
