@@ -3,7 +3,7 @@
     python benchmarks/evidence/charts.py            # writes docs/evidence/charts/
     python benchmarks/evidence/charts.py --check    # ends with 1 if one of them is old
 
-A chart is a table of bars in HTML: it has the page's colours, and readers of screens read it.
+A chart is a table of bars in HTML: it has the page's colours, and screen readers read it.
 """
 
 import argparse
