@@ -270,10 +270,8 @@ def main():
         draw_picture(nets, options.picture)
     same = predicts_the_same_when_loaded(nets[0][1][ISOMETRIC].model, data[1])
     seconds = time.perf_counter() - begin
-    console.print(
-        f"\nSaved and loaded: predictions {'identical' if same else 'DIFFER'} "
-        f"({seconds:.0f} s in all)."
-    )
+    console.print(f"\nSaved and loaded: predictions {'identical' if same else 'DIFFER'}.")
+    console.print(f"{seconds:.0f} s in all")
     if not same:
         raise SystemExit("The loaded model does not predict what the saved one did.")
 

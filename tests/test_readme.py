@@ -33,10 +33,13 @@ def test_tables_are_what_is_printed(block, output, capsys, monkeypatch):
     assert_output_is_printed(block, output, capsys, monkeypatch)
 
 
-# Two accuracies of 450 digits, at most one in two: a standard error is 2.4 points, and one
-# of what is near 97 % is 0.8. Other processors round sums in another order, and so train to
-# other weights; the same processor gives the same numbers.
-POINTS = 5.0
+def points(accuracy):
+    """How far the accuracy on 450 digits may be off where sums have another order.
+
+    Four standard errors near 97 %, and guessing is always of the same digit. In between a
+    net is still learning, and two seeds differ by 8 (benchmarks/evidence/depth.jsonl).
+    """
+    return 3.5 if accuracy > 90 or accuracy < 11 else 16
 
 
 @pytest.mark.slow
@@ -49,12 +52,13 @@ def test_the_demo_prints_the_first_screen():
     )
     expected = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0]
     # Without the versions and the seconds.
-    printed, wanted = (tokens(text)[6:-4] for text in (done.stdout, expected))
+    printed, wanted = tokens(done.stdout)[6:-4], tokens(expected)[6:]
     accuracies = [
         [float(token[:-1]) for token in text if token.endswith("%")]
         for text in (printed, wanted)
     ]
-    assert accuracies[0] == pytest.approx(accuracies[1], abs=POINTS)
+    for seen, claimed in zip(*accuracies, strict=True):
+        assert seen == pytest.approx(claimed, abs=points(claimed))
     others = [[t for t in text if not t.endswith("%")] for text in (printed, wanted)]
     assert_alike(*others, [0.05] * len(others[0]))
 
