@@ -241,7 +241,7 @@ def draw_row(net, results, left, right):
         right.plot(range(1, epochs + 1), result.accuracies, marker, color=color, ms=4)
     left.set(xlabel=net.axis, ylabel="distance between examples")
     right.set(xlabel="epoch", ylabel="accuracy on unseen digits", ylim=(0, 1))
-    left.set_title(f"{net.title}: what tells examples apart", loc="left", fontsize=11)
+    left.set_title(net.title, loc="left", fontsize=11)
     right.set_title("what is learned", loc="left", fontsize=11)
     left.legend(fontsize=10)
     for ax in (left, right):
