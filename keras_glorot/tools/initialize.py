@@ -18,6 +18,7 @@ import numpy as np
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot._keras.call_site import seed_words
+from keras_glorot._keras.graph import trace
 from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
 from keras_glorot._keras.rebuild import BuildValue, build_values
 from keras_glorot._keras.state import unmoved_generators
@@ -25,6 +26,7 @@ from keras_glorot._keras.tree import initial_state
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.initializers import check_alone, is_unshared, with_config
+from keras_glorot.layer_rules import is_normalization
 from keras_glorot.recipes import Start, Starts
 from keras_glorot.tables import Finding, Layout, Row, Severity, Table
 from keras_glorot.tools._how import find_starts
@@ -114,8 +116,8 @@ def initialize(
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
         `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
         initializer, or why the variable is not changed. `"isometric"` adds `pairs`: "yes",
-        or why a kernel makes none. The codes of its findings: `not-reset` (a variable) and
-        `optimizer`.
+        or why a kernel makes none. The codes of its findings: `not-reset` (a variable),
+        `optimizer`, and `residual-growth` (sums without normalization, with gain "auto").
 
     Warns:
         UserWarning: If something can't be reset. (Data statistics of a `Normalization`
@@ -155,6 +157,7 @@ def initialize(
     skipped = [assignment for assignment in assignments if not assignment.new_value]
     findings += [_explain_skipped(each) for each in skipped if each.severity]
     _warn(findings)
+    findings += _growing_sums(survey, how)
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
     columns = (*columns[:2], *starts.columns, *columns[2:])
     count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
@@ -193,6 +196,30 @@ def _explain_skipped(assignment: _Assignment) -> Finding:
     row, severity = assignment.row, assignment.severity or "warning"
     advice = "Reset it manually if needed."
     return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
+
+
+def _growing_sums(survey: Survey, how: Any) -> list[Finding]:
+    """With the gains of activations, every branch adds as much as the sum started with."""
+    is_normalized = any(map(is_normalization, survey.layers))
+    if getattr(how, "gain", None) != "auto" or is_normalized:
+        return []
+    try:
+        steps = trace(survey).steps
+    except Exception:  # from a layer of the user: anything
+        return []
+    sums = [s for s in steps if type(s.operation).__name__ == "Add" and len(s.inputs) > 1]
+    if len(sums) < _MANY_SUMS:
+        return []
+    message = (
+        f"It has {len(sums)} sums and no normalization layer: with gain='auto' the signal "
+        "grows at each."
+    )
+    advice = "Use `how='isometric'`, or call `calibrate(model, x)` afterwards."
+    return [Finding("info", "residual-growth", survey.root.name, message, advice)]
+
+
+# So many sums double a variance, and more.
+_MANY_SUMS = 4
 
 
 def _warn(findings: list[Finding]) -> None:
