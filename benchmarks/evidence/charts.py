@@ -7,7 +7,6 @@ A chart is a table of bars in HTML: it has the page's colours, and screen reader
 """
 
 import argparse
-import math
 import re
 import sys
 from collections import Counter
@@ -78,17 +77,17 @@ def drawing():
 
 
 def zoo():
-    """Architectures whose signal and gradient both stay within a factor of 10."""
-    found = list(rows(RESULTS / "zoo.md", "model | norm"))
-    for head, label in (("stock", "stock Keras"), ('gain="auto"', "initialize"),
-                        ("balanced", "calibrate")):  # fmt: skip
+    """Networks whose signal and gradient both stay within a factor of 10."""
+    found = list(rows(RESULTS / "zoo.md", "net | before: signal / gradient"))
+    heads = {"before: signal / gradient": "stock Keras", "after": "calibrate"}
+    for head, label in heads.items():
         level = sum(is_level(row[head]) for row in found)
         yield label, level / len(found), f"{level} of {len(found)}"
 
 
 def is_level(ends):
     values = [float(end) for end in ends.split(" / ")]
-    return all(value > 0 and abs(math.log10(value)) <= 1 for value in values)
+    return all(0.1 <= value <= 10 for value in values)
 
 
 def model_zoo():

@@ -216,9 +216,9 @@ def initialize(build, x, seed):
     return model
 
 
-def calibrate(mode, build, x, seed):
+def calibrate(build, x, seed):
     model = initialize(build, x, seed)
-    keras_glorot.calibrate(model, x, mode=mode, verbose=False)
+    keras_glorot.calibrate(model, x, verbose=False)
     return model
 
 
@@ -234,8 +234,7 @@ METHODS = {
     "stock": stock,
     "he_normal": he_normal,
     "initialize": initialize,
-    "balanced": functools.partial(calibrate, "balanced"),
-    "forward": functools.partial(calibrate, "forward"),
+    "calibrate": calibrate,
 }
 PEERS = {
     "AnyInit analytic": functools.partial(anyinit, "analytic"),

@@ -85,7 +85,7 @@ def test_learning_rates_are_chosen_by_validation_at_seed_0():
 
 def test_tables_say_what_the_lines_say():
     results = {}
-    for method, accuracies in {"initialize": (50, 54), "balanced": (59, 67)}.items():
+    for method, accuracies in {"initialize": (50, 54), "calibrate": (59, 67)}.items():
         row = "digits", "mlp", method, 2
         results[Training(*row, 1e-3, 0)] = record(test=1.0)  # must not count
         for seed, accuracy in enumerate(accuracies, 1):
@@ -103,7 +103,7 @@ def test_tables_say_what_the_lines_say():
     header = cells(text, "net", "data", "epochs", "stock")
     accuracies = dict(zip(header, cells(text, "mlp", "digits"), strict=True))
     assert accuracies["initialize"] == expected([50, 54])
-    assert accuracies["balanced"] == f"**{expected([59, 67])}**"
+    assert accuracies["calibrate"] == f"**{expected([59, 67])}**"
     assert accuracies["AnyInit analytic"] == "fails"
     assert accuracies["stock"] == "—"
     paired = text[text.index("minus the others") :]

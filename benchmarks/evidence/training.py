@@ -39,7 +39,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3]
-OURS = "balanced"
+OURS = "calibrate"
 HEADING = """\
 # Does the initialization matter? Deep nets without normalization, trained briefly
 
@@ -54,8 +54,8 @@ time, with {versions}.
 - The learning rate is that of {rates} with the best accuracy on
   {validation} further images at seed 0, which does not count for the table.
 - `stock` is Keras's default; `he_normal` that initializer in every layer; `initialize`
-  is `initialize(model, GlorotUniform(gain="auto"))`; `balanced` and `forward` are the
-  same, then `calibrate(model, x, mode=...)`.
+  is `initialize(model, GlorotUniform(gain="auto"))`; `calibrate` is the same, then
+  `calibrate(model, x)`.
 - `calibrate` and AnyInit's empirical mode see {measured} training images before, no labels.
 - scikit-learn's digits have 8 × 8 pixels, the images of MNIST here 16 × 16; MobileNetV2
   and ResNet50 see both resized to 32 × 32.

@@ -18,6 +18,7 @@ __all__ = [
     "Statistics",
     "best_fit",
     "collision",
+    "has_form",
     "is_off",
     "measure",
 ]
@@ -58,21 +59,44 @@ def best_fit(
     plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
     if not statistics.is_finite or statistics.size == 0:
         return plausible[0], None
-    orthogonal = [d for d in plausible if _is_nearly_orthogonal(weight, d)]
+    orthogonal = [
+        d for d in plausible if _is_nearly_orthogonal(weight, _at_scale(d, statistics))
+    ]
     others = [d for d in plausible[1:] if d.form != "orthogonal"]
     plausible = orthogonal or [plausible[0], *others]
     faults = [_fault(weight, statistics, distribution) for distribution in plausible]
     known = any(_has_form(statistics, distribution) for distribution in plausible)
 
-    def rank(index: int) -> tuple[bool, int, float]:
+    def rank(index: int) -> tuple[bool, int, bool, float]:
         # The std of a form that the values have is the fault, not a form that they don't.
         fault, distribution = faults[index], plausible[index]
-        is_foreign = known and index > 0 and fault == "form"
+        is_foreign = known and fault == "form"
         distance = abs(distribution.std - statistics.std)
-        return is_foreign, _FAULTS.index(fault), distance
+        is_other = _has_form(statistics, distribution) is False
+        return is_foreign, _FAULTS.index(fault), is_other, distance
 
     best = min(range(len(plausible)), key=rank)
     return plausible[best], faults[best]
+
+
+def _at_scale(distribution: Distribution, statistics: Statistics) -> Distribution:
+    """The same form with the size that the values have."""
+    if not distribution.std or not statistics.std:
+        return distribution
+    square = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
+    ratio = math.sqrt(square) / distribution.std
+    return distribution._replace(
+        scale=ratio * distribution.scale, std=ratio * distribution.std
+    )
+
+
+def has_form(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
+    """Whether nothing but the std speaks against a distribution."""
+    if distribution.form == "mirrored":
+        return True  # which its pairs have told
+    same = _at_scale(distribution, statistics)
+    is_off = _is_mean_off(statistics, same) or _is_other_form(weight, statistics, same)
+    return not is_off
 
 
 def _fault(
@@ -175,7 +199,7 @@ def _is_out_of_bounds(
     if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
         # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
         return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
-    return reach > _limit(weight, distribution)
+    return reach > (1 + _TOLERANCE) * _limit(weight, distribution)
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:
@@ -222,7 +246,7 @@ def _is_other_form(
 ) -> bool:
     """Whether the values have the std and bounds of a distribution, but not its form."""
     if distribution.form == "orthogonal":
-        return not _is_orthogonal(weight, distribution)
+        return not _is_orthogonal(weight, _at_scale(distribution, statistics))
     return _has_form(statistics, distribution) is False
 
 

@@ -30,7 +30,8 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     if np.mean(_is_mirrored(values, mirror)[drawn]) < (1 + least) / 2:
         return False
     # What has pairs has them on purpose. Else the matrix alone can tell.
-    return least < 1 or _disorder(folded, start.scale) < 0.5
+    scale = start.scale * _ratio(folded, start.scale)
+    return least < 1 or _disorder(folded, scale) < 0.5
 
 
 def has_pairs(start: Distribution) -> bool:
@@ -54,8 +55,7 @@ def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
     if not is_right.all():
         return "form", _where(np.argwhere(~is_right), mirror, values)
     folded = mirror.fold(values)
-    sizes = [min(each.shape) * start.scale**2 for each in folded]
-    ratio = math.sqrt(sum((each * each).sum() for each in folded) / sum(sizes))
+    ratio = _ratio(folded, start.scale)
     if abs(ratio - 1) > 0.05:
         return "std", f"The values are {ratio:.3g} times as large as those of this start."
     if _disorder(folded, start.scale) > _TOLERANCE:
@@ -76,6 +76,12 @@ def _is_mirrored(values: np.ndarray, mirror: Mirror) -> np.ndarray:
     exact = values.astype(np.float64)
     slack = 1e-3 * np.abs(exact).max()
     return np.abs(exact - mirror.unfold(mirror.fold(values))) <= slack
+
+
+def _ratio(matrices: list[np.ndarray], scale: float) -> float:
+    """How many times as large as the start they are."""
+    sizes = [min(each.shape) * scale**2 for each in matrices]
+    return math.sqrt(sum((each * each).sum() for each in matrices) / sum(sizes))
 
 
 def _disorder(matrices: list[np.ndarray], scale: float) -> float:

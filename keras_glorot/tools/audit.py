@@ -29,6 +29,7 @@ from keras_glorot.tools._fitting import (
     Statistics,
     best_fit,
     collision,
+    has_form,
     is_off,
     measure,
 )
@@ -331,7 +332,19 @@ def _check_std(subject: _Measured) -> _Verdict | None:
         return None
     ratio = statistics.std / expected.std
     message = f"The std is {ratio:.3g} times the expected value."
-    return _Verdict("warning", message, _explain_std(subject.weight, statistics))
+    advice = _explain_std(subject.weight, statistics)
+    if advice == _UNEXPLAINED and _is_scaled(subject):
+        advice = "The values are as declared, times a factor, as `calibrate` leaves them."
+        return _Verdict("info", message, advice)
+    return _Verdict("warning", message, advice)
+
+
+def _is_scaled(subject: _Measured) -> bool:
+    """Whether the values of a kernel are of the expected form, at another scale."""
+    expected = subject.expected
+    if expected is None or not subject.weight.is_kernel:
+        return False
+    return has_form(subject.weight, subject.statistics, expected)
 
 
 def _check_mean(subject: _Measured) -> _Verdict | None:
