@@ -1,6 +1,6 @@
 """What `calibrate` does to 40 small networks, on a batch that it never saw.
 
-    KERAS_BACKEND=torch python benchmarks/evidence/zoo.py
+    KERAS_BACKEND=torch python benchmarks/evidence/zoo.py  # goes on where it ended
 
 Signal and gradient are measured by PyTorch's autograd, with nothing of the package: the
 std of what each kernel puts out, and the length of the gradient there of `sum(c * outputs)`
@@ -180,10 +180,13 @@ def main():
     ]
     lines += ["| net | before: signal / gradient | kernels | after | product | holds "
               "| passes | cost |", "|" + " --- |" * 8]  # fmt: skip
+    path = Path(__file__).with_suffix(".md")
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = {line.split(" | ")[0]: line for line in old if line.startswith("| ")}
     for name, build in NETS.items():
-        lines.append(measure(name, build))
+        lines.append(done.get(f"| {name}") or measure(name, build))
         print(lines[-1], flush=True)
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
