@@ -17,7 +17,8 @@ __all__ = ["find_starts"]
 
 def find_starts(survey: Survey, how: Any) -> Starts:
     """How each weight is drawn. All that can be said against `how` is said here."""
-    if isinstance(how, Mapping) and not _is_config(how):
+    # Keras's own dictionary for an initializer has this key.
+    if isinstance(how, Mapping) and "class_name" not in how:
         return _by_patterns(survey, how)
     kernels = [weight for weight in survey.weights if weight.is_kernel]
     return _starts_of(survey, how, kernels, "how")
@@ -151,8 +152,3 @@ def _own_seed(initializer: Any) -> Any:
     # The config has what the user gave; a generator stands in it serialized.
     config = getattr(initializer, "get_config", dict)()
     return None if config.get("seed") is None else initializer.seed
-
-
-def _is_config(how: Mapping[Any, Any]) -> bool:
-    """Whether it is Keras's dictionary for an initializer."""
-    return {"class_name", "config"} <= how.keys()
