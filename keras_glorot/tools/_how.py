@@ -10,7 +10,7 @@ import keras
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
 from keras_glorot.initializers import find_initializer
-from keras_glorot.recipes import RECIPES, Recipe, Start, Starts
+from keras_glorot.recipes import RECIPES, Start, Starts
 
 __all__ = ["find_starts"]
 
@@ -112,18 +112,19 @@ def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) ->
     return starts
 
 
-def _find_recipe(value: Any) -> Recipe | None:
+def _find_recipe(value: Any) -> Any:
+    """That of a name, or a function of the user; None if it is not one."""
     if isinstance(value, str):
         return RECIPES.get(value)
     is_object = isinstance(value, keras.initializers.Initializer | type)
     if is_object or not callable(value):
         return None
-    try:  # an initializer is called like this
+    try:
         inspect.signature(value).bind((), dtype=None)
     except TypeError:
-        return value
-    except ValueError:  # built in: it has no signature
-        return None
+        return value  # an initializer could be called like this
+    except ValueError:
+        return None  # built in: it has no signature
     return None
 
 

@@ -264,16 +264,15 @@ def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
     """A kernel that the isometric start has made, as far as its values tell, is one."""
     weight = subject.weight
     start = starts().get(id(weight.variable)) if subject.is_finite else None
-    if start is None or not is_start(weight, start.distribution):
+    drawn = start and start.distribution
+    if drawn is None or not is_start(weight, drawn):
         return subject
-    found = find_fault(weight, start.distribution)
+    found = find_fault(weight, drawn)
     is_sound = subject.fault is None and not subject.repeats
-    if found and (is_sound or not has_pairs(start.distribution)):
+    if found and (is_sound or not has_pairs(drawn)):
         return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
-    return subject._replace(
-        expected=start.distribution, fault=code, repeats=[], detail=detail
-    )
+    return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)
 
 
 def _values_drawn(weight: Weight, random: Distribution) -> Values:
