@@ -110,8 +110,8 @@ def _add_audit(commands: Any) -> None:
     add("--ignore", action="append", default=[], metavar="CODE ...", help=text)
     text = "leave out findings of all other codes"
     add("--only", action="append", default=[], metavar="CODE ...", help=text)
-    text = "compare with what `init --how` draws, and not with what the layers declare"
-    add("--expect", metavar="RECIPE|FILE.json", help=text)
+    text = "compare with what `init --how HOW` draws, not with what the layers declare"
+    add("--expect", metavar="HOW", help=text)
     text = "write a page with findings, pictures and a table to sort and filter"
     add("--html", type=_page, metavar="OUT.html", help=text)
 
@@ -131,7 +131,7 @@ def _add_init(commands: Any) -> None:
         "nets without normalization; or a JSON file that maps patterns over the paths of "
         "weights to initializers, or to null: leave these weights"
     )
-    one_of("--how", metavar="RECIPE|FILE.json", help=text)
+    one_of("--how", metavar="HOW", help=text)
     text = "factor on the std: a number, an activation's, or auto: that of each layer's"
     add("--gain", default=1.0, type=_gain, metavar="auto|NAME|FLOAT", help=text)
     add("--seed", type=int, metavar="N", help="the same seed gives the same weights")
