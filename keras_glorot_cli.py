@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     text = "Audit, reinitialize or look through the weights of a Keras model."
-    parser = argparse.ArgumentParser(PROGRAM, description=text, **_style("audit MobileNetV2"))
+    parser = argparse.ArgumentParser(
+        PROGRAM, description=text, **_style("audit MobileNetV2")
+    )
     text = "show the versions of this package and of Keras, and the backend"
     parser.add_argument("--version", action=_ShowVersions, help=text)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -115,7 +115,10 @@ def test_audit_shows_kernels_without_a_ratio_at_the_edges():
 
 
 def test_the_title_counts_no_remarks_as_sound():
-    found = [Finding("info", "relu-gain", "a", "", ""), Finding("error", "std", "b", "", "")]
+    found = [
+        Finding("info", "relu-gain", "a", "", ""),
+        Finding("error", "std", "b", "", ""),
+    ]
     rows = [{"path": path, "fan_in": 1, "ratio": 1.0} for path in "ab"]
     title = Table("audit", rows, found, layout=AUDIT).plot().get_title("left")
     assert title == "1 of 2 have an error or a warning"

@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 
     Attributes:
         severity: `"error"`, `"warning"` or `"info"`.
-        code: The kind of finding, such as `"std"`. The README lists all codes.
+        code: The kind of finding, such as `"std"`. The documentation lists all.
         path: The `"path"` of the row that it is about.
         message: The problem, in one sentence.
         advice: One sentence that says what to do.
