@@ -505,7 +505,8 @@ LESSONS = """async () => {
   for (const [name, part, lesson] of TOUR) {
     const found = lesson.match(/([\\d.]+) % at rate ([\\d.]+\\d)/);
     if (!found) continue;
-    const trainer = arithmetic().newTrainer({ ...defaults, ...part }, Number(found[2]), DIGITS);
+    const [settings, rate] = [{ ...defaults, ...part }, Number(found[2])];
+    const trainer = arithmetic().newTrainer(settings, rate, DIGITS);
     for (let step = 0; step < STEPS; step++) trainer.step();
     runs.push([name, Number(found[1]), 100 * trainer.accuracy()]);
   }

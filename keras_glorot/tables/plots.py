@@ -55,8 +55,8 @@ def _off(table: Any) -> dict[str, str]:
 def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
     """A dot per kernel, in the order of the model from the top down.
 
-    Where there is no room for all names, those with a finding have one; at the left edge stands what has no spread, at the right
-    edge what is not finite.
+    Where there is no room for all names, those with a finding have one. At the left edge
+    stands what has no spread, at the right edge what is not finite.
     """
     off = _off(table)
     count = len(rows)
@@ -164,9 +164,7 @@ STDS_BY_CALL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="call of 
 STDS_BY_KERNEL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="kernel"))
 
 
-def _name_points(
-    points: Any, rows: list[Row], key: str, are_drawn: Iterable[bool]
-) -> None:
+def _name_points(points: Any, rows: list[Row], key: str, are_drawn: Iterable[bool]) -> None:
     """By number, as in the table of a page, with path and value."""
     if points.get_rasterized():
         return

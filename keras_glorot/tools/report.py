@@ -290,8 +290,8 @@ _PAGE = """\
 <title>Initialization of $name</title>
 <style>
 $style
-:root { color-scheme: light dark; --off: $off; --paper: #fff; background: #fff; color: #1b1b1b;
-  font: 1rem/1.5 system-ui, sans-serif; }
+:root { color-scheme: light dark; --off: $off; --paper: #fff; background: #fff;
+  color: #1b1b1b; font: 1rem/1.5 system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) {
   :root { --off: #ff8a80; --paper: #000; background: #161616; color: #eee; }
   svg image { filter: invert(1) hue-rotate(180deg); } }
