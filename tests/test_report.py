@@ -96,6 +96,16 @@ def test_points_have_the_numbers_of_the_table(tmp_path):
     assert ("2", html.escape("""h'1"]'>/kernel""")) in rows
 
 
+def test_points_of_which_none_is_sound_have_names(tmp_path):
+    rows = [{"path": f"k{i}", "fan_in": 1, "ratio": 0.1} for i in range(3)]
+    found = [Finding("error", "std", row["path"], "", "") for row in rows]
+    table = Table("audit", rows, found, layout=LAYOUT)
+    text = page_of(table, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.findall("<title>([0-9].*?)</title>", text) == [
+        f"{i + 1}: k{i}, 0.1" for i in range(3)
+    ]
+
+
 def test_a_model_before_stands_beside(tmp_path):
     model = net()
     before = keras.models.clone_model(model)

@@ -265,7 +265,7 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
 
 _PAPER = ("var(--paper)", "#ffffff")  # under a histogram
 # A group of points up to the next group with an id.
-_NAMED = re.compile(r"""<g id=(["'])(\[.*?\])\1>(.*?)(?=<g id=|\Z)""", re.DOTALL)
+_NAMED = re.compile(r"""<g id=(["'])(\[[^<>]*\])\1>(.*?)(?=<g id=|\Z)""", re.DOTALL)
 
 
 def _with_names(group: re.Match) -> str:
