@@ -47,6 +47,7 @@ _GLOROT = (
     keras.initializers.GlorotUniform,
     *GLOROT,
 )
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 _UNEXPLAINED = f"The values do not match the declared initializer. {_REINITIALIZE}"
 
@@ -197,6 +198,9 @@ def _measure_weight(weight: Weight, starts: _Starts) -> _Measured:
         plausible = [declared]
         if weight.is_kernel:
             plausible += _glorot_distributions(weight, gain or 1.0)
+        if weight.variable.name == "lora_embeddings_a":
+            # Keras does not keep `a_initializer`; the advice is this one.
+            plausible.append(Distribution.from_std("normal", 1.0))
         expected, fault = best_fit(weight, statistics, plausible)
     repeats = []
     random = _random_distribution(weight, expected)
@@ -429,13 +433,15 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
 
 
 def _check_embedding(subject: _Measured) -> _Verdict | None:
-    if not isinstance(subject.weight.initializer, _GLOROT):
+    weight, name = subject.weight, subject.initializer_name
+    if not isinstance(weight.initializer, _SCALED_BY_FANS):
         return None
-    if "embedding" not in subject.weight.variable.name:
+    if "embedding" not in weight.variable.name or subject.expected != weight.distribution:
         return None
-    name = subject.initializer_name
     message = f"{name} on an embedding: its rows are looked up, not summed."
     advice = "Use `embeddings_initializer='uniform'`, Keras's default."
+    if weight.variable.name.startswith("lora_"):
+        advice = "Use `enable_lora(rank, a_initializer=RandomNormal(stddev=1.0))`."
     return _Verdict("warning", message, advice)
 
 
@@ -586,6 +592,12 @@ def _explain_std(weight: Weight, statistics: Statistics) -> str:
     stock = distribution_of(weight.initializer, weight.shape, fans_by_shape, CallSite())
     if fans == fans_by_shape or stock is None or is_off(statistics, stock):
         return _UNEXPLAINED
+    if weight.variable.name.startswith("lora_"):
+        return (
+            "Keras took the fans of a LoRA factor from its shape alone: use "
+            "`enable_lora(rank, a_initializer='xavier_uniform')`, or after that of a "
+            f"backbone `initialize(model, {{'{weight.variable.name}': 'xavier_uniform'}})`."
+        )
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
     elif getattr(weight.owner, "groups", 1) > 1:
