@@ -20,7 +20,11 @@ from keras_glorot._keras.call_site import (
     initializer_tables,
     seed_words,
 )
-from keras_glorot._keras.state import is_random_seeded, is_shape_inference
+from keras_glorot._keras.state import (
+    is_random_seeded,
+    is_shape_inference,
+    unmoved_generators,
+)
 from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
@@ -35,6 +39,7 @@ __all__ = [
     "find_initializer",
     "is_unshared",
     "kernel_distribution",
+    "with_config",
 ]
 
 _ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
@@ -344,6 +349,12 @@ def find_initializer(identifier: Any) -> Any:
     if isinstance(identifier, str):
         identifier = _NAMES.get(identifier, identifier)
     return keras.initializers.get(identifier)
+
+
+def with_config(initializer: Any, **changes: Any) -> Any:
+    """A copy with other arguments."""
+    with unmoved_generators():
+        return type(initializer).from_config({**initializer.get_config(), **changes})
 
 
 @contextlib.contextmanager

@@ -174,23 +174,6 @@ def test_a_layer_added_behind_changes_nothing_before_it():
         np.testing.assert_array_equal(mine, its)
 
 
-def test_only_the_layers_asked_for():
-    whole, part = convnet(), convnet()
-    initialize(whole, seed=2)
-    disturb(part)
-    table = initialize(part, seed=2, layers=["separable", part.layers[-1]])
-    assert {r["layer"] for r in table} == {"SeparableConv2D", "Dense"}
-    for mine, its, variable in zip(
-        values(whole), values(part), part.variables, strict=True
-    ):
-        if variable.path.split("/")[-2] in ("separable", "last"):
-            np.testing.assert_array_equal(mine, its)
-        else:
-            assert (its == 7).all()
-    with pytest.raises(ValueError, match="`layers` must list layers of the model"):
-        initialize(part, layers=["nowhere"])
-
-
 def test_frozen_and_shared_layers():
     shared = layers.Dense(8)
     x = keras.Input((8,))
@@ -533,7 +516,7 @@ def test_an_initializer_that_does_not_fit_leaves_the_model_as_it_was(layout):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8, dtype=dtype)])
     before = values(model)
     wrong = {"float16": GlorotUniform(gain=1e6), "axes": GlorotUniform(1, 0, [0, 5], [1])}
-    with pytest.raises(ValueError, match="Argument `i"):
+    with pytest.raises(ValueError, match=r"Argument `(how|input_axes)` must"):
         initialize(model, wrong[layout])
     for mine, its in zip(before, values(model), strict=True):
         np.testing.assert_array_equal(mine, its)
@@ -571,7 +554,7 @@ def test_errors_say_what_to_do():
     for seed in (1.5, True, "1"):
         with pytest.raises(TypeError, match="Argument `seed` must be an integer or None"):
             initialize(layer, seed=seed)
-    with pytest.raises(TypeError, match="Argument `initializer` must be an initializer"):
+    with pytest.raises(TypeError, match="Argument `how` must be an initializer"):
         initialize(layer, None)
 
 
