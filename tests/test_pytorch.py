@@ -5,6 +5,8 @@
 
 import hashlib
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from keras_glorot import initialize
+from keras_glorot import GlorotUniform, initialize
 from keras_glorot._drawing.distributions import Distribution
 
 nn: Any = pytest.importorskip("torch.nn")
@@ -247,6 +249,27 @@ def test_given_vectors_stay():
     table = initialize(layer, "pytorch", seed=0)
     assert table.rows[0]["done"].startswith("not changed")
     np.testing.assert_array_equal(layer.get_weights()[0], vectors)
+
+
+def test_the_guide_draws_as_the_function_beside_it():
+    """Of all of a layer's weights, as `apply` changes them."""
+    guide = Path(__file__).parent.parent / "docs" / "guides" / "pytorch.md"
+    page = guide.read_text(encoding="utf-8")
+    (call,) = re.findall(r"\| `model.apply\(init_fn\)`.*\| `(initialize\(.*?\))` \|", page)
+    (function,) = re.findall(r"```\n(def init_fn.*?)\n\nmodel.apply", page, re.DOTALL)
+    names: dict[str, Any] = {"nn": nn}
+    exec(function, names)
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(40, 100), nn.Tanh(), nn.Linear(100, 30))
+    theirs.apply(names["init_fn"])
+    ours = keras.Sequential(
+        [keras.Input((40,)), layers.Dense(100, "tanh"), layers.Dense(30)]
+    )
+    eval(call, {"initialize": initialize, "GlorotUniform": GlorotUniform, "model": ours})
+    for variable, parameter in zip(ours.weights, theirs.parameters(), strict=True):
+        values = keras.ops.convert_to_numpy(variable).ravel()
+        p = ks_2samp(values, parameter.detach().numpy().ravel()).pvalue
+        assert p > SIGNIFICANCE, variable.path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
