@@ -94,10 +94,9 @@ def recurrent(name, module, gates, **options):
         layer.build((None, 4, 30))
         other = module(30, 300)
         biases = other.bias_ih_l0, other.bias_hh_l0
-        if options.get("reset_after"):
-            bias = torch.stack(biases)
-        else:
-            bias = biases[0] + biases[1]
+        bias = torch.stack(biases)
+        if not options.get("reset_after"):
+            bias = bias.sum(0)
         tensors = other.weight_ih_l0, other.weight_hh_l0, bias
         assert tensors[0].shape == (300 * gates, 30)
         return layer, dict(zip(names(layer), tensors, strict=True))

@@ -1,7 +1,7 @@
 """Does the scale of LoRA's factor A matter? A transformer adapted to new digits.
 
     python benchmarks/evidence/lora.py
-    python benchmarks/evidence/lora.py --rates 1e-3 1e-2 --seeds 1
+    python benchmarks/evidence/lora.py --optimizers Adam --seeds 1
     python benchmarks/evidence/lora.py --report
 
 Every finished training is one line of the results file. Start the same command again after
@@ -17,10 +17,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import deep_nets  # before Keras: it chooses the backend
 import keras
 import numpy as np
 import torch
-from deep_nets import MINIBATCH, SETTINGS, accuracy, images, transformer
 from keras import layers
 from paper_table1 import append, interval, read, table
 from rich.console import Console
@@ -31,10 +31,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from keras_glorot import GlorotUniform
 
 HERE = Path(__file__)
+MINIBATCH = deep_nets.MINIBATCH
+VERSIONS = {"versions": deep_nets.SETTINGS["versions"]}  # written into each line
 CLASSES, RANK, BLOCKS, HEADS = 5, 4, 4, 16
 PRETRAINED, ADAPTED, TESTED = 640, 320, 500  # images
 EPOCHS, PRETRAINING_EPOCHS, PRETRAINING_RATE = 8, 15, 1e-3
 STARTS = {"stock": "he_uniform", "right": "xavier_uniform", "head alone": None}
+OPTIMIZERS = {
+    "Adam": functools.partial(torch.optim.Adam, fused=True),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+RATES = {
+    "Adam": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+    "SGD": [3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
+}
 HEADING = """\
 # Does the scale of LoRA's factor A matter?
 
@@ -44,8 +54,9 @@ right in 20 % of cases.
 - A transformer of {blocks} blocks, width 64, {heads} heads, with LayerNorm, is trained on
   the digits 0 to 4 (Adam, {pretraining_epochs} epochs, {pretrained} images). Then it is
   frozen, gets a new head, and LoRA of rank {rank} on all query and value kernels; these and
-  the head are trained on {adapted} images of the digits 5 to 9: {epochs} epochs of Adam on
-  minibatches of {minibatch}, no decay. {tested} other images of these digits test it.
+  the head are trained on {adapted} images of the digits 5 to 9: {epochs} epochs of Adam,
+  or of SGD with momentum 0.9, on minibatches of {minibatch}. {tested} other images of these
+  digits test it.
 - `stock` is `enable_lora({rank})`: Keras draws A from its shape alone, √{heads} times too
   small. `right` is `enable_lora({rank}, a_initializer="xavier_uniform")`. B starts at zero.
   `head alone` trains no LoRA.
@@ -61,6 +72,7 @@ and the difference of the two by seed:
 class Training:
     """What tells one training from all others."""
 
+    optimizer: str
     start: str
     learning_rate: float
     seed: int
@@ -68,7 +80,7 @@ class Training:
 
 def load(digits, size, seed):
     """Training and test images of some digits, labels from 0."""
-    x, labels = images("digits", 8)
+    x, labels = deep_nets.images("digits", 8)
     chosen = np.flatnonzero(np.isin(labels, digits))
     chosen = np.random.default_rng(seed).permutation(chosen)
     y = torch.from_numpy(labels - min(digits))
@@ -76,9 +88,13 @@ def load(digits, size, seed):
     return [(x[part], y[part]) for part in parts]
 
 
+def array(variable) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
 def build():
     normalization = layers.LayerNormalization
-    whole = transformer((8, 8, 1), normalization, blocks=BLOCKS, heads=HEADS)
+    whole = deep_nets.transformer((8, 8, 1), normalization, blocks=BLOCKS, heads=HEADS)
     x = whole.layers[-2].output
     return keras.Model(whole.input, layers.Dense(CLASSES, name="head")(x))
 
@@ -90,8 +106,9 @@ def pretrained(seed):
     model = build()
     (x, y), _ = load(range(5), PRETRAINED, seed)
     variables = model.trainable_variables
-    descend(model, variables, x, y, PRETRAINING_RATE, PRETRAINING_EPOCHS, seed)
-    return [np.array(each) for each in model.get_weights()]
+    adam = functools.partial(OPTIMIZERS["Adam"], lr=PRETRAINING_RATE)
+    descend(model, variables, x, y, adam, PRETRAINING_EPOCHS, seed)
+    return [array(each) for each in model.weights]
 
 
 def adapt(training):
@@ -111,25 +128,26 @@ def adapt(training):
                 dense.enable_lora(RANK, a_initializer=STARTS[training.start] or "zeros")
                 factors += [dense.lora_kernel_a, dense.lora_kernel_b]
     trained = [head.kernel, head.bias, *factors]
-    std = np.std([keras.ops.convert_to_numpy(each) for each in factors[::2]])
+    std = np.std([array(each) for each in factors[::2]])
     (x, y), test = load(range(5, 10), ADAPTED, training.seed)
-    rate = training.learning_rate
-    losses = descend(model, trained, x, y, rate, EPOCHS, training.seed)
+    optimizer = OPTIMIZERS[training.optimizer]
+    optimizer = functools.partial(optimizer, lr=training.learning_rate)
+    losses = descend(model, trained, x, y, optimizer, EPOCHS, training.seed)
     return {
-        "test_accuracy": accuracy(model, *test),
+        "test_accuracy": deep_nets.accuracy(model, *test),
         "losses": losses,
         "std": round(float(std), 4),
         "seconds": round(time.process_time() - started, 2),
     }
 
 
-def descend(model, trained, x, y, rate, epochs, seed):
-    """Adam on minibatches; the mean loss of each epoch, up to one that is not finite."""
+def descend(model, trained, x, y, make_optimizer, epochs, seed):
+    """Steps on minibatches; the mean loss of each epoch, up to one that is not finite."""
     ids = set(map(id, trained))
     variables = [*trained, *(each for each in model.weights if id(each) not in ids)]
     step = gradient(model, variables, len(trained))
     values = [each.value for each in variables]
-    optimizer = torch.optim.Adam(values[: len(trained)], rate, fused=True)
+    optimizer = make_optimizer(values[: len(trained)])
     order, means = np.random.default_rng(seed), []
     for _ in range(epochs):
         total = 0.0
@@ -165,11 +183,15 @@ def gradient(model, variables, count):
 
 
 def run(args, results, console):
-    combinations = itertools.product(range(1, args.seeds + 1), args.rates, STARTS)
-    wanted = [Training(start, rate, seed) for seed, rate, start in combinations]
+    wanted = [
+        Training(optimizer, start, rate, seed)
+        for seed in range(1, args.seeds + 1)
+        for optimizer in args.optimizers
+        for rate, start in itertools.product(RATES[optimizer], STARTS)
+    ]
     with Progress(console=console) as progress:
         for training in progress.track([each for each in wanted if each not in results]):
-            results[training] = SETTINGS | adapt(training)
+            results[training] = VERSIONS | adapt(training)
             append(args.results, training, results[training])
 
 
@@ -177,14 +199,15 @@ def report(results):
     """The table, as Markdown."""
     cells, stds = defaultdict(dict), {}
     for each, record in results.items():
-        cells[each.learning_rate, each.start][each.seed] = record["test_accuracy"]
+        row = each.optimizer, each.learning_rate
+        cells[row].setdefault(each.start, {})[each.seed] = record["test_accuracy"]
         stds[each.start] = record["std"]
     rows = []
-    for rate in sorted({rate for rate, _ in cells}):
-        by_start = {start: cells[rate, start] for start in STARTS}
+    for optimizer, rate in sorted(cells):
+        by_start = cells[optimizer, rate]
         right, stock = by_start["right"], by_start["stock"]
-        row = {"learning rate": f"{rate:g}"}
-        row |= {start: interval([*found.values()]) for start, found in by_start.items()}
+        row = {"optimizer": optimizer, "learning rate": f"{rate:g}"}
+        row |= {start: interval([*by_start[start].values()]) for start in STARTS}
         rows.append(row | {"right - stock": interval([right[i] - stock[i] for i in right])})
     versions = next(iter(results.values()))["versions"]
     heading = HEADING.format(
@@ -207,8 +230,7 @@ def report(results):
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
-    parser.add_argument("--rates", type=float, nargs="+", default=rates)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=HERE.with_suffix(".jsonl"))
     parser.add_argument("--report", action="store_true")
