@@ -139,13 +139,22 @@ def test_an_activation_layer_behind_counts_for_auto():
     assert row(table, "last/kernel")["std"] == 1 / 8
 
 
-@pytest.mark.parametrize("initializer", ["he_normal", "lecun_uniform", "xavier_normal"])
-def test_any_initializer_gets_the_right_fans(initializer):
+@pytest.mark.parametrize(
+    ("initializer", "variance"),
+    [
+        ("he_normal", 2 / 9),
+        (GlorotNormal("relu", mode="fan_in"), 2 / 9),
+        ("lecun_uniform", 1 / 9),
+        (GlorotUniform(mode="fan_in"), 1 / 9),
+        (GlorotUniform(mode="fan_out"), 1 / 18),
+        ("xavier_normal", 2 / 27),
+    ],
+)
+def test_any_initializer_gets_the_right_fans(initializer, variance):
     layer = layers.DepthwiseConv2D(3, depth_multiplier=2)
     layer.build((None, 8, 8, 512))
     initialize(layer, initializer, seed=0)
-    right = {"he_normal": 2 / 9, "lecun_uniform": 1 / 9, "xavier_normal": 2 / 27}
-    assert abs(std(layer.kernel) / math.sqrt(right[initializer]) - 1) < 0.03
+    assert abs(std(layer.kernel) / math.sqrt(variance) - 1) < 0.03
 
 
 def test_another_layer_changes_no_named_layer():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from keras_glorot import GlorotUniform, initialize
+from keras_glorot import GlorotUniform, audit, initialize
 from keras_glorot._drawing.distributions import Distribution
 
 nn: Any = pytest.importorskip("torch.nn")
@@ -201,6 +201,24 @@ def compare(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_weight_has_the_distribution_of_pytorch(kind):
     assert {name: p for name, *_, p in compare(kind) if p < SIGNIFICANCE} == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_audit_finds_it_sound(kind):
+    layer, _ = KINDS[kind]()
+    initialize(layer, "pytorch", seed=1)
+    assert audit(layer, "pytorch").findings == []
+
+
+def test_audit_finds_one_uniform_draw_in_place_of_the_sum_of_two():
+    cell = layers.LSTMCell(200)
+    cell.build((None, 3))
+    initialize(cell, "pytorch", seed=1)
+    limit = math.sqrt(2 / 200)  # of the same std
+    rng = np.random.default_rng(0)
+    cell.bias.assign(rng.uniform(-limit, limit, cell.bias.shape))
+    (finding,) = audit(cell, "pytorch").findings
+    assert (finding.code, finding.path) == ("form", "lstm_cell/bias")
 
 
 def test_the_same_bits_on_every_backend():
