@@ -182,6 +182,27 @@ def test_a_pattern_is_enough_where_the_own_initializer_is_not_known():
     assert abs(std(array(layer.positions)) / 0.02 - 1) < 0.1
 
 
+class Assigned(layers.Layer):
+    """It puts threes into its weight after that was made."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(50,), name="scale")
+        self.scale.assign(np.full(50, 3.0))
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_pattern_comes_before_what_build_assigns():
+    model = keras.Sequential([keras.Input((50,)), Assigned(name="assigned")])
+    uniform = initializers.RandomUniform(-0.1, 0.1)
+    initialize(model, {"scale": uniform}, seed=0)
+    assert abs(values(model)["assigned/scale"]).max() <= 0.1
+    assert not audit(model, {"scale": uniform}).findings
+    initialize(model, seed=0)
+    assert (values(model)["assigned/scale"] == 3).all()
+
+
 def test_quantized_layers_are_left_and_listed():
     layer = layers.Dense(8)
     layer.build((None, 8))

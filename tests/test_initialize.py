@@ -13,7 +13,7 @@ import pytest
 from models import WITH_STATE, convnet, nested_attention, recurrent
 
 import keras_glorot
-from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, initialize
+from keras_glorot import GlorotNormal, GlorotUniform, audit, calculate_gain, initialize
 from keras_glorot._keras.tree import Tree
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -250,19 +250,31 @@ def global_draws():
 
 
 @pytest.mark.parametrize(
-    "initializer", ["xavier_uniform", "he_normal", "orthogonal", GlorotUniform("auto")]
+    "how",
+    [
+        "xavier_uniform",
+        "he_normal",
+        "orthogonal",
+        GlorotUniform("auto"),
+        {"last": "xavier_uniform", "bias": "random_normal"},
+    ],
+    ids=str,
 )
-def test_with_a_seed_nothing_global_moves(initializer):
+def test_with_a_seed_nothing_global_moves(how):
     model = convnet()
     model.compile(Noisy(momentum=0.9), "mse")
     model.fit(np.ones((2, 8, 8, 3)), np.ones((2, 4)), verbose=0)
     drawn = []
-    for tool in (lambda: None, lambda: initialize(model, initializer, seed=1)):
+    for tool in (
+        lambda: None,
+        lambda: initialize(model, how, seed=1),
+        lambda: audit(model, how),
+    ):
         keras.utils.clear_session()
         keras.utils.set_random_seed(1)
         tool()
         drawn.append(global_draws())
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_without_a_seed_one_is_drawn_whatever_the_model():

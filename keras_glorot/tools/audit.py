@@ -510,7 +510,7 @@ def _check_recurrent(subject: _Measured) -> _Verdict | None:
     return _Verdict("warning", message, advice)
 
 
-# A new finding is one function and one entry here; the README lists the codes.
+# A new finding is one function and one entry here; `docs/findings.md` lists the codes.
 _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
     "not-finite": _check_finite,
     "negative-variance": _check_variance,

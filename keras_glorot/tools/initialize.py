@@ -352,9 +352,9 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
     done = itertools.accumulate(sizes)
     with progress("initialize", verbose) as advance:
         for assignment, size in zip(assignments, done, strict=True):
+            advance(size / max(1, sum(sizes)), assignment.row["path"])
             if assignment.new_value is not None:
                 backends.assign(assignment.variable, assignment.new_value())
-            advance(size / max(1, sum(sizes)))
     # All of them are computed before one is assigned: they can depend on each other.
     built = [assignment.built for assignment in assignments if assignment.built]
     values = build_values(built)
