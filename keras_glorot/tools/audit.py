@@ -13,7 +13,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.call_site import CallSite
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._models.survey import Survey, Weight, distribution_of
-from keras_glorot.fans import Fans, Mode, compute_fans, fan_of
+from keras_glorot.fans import Fans, compute_fans, fan_of
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import (
@@ -304,7 +304,7 @@ def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
-def _glorot_stds(weight: Weight, gain: float, mode: Mode) -> tuple[float, float]:
+def _glorot_stds(weight: Weight, gain: float, mode: str) -> tuple[float, float]:
     """The stds that `initialize` gives: with gain 1, and with the activation's gain."""
     std = math.sqrt(1 / max(1, fan_of(weight.fans or Fans(0, 0), mode)))
     return std, std * gain
@@ -472,7 +472,7 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
         return None
     if expected.form in ("mirrored", "tap"):
         return None
-    mode: Any = weight.initializer.mode
+    mode = weight.initializer.mode
     plain, with_gain = _glorot_stds(weight, subject.gain or 1.0, mode)
     if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
         return None
