@@ -18,12 +18,12 @@ from rich.live import Live
 
 from keras_glorot import calibrate, layer_fans, propagate
 from keras_glorot._drawing.stream import draw
-from keras_glorot._models.passes import moments
+from keras_glorot._models.passes import likeness, moments
 
 GOLDEN = Path(__file__).parent / "golden" / "propagate.json"
 rng = np.random.default_rng
 NUMBERS = ("std", "forward_gain", "gradient_std", "backward_gain", "kernel_gradient_std",
-           "saturated", "dead", "between_examples")  # fmt: skip
+           "saturated", "dead", "likeness")  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -261,18 +261,19 @@ def test_findings_on_zero_and_on_nan_weights():
     assert {finding.severity for finding in findings} == {"error"}
 
 
-def test_the_part_of_the_variance_that_differs_between_examples():
-    """Of x_ij + c_j with independent x and c of variance 1 and 3: a quarter."""
-    inputs = keras.Input((400,))
-    model = keras.Model(inputs, layers.Dense(4, name="last")(layers.Identity()(inputs)))
-    x = rng(0).standard_normal((50, 400)) + math.sqrt(3) * rng(1).standard_normal(400)
-    share = propagate(model, x.astype("float32")).rows[0]["between_examples"]
-    # The variance of 400 values c is off by sqrt(2 / 400) = 7 %: four standard errors.
-    assert share == pytest.approx(0.25, rel=0.3 * 0.75)
-    alike = np.repeat(x[:1], 5, 0).astype("float32")
-    assert propagate(model, alike).rows[0]["between_examples"] == pytest.approx(0, abs=1e-6)
-    single = propagate(model, x[:1].astype("float32")).rows[0]
-    assert single["between_examples"] is None
+def test_likeness_is_the_mean_cosine_between_two_examples():
+    """By all pairs, in float64, on every scale; zeros belong to no pair."""
+    values = data(7, 5, 3) + np.float32(0.5)
+    values[2] = 0
+    units = [v.ravel() / np.linalg.norm(v) for v in np.float64(values) if v.any()]
+    pairs = [a @ b for i, a in enumerate(units) for b in units[:i]]
+    for scale in (1e-30, 1, 1e30):
+        found = likeness(values * np.float32(scale), 7)
+        assert found == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert likeness(values, 5) is None
+    assert likeness(values[:1], 1) is None
+    assert likeness(values + np.float32(np.inf), 7) is None
+    assert likeness(np.repeat(values[:1], 5, 0), 5) == pytest.approx(1, abs=1e-6)
 
 
 def test_examples_that_become_alike_are_found():
@@ -281,7 +282,19 @@ def test_examples_that_become_alike_are_found():
     model = mlp(6, 100, "tanh", bias_initializer=bias)
     for layer in model.layers:
         layer.kernel.assign(0.3 * np.asarray(layer.kernel))
-    assert "collapsed" in codes(propagate(model, data(64, 12)))
+    table = propagate(model, data(64, 12))
+    assert "collapsed" in codes(table)
+    assert table.rows[5]["likeness"] > 0.98
+
+
+def test_examples_become_alike_in_deep_relu_nets_with_level_signals():
+    deep = fill(mlp(100, 100, "relu"), math.sqrt(2))
+    assert "collapsed" in codes(propagate(deep, data(64, 12)))
+    shallow = fill(mlp(8, 100, "relu"), math.sqrt(2))
+    assert "collapsed" not in codes(propagate(shallow, data(64, 12)))
+    # Examples that come in alike did not become it.
+    alike = data(64, 12) * np.float32(0.01) + np.float32(1)
+    assert "collapsed" not in codes(propagate(shallow, alike))
 
 
 def test_an_activation_that_no_scale_can_mend_is_named():

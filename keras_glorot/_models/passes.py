@@ -49,6 +49,7 @@ __all__ = [
     "differentiator",
     "intercepted_call",
     "is_float",
+    "likeness",
     "lock",
     "moments",
     "record",
@@ -103,6 +104,22 @@ def moments(values: np.ndarray) -> Moments:
         return Moments(math.nan, math.nan)
     scaled = values / np.float32(scale)
     return Moments(float(scaled.mean()) * scale, float(scaled.std()) * scale)
+
+
+def likeness(values: np.ndarray, examples: int) -> float | None:
+    """The mean cosine between two examples; None where fewer than two are not zero.
+
+    That is (|sum of unit vectors|² - n) / (n (n - 1)), without a look at each pair.
+    """
+    scale = float(np.abs(values).max(initial=0.0))
+    if values.shape[:1] != (examples,) or not 0 < scale < math.inf:
+        return None
+    vectors = values.reshape(examples, -1) / values.dtype.type(scale)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    count = np.count_nonzero(norms)
+    total = np.divide(1, norms, out=norms, where=norms > 0) @ vectors
+    pairs = count * (count - 1)
+    return (float(total @ total) - count) / pairs if pairs else None
 
 
 class Batch(NamedTuple):
@@ -334,7 +351,8 @@ class _Listener:
 
         def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
             before = len(self.notes)
-            self.advance(0.5 * min(1.0, before / self.expected_calls), layer.name)
+            path = self.survey.paths[id(layer)]
+            self.advance(0.5 * min(1.0, before / self.expected_calls), path)
             if is_root and not before:
                 self._remember_inputs((args, kwargs))
             parents = self._origins_of((args, kwargs))

@@ -9,7 +9,14 @@ import numpy as np
 
 from keras_glorot._keras.graph import LOOPS
 from keras_glorot._models.kernels import Flow, Kernel, flow_of_calls
-from keras_glorot._models.passes import Batch, Call, Moments, moments, record
+from keras_glorot._models.passes import (
+    Batch,
+    Call,
+    Moments,
+    likeness,
+    moments,
+    record,
+)
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey
 from keras_glorot.gains import activation_growth
@@ -22,7 +29,7 @@ __all__ = ["propagate", "propagated"]
 
 # The last ones are left out where there is no room.
 _COLUMNS = ("path", "std", "forward_gain", "gradient_std", "backward_gain", "saturated",
-            "dead", "between_examples", "shape", "kernel_gradient_std", "mean",
+            "dead", "likeness", "shape", "kernel_gradient_std", "mean",
             "layer")  # fmt: skip
 _LAYOUT = Layout(
     kernel_key="kernel_gradient_std",
@@ -70,8 +77,8 @@ def propagate(
 
         - `path`, `layer`, `shape`: the layer, its class, and the shape of its output.
         - `mean`, `std`, `gradient_std`: of the first float tensor of the output.
-        - `between_examples`: the part of the output's variance that differs between the
-          examples: 0 if they have become alike, 1 if they have nothing in common.
+        - `likeness`: the mean cosine between two examples of the output: 1 if they have
+          become alike, 0 if they have nothing in common.
         - `input_std`: the std of the first float tensor of the input.
         - `forward_gain`: `std / input_std`. `backward_gain`: the std of the gradient at
           the input over that at the output.
@@ -177,17 +184,6 @@ def _summarize(layer: keras.Layer, values: np.ndarray, examples: int) -> dict[st
     }
 
 
-def _between_examples(
-    layer: Any, values: np.ndarray, both: Moments, examples: int
-) -> float | None:
-    """The mean variance over the examples at one position, over that of all values."""
-    known = examples > 1 and values.shape[0] == examples and values.ndim > 1
-    if not known or not both.std > 0 or not math.isfinite(both.std):
-        return None
-    scaled = values / np.float32(both.std)
-    return min(1.0, float(scaled.var(axis=0, ddof=1).mean()))
-
-
 # |f'(z)| of what saturates, from y = f(z).
 _SLOPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": lambda y: 1 - y * y,
@@ -223,7 +219,7 @@ def _activation_name(layer: Any) -> str:
 _STATISTICS: dict[str, Statistic] = {
     "mean": lambda layer, values, both, examples: both.mean,
     "std": lambda layer, values, both, examples: both.std,
-    "between_examples": _between_examples,
+    "likeness": lambda layer, values, both, examples: likeness(values, examples),
     "saturated": _saturated,
     "dead": _dead,
 }
@@ -340,13 +336,12 @@ def _trend(rows: list[Row], key: str, name: str) -> list[Finding]:
 
 def _collapse(rows: list[Row]) -> list[Finding]:
     """Examples that became alike on their way, while the signal as a whole may be level."""
-    shares = [row["between_examples"] for row in rows]
-    first, last = shares[0], shares[-1]
-    if first is None or last is None or last > 0.02 or first < 10 * last:
+    first, last = rows[0]["likeness"], rows[-1]["likeness"]
+    if first is None or last is None or last < 0.98 or 1 - first < 10 * (1 - last):
         return []
     message = (
-        f"Examples become alike: they make {first:.2g} of the variance at "
-        f"{rows[0]['path']}, {last:.2g} here."
+        f"Examples become alike: their mean cosine is {first:.2g} at {rows[0]['path']}, "
+        f"{last:.3g} here."
     )
     advice = _ADVICE["collapsed"]
     return [Finding("warning", "collapsed", rows[-1]["path"], message, advice)]
