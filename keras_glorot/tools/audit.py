@@ -49,6 +49,7 @@ _GLOROT = (
     keras.initializers.GlorotUniform,
     *GLOROT,
 )
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 _UNEXPLAINED = f"The values do not match the initializer. {_REINITIALIZE}"
 
@@ -227,7 +228,10 @@ def _measure_declared(weight: Weight, starts: _Starts) -> _Measured:
     """A kernel can be what its layer declares, or what `initialize` draws."""
     severity = "warning" if weight.reason else None
     own = Start("", weight.distribution, initializer=weight.initializer, severity=severity)
-    others = _glorot_distributions(weight) if weight.is_kernel else ()
+    others = [*_glorot_distributions(weight)] if weight.is_kernel else []
+    if weight.variable.name == "lora_embeddings_a":
+        # Keras does not keep `a_initializer`; this is the one that is advised.
+        others.append(Distribution.from_std("normal", 1.0))
     subject = _measure(weight, own, others)
     # An orthogonal kernel can be right by itself, and have its gain in the next one.
     is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
@@ -413,6 +417,7 @@ def _check_form(subject: _Measured) -> _Verdict | None:
 
 _FORM_NAMES = {
     "uniform": "uniform",
+    "triangular": "the sum of two uniform draws",
     "truncated_normal": "truncated normal",
     "orthogonal": "an orthogonal matrix",
 }
@@ -478,13 +483,15 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
 
 
 def _check_embedding(subject: _Measured) -> _Verdict | None:
-    if not isinstance(subject.weight.initializer, _GLOROT):
+    weight, name = subject.weight, subject.initializer_name
+    if not isinstance(weight.initializer, _SCALED_BY_FANS):
         return None
-    if "embedding" not in subject.weight.variable.name:
+    if "embedding" not in weight.variable.name or subject.expected != weight.distribution:
         return None
-    name = subject.initializer_name
     message = f"{name} on an embedding: its rows are looked up, not summed."
     advice = "Use `embeddings_initializer='uniform'`, Keras's default."
+    if weight.variable.name.startswith("lora_"):
+        advice = "Use `enable_lora(rank, a_initializer=RandomNormal(stddev=1.0))`."
     return _Verdict("warning", message, advice)
 
 
@@ -645,6 +652,12 @@ def _explain_std(subject: _Measured) -> str:
     stock = distribution_of(initializer, weight.shape, fans_by_shape, CallSite())
     if fans == fans_by_shape or stock is None or is_off(subject.statistics, stock):
         return _UNEXPLAINED
+    if weight.variable.name.startswith("lora_"):
+        return (
+            "Keras took the fans of a LoRA factor from its shape alone: use "
+            "`enable_lora(rank, a_initializer='xavier_uniform')`, or after that of a "
+            f"backbone `initialize(model, {{'{weight.variable.name}': 'xavier_uniform'}})`."
+        )
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
     elif getattr(weight.owner, "groups", 1) > 1:
