@@ -161,10 +161,11 @@ def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
     judged = [subject for subject in measured if not subject.is_left]
     kernels = [subject for subject in judged if subject.weight.is_kernel]
     known = [subject for subject in kernels if subject.expected is not None]
+    codes = ("std", "constant", "constant-kernel", "not-finite")
     off = {
         finding.path
         for finding in findings
-        if finding.code in ("std", "constant", "constant-kernel", "not-finite")
+        if finding.code in codes and finding.severity != "info"
     }
     expected = sum(subject.weight.path not in off for subject in known)
     parts = []
