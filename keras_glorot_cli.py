@@ -110,6 +110,8 @@ def _add_audit(commands: Any) -> None:
     add("--ignore", action="append", default=[], metavar="CODE ...", help=text)
     text = "leave out findings of all other codes"
     add("--only", action="append", default=[], metavar="CODE ...", help=text)
+    text = "compare with what `init --how HOW` draws, not with what the layers declare"
+    add("--expect", metavar="HOW", help=text)
     text = "write a page with findings, pictures and a table to sort and filter"
     add("--html", type=_page, metavar="OUT.html", help=text)
 
@@ -124,8 +126,12 @@ def _add_init(commands: Any) -> None:
     one_of = command.add_mutually_exclusive_group().add_argument
     text = "of the kernels (default: uniform)"
     one_of("--distribution", choices=["uniform", "normal"], default="uniform", help=text)
-    text = "orthogonal kernels, with units in pairs: for deep nets without normalization"
-    one_of("--isometric", action="store_true", help=text)
+    text = (
+        "a recipe, such as isometric: orthogonal kernels, with units in pairs, for deep "
+        "nets without normalization; or a JSON file that maps patterns over the paths of "
+        "weights to initializers, or to null: leave these weights"
+    )
+    one_of("--how", metavar="HOW", help=text)
     text = "factor on the std: a number, an activation's, or auto: that of each layer's"
     add("--gain", default=1.0, type=_gain, metavar="auto|NAME|FLOAT", help=text)
     add("--seed", type=int, metavar="N", help="the same seed gives the same weights")

@@ -3,6 +3,7 @@
 import _thread
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import rich
 
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.recipes import RECIPES
 from keras_glorot.tables import Severity, Table, printable
 from keras_glorot.tools._files import drafted
 from keras_glorot.tools.audit import CODES, audit
@@ -56,20 +58,22 @@ def _audit(options: argparse.Namespace) -> int:
         for code in getattr(options, name):
             check_choice(f"--{name}", code, list(CODES))
     codes = set(options.only or CODES) - set(options.ignore)
+    how = None if options.expect is None else _read_how(options.expect, "--expect")
     with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
-        table = audit(_load(options.model))
+        table = audit(_load(options.model), how)
     table.findings = [each for each in table.findings if each.code in codes]
     wrote = _write_page(options, table) if options.html is not None else ""
     return _show(options, table, wrote)
 
 
 def _write_page(options: argparse.Namespace, table: Table) -> str:
-    codes = "".join(
+    chosen = "" if options.expect is None else f" --expect {options.expect}"
+    chosen += "".join(
         f" --{name} {' '.join(getattr(options, name))}"
         for name in ("ignore", "only")
         if getattr(options, name)
     )
-    command = f"{PROGRAM} audit {options.model}{codes} --html {options.html}"
+    command = f"{PROGRAM} audit {options.model}{chosen} --html {options.html}"
     write_page(options.html, Path(options.model).name, [audit_section(table)], command)
     return _wrote(options.html)
 
@@ -83,10 +87,10 @@ def _show(options: argparse.Namespace, table: Table, said: str = "") -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    initializer = _initializer(options)  # may fail, as may the folder: before the work
+    how = _how(options)  # may fail, as may the folder: before the work
     with drafted(options.output, "-o") as put:
         model = _load(options.model)
-        tables = [initialize(model, initializer, seed=options.seed)]
+        tables = [initialize(model, how, seed=options.seed)]
         said = ""
         if options.calibrate is not None:
             x, said = _batch(model, options.calibrate)
@@ -96,13 +100,32 @@ def _init(options: argparse.Namespace) -> int:
     return 0
 
 
-def _initializer(options: argparse.Namespace) -> Any:
-    if options.isometric:
+def _how(options: argparse.Namespace) -> Any:
+    if options.how is not None:
         if options.gain != 1.0:
-            raise ValueError("--gain must be left out with --isometric, which has its own.")
-        return "isometric"
+            raise ValueError("--gain must be left out with --how, which has its own.")
+        return _read_how(options.how, "--how")
     kind = GlorotNormal if options.distribution == "normal" else GlorotUniform
     return kind(gain=options.gain)
+
+
+def _read_how(name: str, argument: str) -> Any:
+    """The name of a recipe, or the mapping in a JSON file."""
+    if name in RECIPES:
+        return name
+    reason = suggestion(name, RECIPES)
+    if name.endswith(".json"):
+        try:
+            how = json.loads(Path(name).read_text(encoding="utf-8"))
+            if isinstance(how, dict):
+                return how
+            reason = f" ({how!r} is no mapping)"
+        except (OSError, ValueError) as error:
+            reason = f" ({error})"
+    raise ValueError(
+        f"{argument} must be a recipe, {' or '.join(RECIPES)}, or a .json file with a "
+        f"mapping from patterns to initializers. Received: {name}.{reason}"
+    )
 
 
 def _propagate(options: argparse.Namespace) -> int:
@@ -232,7 +255,8 @@ def _signals_as_exceptions() -> Iterator[None]:
     def stop_again(swallowed: Any) -> None:
         """Finalizers and callbacks of the garbage collector swallow what is raised."""
         if not isinstance(swallowed.exc_value, SystemExit):
-            return hook(swallowed)
+            hook(swallowed)
+            return
         number = swallowed.exc_value.code - 128
         signal.signal(number, stop)
         threading.Timer(0.01, _thread.interrupt_main, (number,)).start()

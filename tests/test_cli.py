@@ -101,10 +101,15 @@ def test_propagate_fails_on_a_finding(tmp_path):
 
 
 def test_what_was_written_is_said(model_file, tmp_path, capsys):
-    out, page = tmp_path / "out.keras", tmp_path / "page.html"
+    out = tmp_path / "out.keras"
     assert main(["init", model_file, "-o", str(out)]) == 0
     assert capsys.readouterr().out.endswith(f"\nWrote {out}.\n")
-    assert main(["audit", str(out), "--html", str(page)]) == 0
+
+
+def test_a_page_that_was_written_is_said(model_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.html"
+    assert main(["audit", model_file, "--html", str(page)]) == 0
     assert f"Wrote {page}.\n" in capsys.readouterr().out
 
 
@@ -133,10 +138,11 @@ def test_init_then_audit(model_file, tmp_path, capsys):
 
 def test_isometric_init_then_audit(model_file, tmp_path, capsys):
     out = tmp_path / "out.keras"
-    arguments = ["init", model_file, "-o", str(out), "--seed", "1", "--isometric"]
+    arguments = ["init", model_file, "-o", str(out), "--seed", "1", "--how", "isometric"]
     assert main(arguments) == 0
     assert "0 of 2 kernels make pairs" in " ".join(capsys.readouterr().out.split())
     assert main(["audit", str(out), "--fail-on", "info"]) == 0
+    assert main(["audit", str(out), "--fail-on", "info", "--expect", "isometric"]) == 0
     first = weights(out)
     assert main(arguments) == 0
     for one, other in zip(first, weights(out), strict=True):
@@ -147,6 +153,52 @@ def test_isometric_init_then_audit(model_file, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, "--distribution", "normal"])
     assert not out.exists()
+
+
+def test_init_and_audit_by_a_mapping_in_a_file(model_file, tmp_path, capsys):
+    out, how, page = (tmp_path / name for name in ("out.keras", "how.json", "page.html"))
+    normal = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
+    how.write_text(json.dumps({"depthwise": normal, "dense/bias": None, ".*": "zeros"}))
+    check = ["audit", str(out), "--fail-on", "warning", "--expect", str(how)]
+    main(["init", model_file, "-o", str(out)])
+    assert main(check) == 1
+    assert main(["init", model_file, "-o", str(out), "--how", str(how)]) == 0
+    assert main([*check, "--html", str(page)]) == 0
+    assert f"--expect {how}" in page.read_text()
+    assert abs(weights(out)[0].std() / 0.02 - 1) < 0.1
+    assert not weights(out)[2].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "is no mapping"),
+        ("null", "is no mapping"),
+        ("{}", "must have a pattern"),
+        ('{"(": "zeros"}', "regular expressions"),
+        ('{"dence": "zeros"}', "Did you mean 'dense'"),
+        ('{"dense": "zeroes"}', "how['dense']='zeroes'. Did you mean 'zeros'"),
+        ('{"dense": {"class_name": "Zeroes"}}', "how['dense']="),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "init"])
+def test_bad_mappings_are_one_line(command, content, message, model_file, tmp_path, capsys):
+    how, out = tmp_path / "how.json", tmp_path / "out.keras"
+    if content is not None:
+        how.write_text(content)
+    extra = ["--expect", how] if command == "audit" else ["-o", out, "--how", how]
+    assert main([command, model_file, *map(str, extra)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("keras-glorot: error: ")
+    assert message in line
+    assert not out.exists()
+
+
+def test_an_unknown_recipe(model_file, no_work, capsys):
+    assert main(["audit", model_file, "--expect", "isometri"]) == 2
+    assert "Received: isometri. Did you mean 'isometric'?" in capsys.readouterr().err
 
 
 def test_an_architecture_by_name(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import BY_KIND, WITH_STATE, convnet
 
-from keras_glorot import GlorotNormal, GlorotUniform, initialize
+from keras_glorot import GlorotNormal, GlorotUniform, audit, initialize
 from keras_glorot._models.survey import Survey
 from keras_glorot.recipes import Start, Starts
 
@@ -182,6 +182,27 @@ def test_a_pattern_is_enough_where_the_own_initializer_is_not_known():
     assert abs(std(array(layer.positions)) / 0.02 - 1) < 0.1
 
 
+class Assigned(layers.Layer):
+    """It puts threes into its weight after that was made."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(50,), name="scale")
+        self.scale.assign(np.full(50, 3.0))
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_pattern_comes_before_what_build_assigns():
+    model = keras.Sequential([keras.Input((50,)), Assigned(name="assigned")])
+    uniform = initializers.RandomUniform(-0.1, 0.1)
+    initialize(model, {"scale": uniform}, seed=0)
+    assert abs(values(model)["assigned/scale"]).max() <= 0.1
+    assert not audit(model, {"scale": uniform}).findings
+    initialize(model, seed=0)
+    assert (values(model)["assigned/scale"] == 3).all()
+
+
 def test_quantized_layers_are_left_and_listed():
     layer = layers.Dense(8)
     layer.build((None, 8))
@@ -266,3 +287,137 @@ def test_errors_name_the_pattern_and_what_was_meant(how, message):
     with pytest.raises((ValueError, TypeError), match=message):
         initialize(model, how)
     assert all((value == 7).all() for value in values(model).values())
+
+
+# `audit` against what `how` draws
+
+GPT2 = {
+    "embeddings?$": initializers.RandomNormal(stddev=0.02),
+    "(attention_output|project)/kernel": initializers.RandomNormal(
+        stddev=0.02 / math.sqrt(2 * 3)
+    ),
+    ALL: initializers.RandomNormal(stddev=0.02),
+}
+
+
+def gpt2(depth=3):
+    x = keras.Input((6,), dtype="int32")
+    y = layers.Embedding(100, 32, name="tokens")(x)
+    for i in range(depth):
+        z = layers.LayerNormalization(name=f"norm{i}")(y)
+        y += layers.MultiHeadAttention(4, 8, name=f"attention{i}")(z, z)
+        z = layers.Dense(128, "gelu", name=f"expand{i}")(y)
+        y += layers.Dense(32, name=f"project{i}")(z)
+    return keras.Model(x, layers.Dense(100, use_bias=False, name="head")(y))
+
+
+def pretrained():
+    """All of it moved; as a file has it, without an optimizer."""
+    model = convnet()
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(array(weight) + rng.uniform(0.01, 0.1, weight.shape))
+    return model
+
+
+HEAD = {"^last/": initializers.TruncatedNormal(stddev=0.01)}
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (pretrained, HEAD),
+        (gpt2, GPT2),
+        (gpt2, "isometric"),
+        (gpt2, "pytorch"),
+        (convnet, HEAD | {ALL: "pytorch"}),
+        (convnet, GlorotNormal("auto", mode="fan_in")),
+        (convnet, fading),
+    ],
+    ids=["head", "gpt2", "isometric", "pytorch", "pytorch but for the head", "auto", "own"],
+)
+def test_audit_finds_sound_what_initialize_made_and_not_before(make, how):
+    model = make()
+    severities = {finding.severity for finding in audit(model, how).findings}
+    assert severities & {"warning", "error"}
+    initialize(model, how, seed=0)
+    assert not audit(model, how).findings
+
+
+@pytest.mark.parametrize("make", [*BY_KIND, *WITH_STATE], ids=lambda make: make.__name__)
+def test_audit_finds_sound_what_a_mapping_made(make):
+    model = make()
+    paths = [row["path"] for row in initialize(model, seed=0)]
+    how = mapping(paths, np.random.default_rng(5))
+    initialize(model, how, seed=0)
+    codes = {finding.code for finding in audit(model, how).findings}
+    assert codes <= ({"constant-kernel"} if "ones" in how.values() else set())
+
+
+FAULTS = {
+    "std": lambda kernel: kernel * 1.5,
+    "mean": lambda kernel: kernel + 0.05,
+    "form": lambda kernel: np.sign(kernel) * kernel.std(),
+    "bounds": lambda kernel: np.where(
+        np.arange(kernel.size).reshape(kernel.shape), kernel, 1
+    ),
+    "zero-slice": lambda kernel: kernel * (np.arange(kernel.shape[-1]) != 3),
+    "not-finite": lambda kernel: kernel + np.nan,
+    "constant-kernel": np.zeros_like,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_check_is_made_against_how(fault):
+    model = gpt2()
+    how = {"project1/": initializers.RandomUniform(-0.1, 0.1)}
+    initialize(model, how, seed=0)
+    kernel = model.get_layer("project1").kernel
+    kernel.assign(FAULTS[fault](array(kernel)))
+    found = audit(model, how).findings
+    assert [(each.code, each.path) for each in found] == [(fault, "project1/kernel")]
+
+
+@pytest.mark.parametrize("fault", ["pair", "matrix", "size"])
+def test_faults_of_the_isometric_start_are_found_against_it(fault):
+    model = keras.Sequential(
+        [keras.Input((64,)), *(layers.Dense(64, "relu", name=n) for n in "abc")]
+    )
+    initialize(model, "isometric", seed=0)
+    kernel = model.get_layer("b").kernel
+    wrong = array(kernel)
+    wrong *= 1.2 if fault == "size" else 1
+    wrong[:, :2] = -wrong[:, 1::-1] * (2 if fault == "matrix" else 1)
+    wrong[3, 5] += fault == "pair"
+    kernel.assign(wrong)
+    found = audit(model, "isometric").findings
+    code = "std" if fault == "size" else "form"
+    assert [(each.code, each.path) for each in found] == [(code, "b/kernel")]
+
+
+def test_what_is_left_is_checked_as_trained():
+    model = pretrained()
+    initialize(model, HEAD, seed=0)
+    table = audit(model, HEAD)
+    assert table.note.startswith("1 of 1 kernels have the expected std; 14 variables are")
+    model.get_layer("first").kernel.assign(np.full((3, 3, 3, 16), 0.5))
+    found = audit(model, HEAD).findings
+    assert [(each.code, each.path) for each in found] == [
+        ("constant-kernel", "first/kernel")
+    ]
+
+
+def test_a_constant_that_was_asked_for_has_the_expected_std():
+    model = convnet()
+    initialize(model, {"last/": "zeros"}, seed=0)
+    table = audit(model, {"last/": "zeros"})
+    assert [finding.severity for finding in table.findings] == ["info"]
+    assert table.note.startswith("1 of 1 kernels have the expected std")
+    initialize(model, {"last/": "he_normal"}, seed=0)
+    table = audit(model, {"last/": "zeros"})
+    assert table.note.startswith("0 of 1 kernels have the expected std")
+
+
+def test_audit_says_what_is_wrong_with_how():
+    with pytest.raises(ValueError, match="found in no path"):
+        audit(convnet(), {"nowhere": "zeros"})

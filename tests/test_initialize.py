@@ -13,7 +13,7 @@ import pytest
 from models import WITH_STATE, convnet, nested_attention, recurrent
 
 import keras_glorot
-from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, initialize
+from keras_glorot import GlorotNormal, GlorotUniform, audit, calculate_gain, initialize
 from keras_glorot._keras.tree import Tree
 
 layers: Any = keras.layers  # Keras declares many arguments as `str`
@@ -139,13 +139,22 @@ def test_an_activation_layer_behind_counts_for_auto():
     assert row(table, "last/kernel")["std"] == 1 / 8
 
 
-@pytest.mark.parametrize("initializer", ["he_normal", "lecun_uniform", "xavier_normal"])
-def test_any_initializer_gets_the_right_fans(initializer):
+@pytest.mark.parametrize(
+    ("initializer", "variance"),
+    [
+        ("he_normal", 2 / 9),
+        (GlorotNormal("relu", mode="fan_in"), 2 / 9),
+        ("lecun_uniform", 1 / 9),
+        (GlorotUniform(mode="fan_in"), 1 / 9),
+        (GlorotUniform(mode="fan_out"), 1 / 18),
+        ("xavier_normal", 2 / 27),
+    ],
+)
+def test_any_initializer_gets_the_right_fans(initializer, variance):
     layer = layers.DepthwiseConv2D(3, depth_multiplier=2)
     layer.build((None, 8, 8, 512))
     initialize(layer, initializer, seed=0)
-    right = {"he_normal": 2 / 9, "lecun_uniform": 1 / 9, "xavier_normal": 2 / 27}
-    assert abs(std(layer.kernel) / math.sqrt(right[initializer]) - 1) < 0.03
+    assert abs(std(layer.kernel) / math.sqrt(variance) - 1) < 0.03
 
 
 def test_another_layer_changes_no_named_layer():
@@ -241,19 +250,31 @@ def global_draws():
 
 
 @pytest.mark.parametrize(
-    "initializer", ["xavier_uniform", "he_normal", "orthogonal", GlorotUniform("auto")]
+    "how",
+    [
+        "xavier_uniform",
+        "he_normal",
+        "orthogonal",
+        GlorotUniform("auto"),
+        {"last": "xavier_uniform", "bias": "random_normal"},
+    ],
+    ids=str,
 )
-def test_with_a_seed_nothing_global_moves(initializer):
+def test_with_a_seed_nothing_global_moves(how):
     model = convnet()
     model.compile(Noisy(momentum=0.9), "mse")
     model.fit(np.ones((2, 8, 8, 3)), np.ones((2, 4)), verbose=0)
     drawn = []
-    for tool in (lambda: None, lambda: initialize(model, initializer, seed=1)):
+    for tool in (
+        lambda: None,
+        lambda: initialize(model, how, seed=1),
+        lambda: audit(model, how),
+    ):
         keras.utils.clear_session()
         keras.utils.set_random_seed(1)
         tool()
         drawn.append(global_draws())
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_without_a_seed_one_is_drawn_whatever_the_model():

@@ -10,14 +10,15 @@ import keras
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
 from keras_glorot.initializers import find_initializer
-from keras_glorot.recipes import RECIPES, Recipe, Start, Starts
+from keras_glorot.recipes import RECIPES, Start, Starts
 
 __all__ = ["find_starts"]
 
 
 def find_starts(survey: Survey, how: Any) -> Starts:
     """How each weight is drawn. All that can be said against `how` is said here."""
-    if isinstance(how, Mapping) and not _is_config(how):
+    # Keras's own dictionary for an initializer has this key.
+    if isinstance(how, Mapping) and "class_name" not in how:
         return _by_patterns(survey, how)
     kernels = [weight for weight in survey.weights if weight.is_kernel]
     return _starts_of(survey, how, kernels, "how")
@@ -111,18 +112,19 @@ def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) ->
     return starts
 
 
-def _find_recipe(value: Any) -> Recipe | None:
+def _find_recipe(value: Any) -> Any:
+    """That of a name, or a function of the user; None if it is not one."""
     if isinstance(value, str):
         return RECIPES.get(value)
     is_object = isinstance(value, keras.initializers.Initializer | type)
     if is_object or not callable(value):
         return None
-    try:  # an initializer is called like this
+    try:
         inspect.signature(value).bind((), dtype=None)
     except TypeError:
-        return value
-    except ValueError:  # built in: it has no signature
-        return None
+        return value  # an initializer could be called like this
+    except ValueError:
+        return None  # built in: it has no signature
     return None
 
 
@@ -151,8 +153,3 @@ def _own_seed(initializer: Any) -> Any:
     # The config has what the user gave; a generator stands in it serialized.
     config = getattr(initializer, "get_config", dict)()
     return None if config.get("seed") is None else initializer.seed
-
-
-def _is_config(how: Mapping[Any, Any]) -> bool:
-    """Whether it is Keras's dictionary for an initializer."""
-    return {"class_name", "config"} <= how.keys()
