@@ -12,7 +12,14 @@ from models import BY_KIND, convolutional, dense, lstm, mobile
 from planted_faults import ARCHITECTURES, FAULTS, audit_fault, false_findings
 
 import keras_glorot
-from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
+from keras_glorot import (
+    GlorotNormal,
+    GlorotUniform,
+    as_default,
+    audit,
+    calculate_gain,
+    initialize,
+)
 from keras_glorot._keras.tree import Tree
 from keras_glorot.tables.view import View
 
@@ -225,6 +232,12 @@ def test_glorot_where_it_does_not_belong():
     assert recurrent.endswith("/recurrent_kernel")
     gains = [f.severity for f in audit(model).findings if f.code == "relu-gain"]
     assert gains == ["info", "info"]
+    advice = [f.advice for f in audit(model).findings if f.code == "relu-gain"]
+    leaky = calculate_gain("leaky_relu", 0.3)  # of the layer; not that of the function
+    assert advice == [
+        "Use `GlorotUniform(gain='relu')` or `HeNormal`.",
+        f"Use `GlorotUniform(gain={leaky:.4g})`.",
+    ]
     initialize(model, GlorotUniform(gain="auto"), seed=0)
     assert not paths_with("relu-gain", model)
 

@@ -77,6 +77,15 @@ def drawing():
             yield f"{row['case']}, {row['backend']}", least, f"{least:.2g}"
 
 
+def lora():
+    """Test accuracy in % of the new digits, with SGD."""
+    for row in rows(RESULTS / "lora.md", "optimizer | learning rate"):
+        for scale in ("stock", "right"):
+            if row["optimizer"] == "SGD":
+                label = f"rate {row['learning rate']}, {scale}"
+                yield label, number(row[scale]), row[scale]
+
+
 def zoo():
     """Architectures whose signal and gradient both stay within a factor of 10."""
     found = list(rows(RESULTS / "zoo.md", "model | norm"))
@@ -123,7 +132,17 @@ def explorable():
         yield row["setting"], worst, f"{worst:.1f}"
 
 
-ALL = [stock, training, paper_table1, drawing, zoo, model_zoo, audit_mutations, explorable]
+ALL = [
+    stock,
+    training,
+    paper_table1,
+    drawing,
+    lora,
+    zoo,
+    model_zoo,
+    audit_mutations,
+    explorable,
+]
 
 
 def draw(chart):

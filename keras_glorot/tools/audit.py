@@ -479,7 +479,9 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
     if not is_off(statistics, Distribution.from_std("truncated_normal", with_gain)):
         return None  # too small to tell
     message = f"{subject.initializer_name} with gain 1 before a ReLU-like activation."
-    return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
+    if getattr(weight.activation, "__name__", "") == "relu":
+        return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
+    return _Verdict("info", message, f"Use `GlorotUniform(gain={subject.gain:.4g})`.")
 
 
 def _check_embedding(subject: _Measured) -> _Verdict | None:

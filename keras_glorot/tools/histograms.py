@@ -71,7 +71,7 @@ def plotted_histograms(
     survey: Survey, batch: Batch, layers: Iterable[str] | None = None, axes: Any = None
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
-    calls = record(survey, batch, of_tensor=_sample)[0][:-1]
+    calls = record(survey, batch, of_tensor=_sample).calls[:-1]
     if layers is None:
         calls = [call for call in calls if call.weight is not None][:-1]
     else:
