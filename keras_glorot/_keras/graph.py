@@ -151,8 +151,8 @@ def _built_on(model: Any) -> Arguments:
 
 # Any number that a layer could not mistake for one of its own sizes.
 _BATCH = 3
-# For other unknown sizes. With None, a layer can't compute a causal mask, say. Images can be
-# halved often with the first; some tables of positions are shorter.
+# For other unknown sizes. With None, a layer can't compute a causal mask, say. With the
+# first, images can be halved often; some tables of positions are shorter.
 _SIZES = (64, 8, None)
 
 

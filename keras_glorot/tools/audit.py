@@ -246,7 +246,7 @@ def _random_distribution(
 
 def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
     """The distributions that `initialize` may draw a kernel from."""
-    for std in _glorot_stds(weight, gain):
+    for std in dict.fromkeys(_glorot_stds(weight, gain)):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
@@ -495,16 +495,20 @@ def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
 
 
 def _same_statistics(subjects: list[_Measured]) -> Iterator[tuple[int, int]]:
-    """Pairs with the same size and std: only in those all values need be compared.
+    """Pairs with the same size, extreme and std: only in those all values are compared.
 
-    A transposed tensor is summed in another order, so the last digits may differ.
+    A transposed tensor is summed in another order, so the last digits may differ. All
+    orthogonal ones of a shape have the same std, but not the same extreme.
     """
-    keys = [(each.statistics.size, each.statistics.std) for each in subjects]
+    keys = [
+        (each.size, max(-each.low, each.high), each.std)
+        for each in (subject.statistics for subject in subjects)
+    ]
     order = sorted(range(len(subjects)), key=keys.__getitem__)
     for position, later in enumerate(order):
-        size, std = keys[later]
+        size, extreme, std = keys[later]
         for before in reversed(order[:position]):
-            if keys[before] < (size, std * (1 - 1e-9)):
+            if keys[before] < (size, extreme, std * (1 - 1e-9)):
                 break
             yield min(before, later), max(before, later)
 
