@@ -132,6 +132,17 @@ def test_copies_of_a_depthwise_layer():
     check_isometry(model)
 
 
+def test_a_separable_layer_copies_what_it_takes():
+    """Beside it, another layer takes the same pairs as they are."""
+    x = keras.Input((4, 4, 4))
+    y = layers.Conv2D(8, 1, activation="relu")(x)
+    options = {"padding": "same", "depth_multiplier": 2}
+    both = [layers.SeparableConv2D(16, 3, **options)(y), layers.Conv2D(4, 1)(y)]
+    model = keras.Model(x, layers.Concatenate()(both))
+    assert next(iter(start(model).values())) == "yes"
+    jacobian(model)
+
+
 @pytest.mark.parametrize("pooling", [layers.AveragePooling2D, layers.MaxPooling2D])
 def test_pairs_pass_pooling(pooling):
     model = images(conv(8), pooling(2), conv(8), layers.Flatten(), layers.Dense(16))
@@ -353,6 +364,51 @@ def test_layers_limits_it():
     start(other, layers=[other.layers[1]])
     np.testing.assert_array_equal(values(kernel(other, 1)), values(kernel(model, 1)))
     np.testing.assert_array_equal(values(kernel(other, 0)), before)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="not on its CPU")
+def test_channels_first():
+    """An image, in each of the two layouts: the same numbers."""
+
+    def build(layout):
+        options = {"data_format": layout}
+        shape = (4, 6, 6) if layout == "channels_first" else (6, 6, 4)
+        return keras.Sequential(
+            [
+                keras.Input(shape),
+                conv(8, **options),
+                layers.DepthwiseConv2D(3, padding="same", **options),
+                layers.AveragePooling2D(2, **options),
+                conv(12, 2, "gelu", strides=2, groups=2, **options),
+                layers.GlobalAveragePooling2D(**options),
+                layers.Dense(3),
+            ]
+        )
+
+    first, last = build("channels_first"), build("channels_last")
+    assert list(start(first).values()) == list(start(last).values())
+    for one, other in zip(first.weights, last.weights, strict=True):
+        np.testing.assert_array_equal(values(one), values(other))
+    jacobian(first)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (3, 1, 5), (7, 9, 2), (1, 16, 1)])
+def test_odd_widths_and_single_units(widths):
+    """A unit without a partner stays as an orthogonal matrix has it."""
+    hidden = [layers.Dense(width, "relu") for width in widths]
+    model = keras.Sequential([keras.Input((5,)), *hidden, layers.Dense(2)])
+    pairs = list(start(model).values())
+    assert [each == "yes" for each in pairs] == [*(width > 1 for width in widths), False]
+    assert np.isfinite(np.concatenate([values(w).reshape(-1) for w in model.weights])).all()
+    assert [each for each in audit(model).findings if each.severity != "info"] == []
+
+
+def test_frozen_layers_are_drawn_too():
+    """As `initialize` does it: whether a layer is trained later is another question."""
+    model, other = dense("relu", 2), dense("relu", 2)
+    model.layers[1].trainable = False
+    assert list(start(model).values()) == list(start(other).values())
+    np.testing.assert_array_equal(values(kernel(model, 1)), values(kernel(other, 1)))
 
 
 def test_an_unknown_name_lists_the_recipes():
