@@ -475,6 +475,67 @@ def test_audit_finds_a_planted_fault(fault, message):
         check_isometry(model)
 
 
+def words():
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(20, 8),
+            layers.Conv1D(16, 3, padding="causal", activation="gelu"),
+            layers.GlobalMaxPooling1D(),
+            layers.Dense(4),
+        ]
+    )
+
+
+def mobile_block():
+    return images(conv(40), layers.DepthwiseConv2D(3), conv(8), conv(4, activation=None))
+
+
+def _negate_largest(values):
+    at = np.unravel_index(np.abs(values).argmax(), values.shape)
+    values[at] *= -1
+
+
+def _fill_a_zero(values):
+    values[tuple(np.argwhere(values == 0)[0])] = values.max()
+
+
+def _negate_first(values):
+    values[np.nonzero(values)[0][0], :, 0] *= -1
+
+
+NOT_OPPOSITE = "is not the negative of its partner"
+
+
+@pytest.mark.parametrize(
+    ("make", "number", "fault", "message"),
+    [
+        (mobile_block, 0, _negate_largest, NOT_OPPOSITE),
+        (mobile_block, 0, _fill_a_zero, "Beside the tap"),
+        (mobile_block, 1, _fill_a_zero, "not one value at the tap"),
+        (mobile_block, 1, _negate_first, "not one value at the tap"),
+        (mobile_block, 2, _negate_largest, NOT_OPPOSITE),
+        (words, 0, _negate_largest, NOT_OPPOSITE),
+        (words, 0, _fill_a_zero, "Beside the tap"),
+        (attention, 0, _negate_largest, "not an orthogonal matrix"),
+    ],
+)
+def test_audit_finds_a_fault_in_every_kind_of_kernel(make, number, fault, message):
+    model = make()
+    start(model)
+    variable = kernel(model, number)
+    change(variable, fault)
+    (finding,) = [each for each in audit(model).findings if each.severity != "info"]
+    assert finding.code == "form"
+    assert message in finding.message
+
+
+def test_orthogonal_depthwise_kernels_have_signs_by_chance():
+    model = mobile_block()
+    initialize(model, "xavier_orthogonal", seed=1)
+    assert [each for each in audit(model).findings if each.severity != "info"] == []
+
+
 def test_audit_finds_a_tap_off_the_centre():
     model = images(conv(8), conv(8), conv(4, activation=None))
     start(model)
@@ -494,6 +555,13 @@ def test_audit_finds_a_wrong_scale():
 
 
 # Parts
+
+
+def test_audit_finds_a_depthwise_kernel_of_ones_sound():
+    """Each channel as it is: with a window of one position, that is one value."""
+    model = images(layers.DepthwiseConv2D(1), conv(4))
+    start(model)
+    assert audit(model).findings == []
 
 
 @pytest.mark.parametrize(

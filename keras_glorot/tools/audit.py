@@ -207,7 +207,7 @@ def _measure_weight(weight: Weight, starts: _Starts) -> _Measured:
     subject = _Measured(weight, statistics, expected, fault, repeats, gain)
     # An orthogonal kernel can be right by itself, and have its gain in the next one.
     is_orthogonal = expected is not None and expected.form == "orthogonal"
-    if fault or repeats or is_orthogonal:
+    if fault or repeats or is_orthogonal or _is_constant_kernel(subject):
         return _as_isometric(subject, starts)
     return subject
 
@@ -220,7 +220,8 @@ def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
         return subject
     found = find_fault(weight, start.distribution)
     is_sound = subject.fault is None and not subject.repeats
-    if found and (is_sound or not has_pairs(start.distribution)):
+    is_plain = is_sound or not has_pairs(start.distribution)
+    if found and is_plain and start.distribution.form != "tap":
         return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
     return subject._replace(
