@@ -3,11 +3,15 @@
 import os
 import random
 
+import pytest
+
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Eight devices to shard over; JAX looks at this when it starts.
 if os.environ["KERAS_BACKEND"] == "jax":
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+pytest.register_assert_rewrite("printed")  # a helper with assertions
 
 
 def pytest_addoption(parser):

@@ -4,6 +4,7 @@ import json
 import re
 from html import escape
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
@@ -22,6 +23,7 @@ BESIDE_CELL = re.compile(r'<(?=(?:div class="jp-\w+Prompt|span class="notice"))(
 DOWNLOAD = '<p><a href="{}.ipynb" download>Download this notebook, with its checks</a></p>'
 # What stands for the text of a picture that has none.
 NO_TEXT = "No description has been provided for this image"
+PICTURE = re.compile(r'\b(src|srcset)="docs/')
 MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
 
 
@@ -35,8 +37,18 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_content(html: str, page, config, files) -> str:
-    """A search finds what a notebook says, not its cells' numbers and copy buttons."""
+    """A search finds what a notebook says, not its cells' numbers and copy buttons.
+
+    The first page has the README's picture, which is found from the repository's root.
+    """
+    html = PICTURE.sub(r'\1="', html)
     return BESIDE_CELL.sub(r"<\1 data-search-exclude", html)
+
+
+def on_post_template(output: str, template_name: str, config) -> str:
+    """404.html is sent for any path: what it needs has to be asked from the root."""
+    root = urlsplit(config.site_url or "/").path.rstrip("/")
+    return output.replace(SHIM, f"{root}/assets/iframe-worker/shim.js")
 
 
 @event_priority(-100)  # after it

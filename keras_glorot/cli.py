@@ -3,6 +3,7 @@
 import _thread
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import rich
 
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
+from keras_glorot.recipes import RECIPES
 from keras_glorot.tables import Severity, Table, printable
 from keras_glorot.tools._files import drafted
 from keras_glorot.tools.audit import CODES, audit
@@ -32,6 +34,8 @@ __all__ = ["run"]
 PROGRAM = "keras-glorot"
 # A model of a thousand layers has a config of a megabyte.
 LARGEST_JSON = 100_000_000
+# Keras quotes whole configs.
+LONGEST_LINE = 1000
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,46 +54,78 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    for code in options.ignore:
-        check_choice("--ignore", code, list(CODES))
+    for name in ("ignore", "only"):
+        for code in getattr(options, name):
+            check_choice(f"--{name}", code, list(CODES))
+    codes = set(options.only or CODES) - set(options.ignore)
+    how = None if options.expect is None else _read_how(options.expect, "--expect")
     with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
-        table = audit(_load(options.model))
-    table.findings = [each for each in table.findings if each.code not in options.ignore]
-    if options.html is not None:
-        _write_page(options, table)
-    _write(table.to_json() + "\n" if options.json else _render(table, options.all))
+        table = audit(_load(options.model), how)
+    table.findings = [each for each in table.findings if each.code in codes]
+    wrote = _write_page(options, table) if options.html is not None else ""
+    return _show(options, table, wrote)
+
+
+def _write_page(options: argparse.Namespace, table: Table) -> str:
+    chosen = "" if options.expect is None else f" --expect {options.expect}"
+    chosen += "".join(
+        f" --{name} {' '.join(getattr(options, name))}"
+        for name in ("ignore", "only")
+        if getattr(options, name)
+    )
+    command = f"{PROGRAM} audit {options.model}{chosen} --html {options.html}"
+    write_page(options.html, Path(options.model).name, [audit_section(table)], command)
+    return _wrote(options.html)
+
+
+def _show(options: argparse.Namespace, table: Table, said: str = "") -> int:
+    """Prints a table, and returns the exit code that its findings ask for."""
+    _write(table.to_json() + "\n" if options.json else said + _render(table, options.all))
     severities = get_args(Severity)  # the worst first
     worst = severities[: severities.index(options.fail_on) + 1] if options.fail_on else ()
     return int(any(finding.severity in worst for finding in table.findings))
 
 
-def _write_page(options: argparse.Namespace, table: Table) -> None:
-    ignored = "".join(f" --ignore {code}" for code in options.ignore)
-    command = f"{PROGRAM} audit {options.model}{ignored} --html {options.html}"
-    write_page(options.html, Path(options.model).name, [audit_section(table)], command)
-
-
 def _init(options: argparse.Namespace) -> int:
-    initializer = _initializer(options)  # may fail, as may the folder: before the work
+    how = _how(options)  # may fail, as may the folder: before the work
     with drafted(options.output, "-o") as put:
         model = _load(options.model)
-        tables = [initialize(model, initializer, seed=options.seed)]
+        tables = [initialize(model, how, seed=options.seed)]
         said = ""
         if options.calibrate is not None:
             x, said = _batch(model, options.calibrate)
             tables.append(calibrate(model, x))
         put(model.save)
-    _write(said + "\n".join(map(_render, tables)))
+    _write(said + "\n".join([*map(_render, tables), _wrote(options.output)]))
     return 0
 
 
-def _initializer(options: argparse.Namespace) -> Any:
-    if options.isometric:
+def _how(options: argparse.Namespace) -> Any:
+    if options.how is not None:
         if options.gain != 1.0:
-            raise ValueError("--gain must be left out with --isometric, which has its own.")
-        return "isometric"
+            raise ValueError("--gain must be left out with --how, which has its own.")
+        return _read_how(options.how, "--how")
     kind = GlorotNormal if options.distribution == "normal" else GlorotUniform
     return kind(gain=options.gain)
+
+
+def _read_how(name: str, argument: str) -> Any:
+    """The name of a recipe, or the mapping in a JSON file."""
+    if name in RECIPES:
+        return name
+    reason = suggestion(name, RECIPES)
+    if name.endswith(".json"):
+        try:
+            how = json.loads(Path(name).read_text(encoding="utf-8"))
+            if isinstance(how, dict):
+                return how
+            reason = f" ({how!r} is no mapping)"
+        except (OSError, ValueError) as error:
+            reason = f" ({error})"
+    raise ValueError(
+        f"{argument} must be a recipe, {' or '.join(RECIPES)}, or a .json file with a "
+        f"mapping from patterns to initializers. Received: {name}.{reason}"
+    )
 
 
 def _propagate(options: argparse.Namespace) -> int:
@@ -97,8 +133,7 @@ def _propagate(options: argparse.Namespace) -> int:
         model = _load(options.model)
         x, said = _batch(model, options.data)
         table = propagate(model, x)
-    _write(table.to_json() + "\n" if options.json else said + _render(table, options.all))
-    return 0
+    return _show(options, table, said)
 
 
 _COMMANDS = {"audit": _audit, "init": _init, "propagate": _propagate}
@@ -140,7 +175,11 @@ def _load(name: str) -> Any:
         if not zipfile.is_zipfile(name):
             raise ValueError(f"MODEL must be a whole .keras file. Received: {name}")
         _check_sizes(name)
-        return keras.saving.load_model(name, safe_mode=True)
+        with warnings.catch_warnings():
+            # Compiled, but it has made no step: it has no state to be loaded.
+            text = "Skipping variable loading .* saved optimizer has [12] variables"
+            warnings.filterwarnings("ignore", text)
+            return keras.saving.load_model(name, safe_mode=True)
     architectures = {
         name: build for name, build in vars(keras.applications).items() if callable(build)
     }
@@ -170,6 +209,10 @@ def _render(table: Table, all: bool = False) -> str:
     return captured.get()
 
 
+def _wrote(path: Path) -> str:
+    return f"Wrote {printable(str(path))}.\n"
+
+
 def _write(text: str) -> None:
     """Writes to stdout, at once. That nobody reads to the end (`| head`) is no error.
 
@@ -192,7 +235,8 @@ def _complain(kind: str, message: str) -> None:
     if sys.stderr is None:
         return  # `print` would take stdout
     line = printable(" ".join(message.split()))
-    print(f"{PROGRAM}: {kind}: {line[:300]}", file=sys.stderr)
+    line = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…"
+    print(f"{PROGRAM}: {kind}: {line}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

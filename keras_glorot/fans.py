@@ -7,10 +7,21 @@ tell are in `layers.py`.
 import math
 import operator
 from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-__all__ = ["Fans", "axes_of", "compute_fans", "standardize_axes", "standardize_shape"]
+__all__ = [
+    "MODES",
+    "Fans",
+    "Mode",
+    "axes_of",
+    "compute_fans",
+    "fan_of",
+    "standardize_axes",
+    "standardize_shape",
+]
 
+Mode = Literal["fan_avg", "fan_in", "fan_out"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 # Python would take these for sequences of integers, but no order or no size is meant.
 _NO_SEQUENCES = (str, bytes, bytearray, memoryview, Set, Mapping)
@@ -86,6 +97,11 @@ def compute_fans(
         return Fans(size, size)
     *window, inputs, outputs = sizes
     return Fans(math.prod(window) * inputs, math.prod(window) * outputs)
+
+
+def fan_of(fans: Fans, mode: Mode) -> float:
+    """The count that a std is made of, in the words of Keras's `VarianceScaling`."""
+    return sum(fans) / 2 if mode == "fan_avg" else getattr(fans, mode)
 
 
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:

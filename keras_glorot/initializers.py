@@ -20,8 +20,20 @@ from keras_glorot._keras.call_site import (
     initializer_tables,
     seed_words,
 )
-from keras_glorot._keras.state import is_random_seeded, is_shape_inference
-from keras_glorot.fans import compute_fans, standardize_axes, standardize_shape
+from keras_glorot._keras.state import (
+    is_random_seeded,
+    is_shape_inference,
+    unmoved_generators,
+)
+from keras_glorot.arguments import check_choice
+from keras_glorot.fans import (
+    MODES,
+    Mode,
+    compute_fans,
+    fan_of,
+    standardize_axes,
+    standardize_shape,
+)
 from keras_glorot.gains import activation_gain, calculate_gain
 from keras_glorot.layer_rules import kernel_activation, kernel_fans, kernel_matrices
 
@@ -35,16 +47,19 @@ __all__ = [
     "find_initializer",
     "is_unshared",
     "kernel_distribution",
+    "with_config",
 ]
 
-_ARGUMENTS = {"gain", "seed", "input_axes", "output_axes"}
+_ARGUMENTS = ("gain", "seed", "input_axes", "output_axes", "mode")
 _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
     """All but the form of the distribution."""
 
-    _is_unshared = False  # of what an older version pickled
+    # Of what an older version pickled:
+    _is_unshared = False
+    mode: Mode = "fan_avg"
 
     def __init__(
         self,
@@ -52,8 +67,11 @@ class _Glorot(keras.initializers.Initializer):
         seed: "int | keras.random.SeedGenerator | None" = None,
         input_axes: Sequence[int] | None = None,
         output_axes: Sequence[int] | None = None,
+        mode: Mode = "fan_avg",
     ):
         self.gain = _standardize_gain(gain)
+        check_choice("mode", mode, MODES)
+        self.mode = mode
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
         self._init_seed = seed = _standardize_seed(seed)
@@ -117,7 +135,7 @@ class _Glorot(keras.initializers.Initializer):
     def stddev(self, shape: Sequence[int]) -> float:
         """The standard deviation of a kernel of this shape, without drawing it.
 
-        `gain * sqrt(2 / (fan_in + fan_out))`, the fans counted from explicit axes or
+        `gain * sqrt(1 / fan)`, `fan` as `mode` has it, counted from explicit axes or
         else from the shape: no layer is known here, and with `gain="auto"` the gain is
         1. `compute_fans` and `layer_fans` tell more.
         """
@@ -133,6 +151,8 @@ class _Glorot(keras.initializers.Initializer):
         if self.input_axes is not None and self.output_axes is not None:
             config["input_axes"] = list(self.input_axes)
             config["output_axes"] = list(self.output_axes)
+        if self.mode != "fan_avg":
+            config["mode"] = self.mode
         return config
 
     @classmethod
@@ -143,11 +163,11 @@ class _Glorot(keras.initializers.Initializer):
                 "Argument `config` must be a dictionary, as `get_config` returns it. "
                 f"Received: config={config}"
             )
-        unknown = set(config) - _ARGUMENTS
+        unknown = set(config) - set(_ARGUMENTS)
         if unknown:
             raise ValueError(
-                f"Argument `config` must hold arguments of {cls.__name__} only: gain, "
-                "seed, input_axes, output_axes. "
+                f"Argument `config` must hold arguments of {cls.__name__} only: "
+                f"{', '.join(_ARGUMENTS)}. "
                 f"Received: config={config} with unknown keys {sorted(unknown, key=str)}"
             )
         return cls(**{**config, "seed": _deserialize_seed(config.get("seed"))})
@@ -183,15 +203,21 @@ class GlorotUniform(_Glorot):
             they decide the fans, whatever the layer. An axis in both belongs to the
             receptive field, an axis in neither is a batch axis (experts).
         output_axes: Axes of the kernel that one input is spread over.
+        mode: The connections that set the scale, `fan` in `std = gain * sqrt(1 / fan)`:
+            `"fan_avg"`, Glorot's `(fan_in + fan_out) / 2`; `"fan_in"`, which with
+            `gain="relu"` is He's and with gain 1 LeCun's; or `"fan_out"`.
 
     Raises:
-        ValueError: If the gain is not positive and finite or not a known name, or axes
-            are repeated or given on one side only.
+        ValueError: If the gain is not positive and finite or not a known name, the mode is
+            none of the three, or axes are repeated or given on one side only.
         TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
 
     >>> GlorotUniform().limit((128, 256))
+    0.125
+    >>> he = GlorotUniform(gain="relu", mode="fan_in")
+    >>> round(he.stddev((128, 256)), 4)  # sqrt(2 / 128)
     0.125
     >>> layer = keras.layers.Dense(256, kernel_initializer="xavier_uniform")
     >>> layer = keras.layers.Dense(
@@ -201,6 +227,7 @@ class GlorotUniform(_Glorot):
     Reference:
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 16
+    - [He et al., 2015](https://arxiv.org/abs/1502.01852), eq. 10
     """
 
     def limit(self, shape: Sequence[int]) -> float:
@@ -226,10 +253,11 @@ class GlorotNormal(_Glorot):
             it. The two distributions share no bits.
         input_axes: Axes of the kernel that one output sums over, as in `GlorotUniform`.
         output_axes: Axes of the kernel that one input is spread over.
+        mode: The connections that set the scale, as in `GlorotUniform`.
 
     Raises:
-        ValueError: If the gain is not positive and finite or not a known name, or axes
-            are repeated or given on one side only.
+        ValueError: If the gain is not positive and finite or not a known name, the mode is
+            none of the three, or axes are repeated or given on one side only.
         TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
@@ -275,10 +303,11 @@ class GlorotOrthogonal(_Glorot):
             decide, whatever the layer. An axis in both is one of the window, an axis in
             neither is a batch axis, of which each index has its own matrix (experts).
         output_axes: Axes of the kernel that are columns of the matrix.
+        mode: The connections that set the scale, as in `GlorotUniform`.
 
     Raises:
-        ValueError: If the gain is not positive and finite or not a known name, or axes
-            are repeated or given on one side only.
+        ValueError: If the gain is not positive and finite or not a known name, the mode is
+            none of the three, or axes are repeated or given on one side only.
         TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
@@ -309,7 +338,7 @@ def kernel_distribution(
         axes = initializer.input_axes, initializer.output_axes
     fans = compute_fans(shape, *axes) if axes else kernel_fans(shape, *site)
     gain = _numeric_gain(initializer.gain, site)
-    fan_sum = max(2, sum(fans))  # as in Keras: a kernel without an entry has a finite std
+    fan_sum = 2 * max(1, fan_of(fans, initializer.mode))  # 1: as in Keras, without entries
     std = gain * math.sqrt(2 / fan_sum)
     match initializer:
         case GlorotUniform():
@@ -344,6 +373,12 @@ def find_initializer(identifier: Any) -> Any:
     if isinstance(identifier, str):
         identifier = _NAMES.get(identifier, identifier)
     return keras.initializers.get(identifier)
+
+
+def with_config(initializer: Any, **changes: Any) -> Any:
+    """A copy with other arguments."""
+    with unmoved_generators():
+        return type(initializer).from_config({**initializer.get_config(), **changes})
 
 
 @contextlib.contextmanager
@@ -386,7 +421,7 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
 
     def from_scaling(config: Mapping[str, Any]) -> _Glorot:
         cls = GlorotUniform if config.get("distribution") == "uniform" else GlorotNormal
-        kept = {name: config[name] for name in _ARGUMENTS - {"gain"} if name in config}
+        kept = {name: config[name] for name in _ARGUMENTS[1:-1] if name in config}
         return cls.from_config({"gain": gain, **kept})
 
     defaults: _Defaults = {"glorot_uniform": from_uniform, "glorot_normal": from_normal}

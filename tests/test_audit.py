@@ -144,6 +144,18 @@ def test_planted_faults_are_found(fault, code, severity, dtype):
     assert (finding.code, finding.severity) == (code, severity)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_have_no_std(value):
+    """Not 0, as those of a constant kernel."""
+    model = dense()
+    change(kernel(model), lambda w: w.fill(value))
+    table = audit(model)
+    (row,) = (row for row in table if row["path"] == table.findings[0].path)
+    assert math.isnan(row["std"])
+    rows = json.loads(table.to_json())["rows"]
+    assert rows[table.rows.index(row)]["std"] is None
+
+
 def test_twins_are_found():
     seeded = keras.initializers.GlorotUniform(seed=3)
     heads = keras.Input((5, 32))

@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -73,7 +74,46 @@ def test_ignored_findings_are_neither_shown_nor_counted(model_file, capsys):
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["code"] == "std"
     assert main([*arguments, "--ignore", "twin", "--ignore", "std"]) == 0
+    assert main([*arguments, "--ignore", "twin", "std"]) == 0
     assert "[std]" not in capsys.readouterr().out
+
+
+def test_only_findings_of_one_code(model_file):
+    assert main(["audit", model_file, "--fail-on", "info", "--only", "std"]) == 1
+    assert main(["audit", model_file, "--fail-on", "info", "--only", "twin", "form"]) == 0
+
+
+@pytest.mark.parametrize(
+    "option", [["audit", "--ignore", "std"], ["audit", "--only", "std", "twin"],
+               ["init", "-o", "{out}", "--calibrate"]],
+)  # fmt: skip
+def test_an_option_does_not_take_the_model_for_a_value(option, model_file, tmp_path):
+    option = [part.format(out=tmp_path / "out.keras") for part in option]
+    assert main([*option, model_file]) == 0
+
+
+def test_propagate_fails_on_a_finding(tmp_path):
+    hidden = [layers.Dense(9, "relu", kernel_initializer="zeros") for _ in range(3)]
+    path = str(tmp_path / "dead.keras")
+    keras.Sequential([keras.Input((9,)), *hidden[:1], layers.Dense(9)]).save(path)
+    assert main(["propagate", path]) == 0
+    assert main(["propagate", path, "--fail-on", "warning"]) == 1
+
+
+def test_what_was_written_is_said(model_file, tmp_path, capsys):
+    out, page = tmp_path / "out.keras", tmp_path / "page.html"
+    assert main(["init", model_file, "-o", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nWrote {out}.\n")
+    assert main(["audit", str(out), "--html", str(page)]) == 0
+    assert f"Wrote {page}.\n" in capsys.readouterr().out
+
+
+def test_a_compiled_model_without_a_step_is_loaded_without_a_word(tmp_path, capsys):
+    model = small()
+    model.compile("adam", "mse")
+    model.save(tmp_path / "fresh.keras")
+    assert main(["audit", str(tmp_path / "fresh.keras")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_init_then_audit(model_file, tmp_path, capsys):
@@ -93,10 +133,11 @@ def test_init_then_audit(model_file, tmp_path, capsys):
 
 def test_isometric_init_then_audit(model_file, tmp_path, capsys):
     out = tmp_path / "out.keras"
-    arguments = ["init", model_file, "-o", str(out), "--seed", "1", "--isometric"]
+    arguments = ["init", model_file, "-o", str(out), "--seed", "1", "--how", "isometric"]
     assert main(arguments) == 0
     assert "0 of 2 kernels make pairs" in " ".join(capsys.readouterr().out.split())
     assert main(["audit", str(out), "--fail-on", "info"]) == 0
+    assert main(["audit", str(out), "--fail-on", "info", "--expect", "isometric"]) == 0
     first = weights(out)
     assert main(arguments) == 0
     for one, other in zip(first, weights(out), strict=True):
@@ -107,6 +148,52 @@ def test_isometric_init_then_audit(model_file, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, "--distribution", "normal"])
     assert not out.exists()
+
+
+def test_init_and_audit_by_a_mapping_in_a_file(model_file, tmp_path, capsys):
+    out, how, page = (tmp_path / name for name in ("out.keras", "how.json", "page.html"))
+    normal = {"class_name": "RandomNormal", "config": {"stddev": 0.02}}
+    how.write_text(json.dumps({"depthwise": normal, "dense/bias": None, ".*": "zeros"}))
+    check = ["audit", str(out), "--fail-on", "warning", "--expect", str(how)]
+    main(["init", model_file, "-o", str(out)])
+    assert main(check) == 1
+    assert main(["init", model_file, "-o", str(out), "--how", str(how)]) == 0
+    assert main([*check, "--html", str(page)]) == 0
+    assert f"--expect {how}" in page.read_text()
+    assert abs(weights(out)[0].std() / 0.02 - 1) < 0.1
+    assert not weights(out)[2].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "is no mapping"),
+        ("null", "is no mapping"),
+        ("{}", "must have a pattern"),
+        ('{"(": "zeros"}', "regular expressions"),
+        ('{"dence": "zeros"}', "Did you mean 'dense'"),
+        ('{"dense": "zeroes"}', "how['dense']='zeroes'. Did you mean 'zeros'"),
+        ('{"dense": {"class_name": "Zeroes"}}', "how['dense']="),
+    ],
+)
+@pytest.mark.parametrize("command", ["audit", "init"])
+def test_bad_mappings_are_one_line(command, content, message, model_file, tmp_path, capsys):
+    how, out = tmp_path / "how.json", tmp_path / "out.keras"
+    if content is not None:
+        how.write_text(content)
+    extra = ["--expect", how] if command == "audit" else ["-o", out, "--how", how]
+    assert main([command, model_file, *map(str, extra)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("keras-glorot: error: ")
+    assert message in line
+    assert not out.exists()
+
+
+def test_an_unknown_recipe(model_file, no_work, capsys):
+    assert main(["audit", model_file, "--expect", "isometri"]) == 2
+    assert "Received: isometri. Did you mean 'isometric'?" in capsys.readouterr().err
 
 
 def test_an_architecture_by_name(tmp_path, monkeypatch):
@@ -189,7 +276,48 @@ def test_a_config_of_gigabytes_is_not_read(tmp_path, capsys):
     assert str(bomb) in message
 
 
-@pytest.mark.parametrize("name", ["NoSuchModel", "missing.keras", "vgg16", "__doc__", ""])
+@keras.saving.register_keras_serializable("test_cli")
+class Broken(layers.Layer):
+    """Fails on examples; on torch, which builds with some, when it is built."""
+
+    error: Any = None
+
+    def call(self, x):
+        if self.error is not None and x.shape[0] is not None:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ValueError("The reason."), "The reason"), (AssertionError(), "AssertionError")],
+)
+def test_the_cause_of_a_failed_call_comes_first(
+    error, reason, tmp_path, monkeypatch, capsys
+):
+    inner = keras.Sequential([keras.Input((2,)), layers.Dense(2), Broken()])
+    path = str(tmp_path / "model.keras")
+    keras.Sequential([keras.Input((2,)), inner]).save(path)
+    monkeypatch.setattr(Broken, "error", error)
+    assert main(["propagate", path]) == 2
+    start = rf"keras-glorot: error: (Calling `model` failed: )?{reason}\b"
+    assert re.match(start, capsys.readouterr().err)
+
+
+def test_the_cause_of_a_failed_load_comes_first(model_file, tmp_path, capsys):
+    """Keras says first how many objects could not be loaded."""
+    bare = tmp_path / "bare.keras"
+    keras.Sequential([keras.Input((2,)), layers.ReLU()]).save(bare)
+    with zipfile.ZipFile(model_file) as file:
+        config = file.read("config.json")
+    with zipfile.ZipFile(bare, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("config.json", config)
+    assert main(["audit", str(bare)]) == 2
+    reason = "Layer 'depthwise' expected 2 variables, but received 0 variables"
+    assert capsys.readouterr().err.startswith(f"keras-glorot: error: {reason}")
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", "vgg16", "__doc__", ""])
 def test_unknown_models_are_one_line(name, capsys):
     assert main(["audit", name]) == 2
     assert "MODEL must be a .keras file or the name" in capsys.readouterr().err
@@ -206,6 +334,10 @@ def test_unknown_models_are_one_line(name, capsys):
         ["init", "x", "-o", "out.h5"],
         ["init", "x", "-o", "no/such/folder/out.keras"],
         ["init", "x", "-o", "out.keras", "--seed", "one"],
+        ["audit", "missing.keras"],
+        ["audit", "no/such/folder"],
+        ["propagate", "x", "--data", "missing.npy"],
+        ["init", "x", "-o", "out.keras", "--calibrate", "missing.npy"],
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments, capsys):
@@ -238,14 +370,17 @@ def test_a_crash_leaves_the_old_file(model_file, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["out.keras"]
 
 
-@pytest.mark.parametrize("command", [[], ["audit"], ["init"]])
-def test_help_says_it_all(command, capsys):
+@pytest.mark.parametrize("command", [[], ["audit"], ["init"], ["propagate"]])
+def test_help_says_it_all(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as error:
         main([*command, "--help"])
     assert error.value.code == 0
     text = capsys.readouterr().out
     assert "exit codes" in text
     assert ".keras file" in text
+    assert f"example:\n  keras-glorot {' '.join(command)}" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -301,9 +436,11 @@ def test_escape_sequences_do_not_reach_the_terminal(tmp_path, capsys):
     assert main(["audit", file]) == 0
     text = capsys.readouterr().out
     assert text.count(r"\x1b[2Jgone\x9b31m\u202e/kernel") == 2  # the row and the finding
-    assert main(["audit", "\x1b]0;title\x07"]) == 2
-    assert r"\x1b]0;title\x07" in capsys.readouterr().err
-    shown = [*text, *capsys.readouterr().err]
+    with pytest.raises(SystemExit):
+        main(["audit", "\x1b]0;title\x07"])
+    error = capsys.readouterr().err
+    assert r"\x1b]0;title\x07" in error
+    shown = [*text, *error]
     assert all(sign.isprintable() or sign == "\n" for sign in shown)
 
 
@@ -523,6 +660,8 @@ SCRIPT = ["-c", "import sys; from keras_glorot_cli import main; sys.exit(main())
         (["--version"], 0, f"Keras {keras.__version__}, backend {keras.backend.backend()}"),
         (["paint"], 2, "invalid choice: 'paint'"),
         (["init", "x", "-o", "y"], 2, "must end in .keras"),
+        (["audit", "no.keras"], 2, "argument MODEL: no such file: 'no.keras'"),
+        (["propagate", "x", "--data", "n.npy"], 2, "--data: no such file: 'n.npy'"),
     ],
 )
 def test_no_import_of_keras_and_no_log_line(arguments, code, text):

@@ -1,21 +1,40 @@
 """The documentation: its code runs, and the built site works for everyone, from disk."""
 
 import re
+import shlex
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from browser import close, launched, needs_chromium, open_file, violations
+from printed import (
+    assert_comments_are_printed,
+    assert_output_is_printed,
+    blocks_with_output,
+    python_blocks,
+)
+
+from keras_glorot.tools.audit import CODES
+from keras_glorot_cli import _parser, _with_values_joined
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
-BLOCKS = [
-    pytest.param(block, id=f"{path.stem}-{number}")
+TEXTS = {
+    path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path.read_text("utf-8")
     for path in PAGES
-    for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
-    )
+}
+BLOCKS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name, text in TEXTS.items()
+    for number, block in enumerate(python_blocks(text))
+]
+TABLES = [
+    pytest.param(*both, id=f"{name}-{number}")
+    for name, text in TEXTS.items()
+    for number, both in enumerate(blocks_with_output(text))
 ]
 
 
@@ -23,10 +42,48 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(block, capsys):
     """Each runs alone, and prints what its comments say."""
-    exec(compile(block, "docs", "exec"), {"__name__": "docs"})
-    printed = capsys.readouterr().out.splitlines()
-    expected = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
-    assert [line for line in printed if line.strip()] == expected
+    assert_comments_are_printed(block, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "output"), TABLES)
+def test_output(block, output, capsys, monkeypatch):
+    assert_output_is_printed(block, output, capsys, monkeypatch)
+
+
+def test_every_code_is_listed():
+    listed = set(re.findall(r"`([a-z-]+)`", TEXTS["findings"]))
+    assert listed.issuperset(CODES)
+
+
+ALL_TEXT = "\n".join(TEXTS.values())
+COMMANDS = re.findall(
+    r"^ *(?:- run: )?keras-glorot (\w+ [^\[\n]*)$", ALL_TEXT, re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command, monkeypatch, tmp_path):
+    for name in ("model.keras", "batch.npy"):  # they have to be there
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    options = _parser().parse_args(_with_values_joined(shlex.split(command)))
+    assert command.startswith(options.command)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 8
+
+
+def test_every_option_is_listed():
+    (commands,) = _parser()._subparsers._group_actions
+    for name, command in commands.choices.items():
+        usage = re.search(rf"keras-glorot {name} MODEL.*?(?=keras-glorot |```)",
+                          TEXTS["guides/command-line"], re.DOTALL)  # fmt: skip
+        assert usage is not None, name
+        for action in command._actions:
+            names = [each for each in action.option_strings if each not in ("-h", "--help")]
+            assert not names or any(each in usage[0] for each in names), (name, names)
 
 
 SITE = ROOT / "site"
@@ -87,6 +144,33 @@ def test_anchors():
         if f'id="{anchor}"' not in unescape(pages.get(target, ""))
     ]
     assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site")
+def test_the_page_for_wrong_addresses_asks_for_nothing_from_outside():
+    """Its links begin at the server's root, so no browser can open it from disk."""
+    text = (SITE / "404.html").read_text(encoding="utf-8")
+    loaded = re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="([^"]*)', text)
+    assert len(loaded) > 3
+    assert not [each for each in loaded if "//" in each]
+    assert "unpkg" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SITE.exists(), reason="`make docs` has not built the site")
+def test_nothing_but_pages_is_published():
+    assert not [str(path) for path in SITE.rglob("*") if "pycache" in path.name]
+
+
+def test_charts_are_those_of_the_tables():
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "evidence" / "charts.py"),
+        "--check",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

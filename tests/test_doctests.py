@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_glorot
+import keras_glorot.recipes
 
 matplotlib = pytest.importorskip("matplotlib")  # two examples draw
 matplotlib.use("agg")
@@ -23,7 +24,7 @@ def small_model():
 
 def examples():
     finder = doctest.DocTestFinder(exclude_empty=False)
-    found = []
+    found = finder.find(keras_glorot.recipes, globs=dict(NAMES))
     for name in keras_glorot.__all__:
         public = getattr(keras_glorot, name)
         if callable(public):

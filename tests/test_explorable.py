@@ -248,6 +248,10 @@ def truth():
 
 TABLE = """# The page to play with, against `propagate`
 
+No number of the page differs from `propagate` by more than chance makes it.
+
+--8<-- "docs/evidence/charts/explorable.html"
+
 `KERAS_BACKEND=torch python -m pytest -m slow tests/test_explorable.py --overwrite` writes
 this table. Both sides draw {seeds} networks of their own for each setting. A number is the
 largest difference between the two means, in standard errors, among four layers: the input,

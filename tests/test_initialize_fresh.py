@@ -549,7 +549,7 @@ class Experts(layers.Layer):
 
 
 class RuledExperts(Experts):
-    """The same with a rule, as the README teaches."""
+    """The same with a rule, as the guide to one layer teaches."""
 
 
 @register_fans(RuledExperts)

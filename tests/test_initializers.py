@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -114,6 +115,31 @@ def test_explicit_axes(cls):
 
 
 # Seeds ---------------------------------------------------------------------------------
+
+
+@ALL
+def test_modes(cls):
+    """He's and LeCun's stds, and Glorot's."""
+    stds = {("relu", "fan_in"): 2 / 20, (1.0, "fan_in"): 1 / 20, (1.0, "fan_out"): 1 / 60}
+    stds[1.0, "fan_avg"] = 2 / (20 + 60)
+    for (gain, mode), variance in stds.items():
+        initializer = cls(gain, seed=1, mode=mode)
+        assert initializer.stddev((20, 60)) == pytest.approx(math.sqrt(variance), rel=1e-12)
+        drawn = to_numpy(initializer((20, 60)))
+        assert abs(drawn.std() / math.sqrt(variance) - 1) < 0.1
+        np.testing.assert_array_equal(
+            drawn, to_numpy(cls(gain, 1, [0], [1], mode)((20, 60)))
+        )
+
+
+@ALL
+def test_what_an_older_version_pickled_has_no_mode(cls):
+    initializer = cls(seed=1)
+    del initializer.mode
+    assert pickle.loads(pickle.dumps(initializer)).get_config() == {"seed": 1}
+    np.testing.assert_array_equal(
+        to_numpy(initializer((3, 4))), to_numpy(cls(seed=1)((3, 4)))
+    )
 
 
 @ALL
@@ -269,6 +295,8 @@ def test_as_default_holds_for_its_own_thread():
             {"input_axes": (0,), "output_axes": [-1, 1]},
             {"input_axes": [0], "output_axes": [-1, 1]},
         ),
+        ({"mode": "fan_avg"}, {}),
+        ({"gain": "relu", "mode": "fan_in"}, {"gain": "relu", "mode": "fan_in"}),
     ],
 )
 def test_config(cls, arguments, config):
@@ -371,6 +399,8 @@ def test_values_that_would_vanish_in_the_dtype(cls, dtype):
         ({"input_axes": [True], "output_axes": [1]}, TypeError),
         ({"input_axes": 0, "output_axes": 1}, TypeError),
         ({"input_axes": "0", "output_axes": "1"}, TypeError),
+        ({"mode": "fan_sum"}, ValueError),
+        ({"mode": 2}, ValueError),
     ],
 )
 def test_bad_arguments(cls, arguments, error):
@@ -410,8 +440,8 @@ def test_bad_shapes(cls, shape, error):
 
 @ALL
 def test_unknown_config_keys(cls):
-    with pytest.raises(ValueError, match=r"unknown keys \['mode'\]"):
-        cls.from_config({"gain": 2.0, "mode": "fan_in"})
+    with pytest.raises(ValueError, match=r"unknown keys \['scale'\]"):
+        cls.from_config({"gain": 2.0, "scale": 2.0})
 
 
 def test_autograph_leaves_the_call_alone(caplog):

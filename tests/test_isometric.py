@@ -357,11 +357,11 @@ def test_every_weight_dtype(dtype):
         np.testing.assert_allclose(values(one), values(other), rtol=1e-6)
 
 
-def test_layers_limits_it():
+def test_a_pattern_limits_it():
     model, other = dense("relu", 2), dense("relu", 2)
     start(model)
     before = values(kernel(other, 0))
-    start(other, layers=[other.layers[1]])
+    initialize(other, {f"^{other.layers[1].name}/": "isometric"}, seed=1)
     np.testing.assert_array_equal(values(kernel(other, 1)), values(kernel(model, 1)))
     np.testing.assert_array_equal(values(kernel(other, 0)), before)
 

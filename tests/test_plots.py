@@ -108,9 +108,18 @@ def test_audit_shows_kernels_without_a_ratio_at_the_edges():
     model.layers[2].kernel.assign(np.nan * values[:1, :1] * model.layers[2].kernel.numpy())
     ax = audit(model).plot()
     _, off = dots(ax)
-    assert off[0].tolist() == [ax.get_xlim()[0], 1]
-    assert len(off) == 2
+    assert off.tolist() == [[ax.get_xlim()[0], 1], [ax.get_xlim()[1], 3]]
     assert names(ax) == ["h0/kernel (constant-kernel)", "h2/kernel (not-finite)"]
+
+
+def test_the_title_counts_no_remarks_as_sound():
+    found = [
+        Finding("info", "relu-gain", "a", "", ""),
+        Finding("error", "std", "b", "", ""),
+    ]
+    rows = [{"path": path, "fan_in": 1, "ratio": 1.0} for path in "ab"]
+    title = Table("audit", rows, found, layout=AUDIT).plot().get_title("left")
+    assert title == "1 of 2 have an error or a warning"
 
 
 def test_draws_on_the_axes_that_it_is_given():

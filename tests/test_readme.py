@@ -8,58 +8,38 @@ from pathlib import Path
 
 import keras
 import pytest
-
-from keras_glorot.tools.audit import CODES
+from printed import (
+    assert_alike,
+    assert_comments_are_printed,
+    assert_output_is_printed,
+    blocks_with_output,
+    python_blocks,
+    tokens,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = python_blocks(README)
+TABLES = blocks_with_output(README)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[-1][:40])
 def test_block(block, capsys):
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    printed = capsys.readouterr().out.splitlines()
-    expected = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
-    assert [line for line in printed if line.strip()][: len(expected)] == expected
+    assert_comments_are_printed(block, capsys)
 
 
-TABLES = re.findall(r"```python\n([^`]*?)```\n\n```\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize(("block", "output"), TABLES)
+def test_tables_are_what_is_printed(block, output, capsys, monkeypatch):
+    assert_output_is_printed(block, output, capsys, monkeypatch)
 
 
-def tokens(text):
-    return re.sub("─+", " ", text).split()
+def points(accuracy):
+    """How far the accuracy on 450 digits may be off where sums have another order.
 
-
-NUMBER = r"\d+(?:\.\d+)?(?:e[-+]\d+)?"
-
-
-def assert_alike(printed, expected, tolerances):
-    """The same words, and numbers within these relative tolerances."""
-    words = [[re.sub(NUMBER, "#", token) for token in text] for text in (printed, expected)]
-    assert words[0] == words[1]
-    for token, wanted, tolerance in zip(printed, expected, tolerances, strict=True):
-        numbers, right = (list(map(float, re.findall(NUMBER, t))) for t in (token, wanted))
-        assert numbers == pytest.approx(right, rel=tolerance), wanted
-
-
-# Six standard errors of the std of the smallest drawn kernel, 576 uniform values, are 11 %.
-# Backends differ in the last digit of four.
-DRAWN, COMPUTED = 0.12, 2e-3
-
-
-@pytest.mark.parametrize(("block", "table"), TABLES)
-def test_tables_are_what_is_printed(block, table, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    runs = []
-    for seed in (1, 2):  # what differs is drawn
-        keras.utils.clear_session()
-        keras.utils.set_random_seed(seed)
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-        runs.append(tokens(capsys.readouterr().out))
-    assert max(map(len, table.splitlines())) <= 80
-    tolerances = [COMPUTED if a == b else DRAWN for a, b in zip(*runs, strict=True)]
-    assert_alike(runs[0], tokens(table), tolerances)
+    Four standard errors near 97 %, and guessing is always of the same digit. In between a
+    net is still learning, and two seeds differ by 8 (benchmarks/evidence/depth.jsonl).
+    """
+    return 3.5 if accuracy > 90 or accuracy < 11 else 16
 
 
 @pytest.mark.slow
@@ -71,19 +51,26 @@ def test_the_demo_prints_the_first_screen():
         command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True
     )
     expected = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0]
-    # Without the versions and the seconds; sums differ in their last bits by processor.
-    printed, wanted = (tokens(text)[6:-4] for text in (done.stdout, expected))
-    assert_alike(printed, wanted, [0.05] * len(wanted))
+    # Without the versions and the seconds.
+    printed, wanted = tokens(done.stdout)[6:-4], tokens(expected)[6:]
+    accuracies = [
+        [float(token[:-1]) for token in text if token.endswith("%")]
+        for text in (printed, wanted)
+    ]
+    for seen, claimed in zip(*accuracies, strict=True):
+        assert seen == pytest.approx(claimed, abs=points(claimed))
+    others = [[t for t in text if not t.endswith("%")] for text in (printed, wanted)]
+    assert_alike(*others, [0.05] * len(others[0]))
 
 
-def test_every_code_of_audit_is_listed():
-    listed = set(re.findall(r"`([a-z-]+)`", README))
-    assert listed.issuperset(CODES)
+def test_it_is_short():
+    """What is reference stands in the documentation, once."""
+    assert len(README.splitlines()) <= 150
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 3
-    assert len(TABLES) >= 2
+    assert len(BLOCKS) >= 5
+    assert len(TABLES) >= 1
 
 
 def test_no_reference_to_a_file_that_is_missing():

@@ -76,6 +76,14 @@ def test_file(model, tmp_path, suffix):
     np.testing.assert_array_equal(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
 
 
+def test_weights_file(model, tmp_path):
+    path = str(tmp_path / "model.weights.h5")
+    model.save_weights(path)
+    other = keras.models.clone_model(model)
+    other.load_weights(path)
+    assert_same(model, other)
+
+
 def test_json(model):
     assert_same(model, keras.models.model_from_json(model.to_json()), weights=False)
 
@@ -282,7 +290,7 @@ REFUSED = [GlorotOrthogonal(), GlorotNormal(gain="tanh")]
 
 
 def test_loading_without_the_import(tmp_path):
-    # As the README says: Keras takes its own class of the same name, if it can.
+    # As the guide to files says: Keras takes its own class of the same name, if it can.
     layers, paths = [], []
     for initializer in [*LOADED, *REFUSED]:
         layers.append(keras.layers.Dense(2, kernel_initializer=initializer))

@@ -1,4 +1,4 @@
-"""What the README says of stock Keras is so, in the version that is installed."""
+"""The table of stock Keras is right, in the version that is installed."""
 
 import math
 import re
@@ -13,8 +13,9 @@ from models import SelfAttention
 from keras_glorot._models.survey import Survey
 
 layers: Any = keras.layers
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (`\w+\(.*?) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+PAGE = Path(__file__).parent.parent / "docs" / "evidence" / "stock.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| (`\w+\(.*?) \| ([\d.]+) \| ([\d.]+) \|$", TEXT, re.MULTILINE)
 CASES = {
     "`Dense(512)`": (lambda: layers.Dense(512), (512,)),
     "`DepthwiseConv2D(3)`": (lambda: layers.DepthwiseConv2D(3), (8, 8, 512)),
@@ -29,11 +30,11 @@ CASES = {
 COLUMN = {"3.10": 1, "3.15": 2}.get(".".join(keras.__version__.split(".")[:2]))
 
 
-def test_the_readme_has_the_table():
+def test_the_page_has_the_table():
     assert len(ROWS) == len(CASES)
 
 
-@pytest.mark.skipif(COLUMN is None, reason="the README has no column for this Keras")
+@pytest.mark.skipif(COLUMN is None, reason="the page has no column for this Keras")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])
 def test_ratio_of_stds(row):
     """The std of 576 values or more is right to 3 % (one standard error): 12 % is four."""

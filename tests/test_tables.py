@@ -77,6 +77,17 @@ def test_golden_output(columns, width, request):
     assert max(map(len, text.splitlines())) <= columns
 
 
+def test_findings_are_folded_only_if_they_say_the_same():
+    """But for their numbers, and names that have some: the first one speaks for all."""
+    said = ["Signal vanishes: 0.5x from a/b to c_1.", "Gradient vanishes: 0.5x from c_1.",
+            "Signal vanishes: 0.07x from d/e to f_2."]  # fmt: skip
+    found = [Finding("warning", "vanishing", "c_1", text, "Scale it.") for text in said]
+    text = " ".join(str(Table("propagate", dense_rows(3), found)).split())
+    assert text.count("(and 1 like it)") == 1
+    assert "Signal vanishes: 0.5x" in text
+    assert "Gradient vanishes: 0.5x" in text
+
+
 def dense_rows(count):
     return [{"path": f"dense_{i}/kernel", "std": 1.0, "fan_in": 3} for i in range(count)]
 

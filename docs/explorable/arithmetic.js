@@ -83,6 +83,7 @@ function arithmetic() {
     he_normal: (fanIn, fanOut, random) => truncatedNormal(heStd(fanIn), random),
     measured: (fanIn, fanOut, random) =>
       truncatedNormal(glorotStd(fanIn, fanOut), random), // scaled later, by `forward`
+    isometric: (fanIn, fanOut, random) => gaussian(1, random), // see `makeIsometric`
   };
 
   function newLayer(inputs, outputs, activation, index, settings) {
@@ -92,6 +93,79 @@ function arithmetic() {
     for (let i = 0; i < kernel.length; i++) kernel[i] = settings.gain * draw();
     const skip = settings.residual && activation !== "output" && inputs === outputs;
     return { inputs, outputs, activation: ACTIVATIONS[activation], skip, kernel };
+  }
+
+  // Layers between `sizes`, each with its activation.
+  function newNetwork(sizes, activations, settings) {
+    const layers = activations.map((activation, index) =>
+      newLayer(sizes[index], sizes[index + 1], activation, index, settings));
+    if (settings.initializer === "isometric") makeIsometric(layers, settings.gain);
+    return layers;
+  }
+
+  // ---- The isometric start, as keras_glorot's initialize(model, "isometric") -----------
+
+  // Units 2k and 2k + 1 get opposite weights, z and -z. The next kernel takes them with
+  // opposite signs, so it sees f(z) - f(-z): for ReLU, GELU and SiLU that is z. Between
+  // the pairs stands an orthogonal matrix.
+  function makeIsometric(layers, gain) {
+    const branches = layers.filter((layer) => layer.skip).length;
+    let before = null; // the effect of the activation that the input went through
+    let takes = false; // whether the input is in pairs
+    layers.forEach((layer, index) => {
+      const next = layers[index + 1];
+      const effect = measureEffect(layer.activation.value);
+      const makes = !effect.isOdd && !layer.skip && next !== undefined && !next.skip;
+      let factor = index === 0 ? gain * effect.level : gain;
+      if (before) factor *= takes ? 1 / before.slope : before.gain;
+      if (layer.skip) factor /= Math.sqrt(branches);
+      mirror(layer, takes, makes, factor);
+      before = layer.skip ? null : effect;
+      takes = makes;
+    });
+  }
+
+  const LOW_LEVEL = 0.1; // where smooth activations are all but linear
+
+  // The a of f(z) - f(-z) = a z; the std of z to begin with; for a unit without a partner,
+  // the factor that makes up for f; whether a pair would be no more than one unit.
+  function measureEffect(f) {
+    const [up, down] = [f(LOW_LEVEL), f(-LOW_LEVEL)];
+    const slope = (up - down) / LOW_LEVEL;
+    const isLinear = Math.abs((f(4) - f(-4)) / 4 / slope - 1) < 1e-3;
+    const isOdd = Math.abs(up + down) < 1e-6;
+    const gain = LOW_LEVEL / Math.sqrt((up * up + down * down) / 2);
+    return { slope, level: isLinear || isOdd ? 1 : LOW_LEVEL, gain, isOdd };
+  }
+
+  // Makes a kernel of normal values one of an orthogonal matrix.
+  function mirror({ inputs, outputs, kernel }, takes, makes, factor) {
+    const rows = takes ? inputs / 2 : inputs;
+    const columns = makes ? outputs / 2 : outputs;
+    const [count, size] = [Math.min(rows, columns), Math.max(rows, columns)];
+    const vectors = Array.from({ length: count }, (_, i) =>
+      Float64Array.from(kernel.subarray(i * size, (i + 1) * size)));
+    orthonormalize(vectors);
+    factor *= Math.sqrt((2 * size) / (rows + columns)); // Glorot's
+    for (let i = 0; i < inputs; i++)
+      for (let j = 0; j < outputs; j++) {
+        const row = takes ? i >> 1 : i, column = makes ? j >> 1 : j;
+        const value = rows < columns ? vectors[row][column] : vectors[column][row];
+        const opposite = (takes && i % 2 === 1) !== (makes && j % 2 === 1);
+        kernel[i * outputs + j] = (opposite ? -factor : factor) * value;
+      }
+  }
+
+  // By Gram and Schmidt's method, in the order that loses fewest digits.
+  function orthonormalize(vectors) {
+    vectors.forEach((vector, i) => {
+      const length = Math.sqrt(dot(vector, 0, vector, 0, vector.length));
+      scale(vector, 1 / length);
+      for (const other of vectors.slice(i + 1)) {
+        const part = dot(other, 0, vector, 0, vector.length);
+        for (let k = 0; k < other.length; k++) other[k] -= part * vector[k];
+      }
+    });
   }
 
   // ---- Activations: z -> value, and z, value -> slope ---------------------------------
@@ -252,8 +326,8 @@ function arithmetic() {
   // with unit variance, as in keras_glorot.propagate.
   function propagate(settings) {
     const { depth, width, activation, seed } = settings;
-    const layers = Array.from({ length: depth }, (_, index) =>
-      newLayer(width, width, activation, index, settings));
+    const activations = new Array(depth).fill(activation);
+    const layers = newNetwork(new Array(depth + 1).fill(width), activations, settings);
     const input = normals(BATCH * width, seed, PURPOSES.input);
     const passes = forward(layers, input, BATCH, targetOf(settings));
     const signals = [input, ...passes.map((pass) => pass.output)];
@@ -374,8 +448,8 @@ function arithmetic() {
 
     const { depth, width, activation, seed } = settings;
     const sizes = [PIXELS, ...new Array(depth).fill(width), CLASSES];
-    const layers = sizes.slice(1).map((outputs, index) =>
-      newLayer(sizes[index], outputs, index < depth ? activation : "output", index, settings));
+    const activations = [...new Array(depth).fill(activation), "output"];
+    const layers = newNetwork(sizes, activations, settings);
     if (targetOf(settings) !== null)
       forward(layers, rowsOf(0, BATCH), BATCH, targetOf(settings));
 

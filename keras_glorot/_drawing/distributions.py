@@ -13,7 +13,7 @@ from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._drawing.mirrored import Mirror
 from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
-from keras_glorot.fans import Fans, compute_fans
+from keras_glorot.fans import Fans, compute_fans, fan_of
 
 __all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
 
@@ -266,9 +266,7 @@ def keras_distribution(
             std = gain / math.sqrt(max(math.prod(shape[:-1]), shape[-1]))
             return Distribution("orthogonal", gain, std)
         case keras.initializers.VarianceScaling(mode=mode, distribution=form):
-            fan_in, fan_out = fans or compute_fans(shape)
-            fan_avg = (fan_in + fan_out) / 2
-            fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": fan_avg}[mode]
+            fan = fan_of(fans or compute_fans(shape), mode)
             std = math.sqrt(initializer.scale / max(1, fan))
             own_form = _KERAS_FORMS.get(form, form)
             return Distribution.from_std(own_form, std)

@@ -42,11 +42,22 @@ def error_reason(error: Exception) -> str:
     # The text of a KeyError is a quoted one.
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    text = text.rpartition("Exception encountered: ")[2]  # in loading
-    text = re.sub(r"\s*Exception encountered when calling .*\(\)\.\s+", "", text)
-    text = text.partition("\n\nArguments received by ")[0].strip()
+    text = _AFTER.split(text)[0]
+    text = _BEFORE.split(text)[-1].strip()
     if text.startswith("in user code:"):  # TensorFlow quotes it first
         text = text.splitlines()[-1].strip()
     if isinstance(error, LookupError) or not text:
         return f"{type(error).__name__}: {text}".removesuffix(": ")
     return text
+
+
+# In loading, in a symbolic call, and around a call of a layer.
+_BEFORE = re.compile(
+    r"(?:Exception|Error) encountered(?: during deserialization)?:\s"
+    r"|Example error message for object .*:\n"
+    r"|Exception encountered when calling .*\(\)\.\s"
+)
+_AFTER = re.compile(
+    r"\n\n(?:Arguments received by |List of objects that could not be loaded:)"
+    r"|Full object config: "
+)

@@ -351,7 +351,8 @@ class _Listener:
 
         def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
             before = len(self.notes)
-            self.advance(0.5 * min(1.0, before / self.expected_calls), layer.name)
+            path = self.survey.paths[id(layer)]
+            self.advance(0.5 * min(1.0, before / self.expected_calls), path)
             if is_root and not before:
                 self._remember_inputs((args, kwargs))
             parents = self._origins_of((args, kwargs))

@@ -1,5 +1,6 @@
 """Findings: problems of rows, and the order and the words in which they are told."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -25,7 +26,7 @@ class Finding(NamedTuple):
 
     Attributes:
         severity: `"error"`, `"warning"` or `"info"`.
-        code: The kind of finding, such as `"std"`. The README lists all codes.
+        code: The kind of finding, such as `"std"`. The documentation lists all.
         path: The `"path"` of the row that it is about.
         message: The problem, in one sentence.
         advice: One sentence that says what to do.
@@ -47,7 +48,7 @@ class Finding(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Findings that ask for the same thing: the first one speaks for all."""
+    """Findings that say and ask for the same thing: the first one speaks for all."""
 
     first: Finding
     others: int
@@ -66,9 +67,14 @@ def grouped(findings: Iterable[Finding]) -> list[Group]:
     """The worst first."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in _sorted(findings):
-        key = (finding.severity, finding.code, finding.advice)
+        words = _FIGURE.sub("", finding.message)
+        key = (finding.severity, finding.code, words, finding.advice)
         groups.setdefault(key, []).append(finding)
     return [Group(first, len(others)) for first, *others in groups.values()]
+
+
+# A number, or a name with one in it: findings that are alike differ in these.
+_FIGURE = re.compile(r"\S*[\d/]\S*")
 
 
 def by_path(findings: Iterable[Finding]) -> dict[str, list[Finding]]:

@@ -94,7 +94,8 @@ def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
     ]
     ax.set_yticks(depth[named], names, fontsize=7, color=OFF_COLOR, parse_math=False)
     ax.tick_params("y", length=0)
-    ax.set_title(f"{is_off.sum()} of {count} have a finding", loc="left", fontsize=10)
+    title = f"{is_off.sum()} of {count} have an error or a warning"
+    ax.set_title(title, loc="left", fontsize=10)
     return ax
 
 

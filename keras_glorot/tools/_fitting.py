@@ -127,9 +127,11 @@ def measure(variable: keras.Variable, center: float) -> Statistics:
     size = math.prod(variable.shape)
     offset = total / max(size, 1)
     variance = (squares - total * offset) / max(size - 1, 1)
-    varies = low < high and variance > 0
-    std = math.sqrt(variance) if varies else 0.0
-    kurtosis = size * fourths / squares**2 if varies else math.nan
+    std, kurtosis = 0.0, math.nan
+    if size and not math.isfinite(low + high):
+        std = math.nan
+    elif low < high and variance > 0:
+        std, kurtosis = math.sqrt(variance), size * fourths / squares**2
     mean = float(center + offset)
     return Statistics(size, mean, std, float(low), float(high), float(kurtosis))
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -11,8 +11,9 @@ from keras_glorot import _backends as backends
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.call_site import CallSite
+from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._models.survey import Survey, Weight, distribution_of
-from keras_glorot.fans import compute_fans
+from keras_glorot.fans import Fans, Mode, compute_fans, fan_of
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import (
@@ -32,6 +33,7 @@ from keras_glorot.tools._fitting import (
     is_off,
     measure,
 )
+from keras_glorot.tools._how import find_starts
 from keras_glorot.tools._isometry import find_fault, has_pairs, is_start
 from keras_glorot.tools._slices import (
     Slices,
@@ -48,10 +50,10 @@ _GLOROT = (
     *GLOROT,
 )
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
-_UNEXPLAINED = f"The values do not match the declared initializer. {_REINITIALIZE}"
+_UNEXPLAINED = f"The values do not match the initializer. {_REINITIALIZE}"
 
 
-def audit(model: keras.Layer) -> Table:
+def audit(model: keras.Layer, how: Any = None) -> Table:
     """Compares each fresh weight of a built model with what it was declared to be.
 
     For each variable: the std that its initializer should give, with the fans that its
@@ -70,15 +72,21 @@ def audit(model: keras.Layer) -> Table:
     is found. Weights from an initializer that is neither Keras's nor ours can't be
     compared.
 
+    With `how`, each weight is compared with what `initialize(model, how)` draws, and with
+    nothing else; the choice is yours, and not judged. What `how` leaves as it is may be
+    trained, and is checked as that is.
+
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
-    report only what is wrong in a trained model too.
+    report only what is wrong in a trained model too. With `how`, only an optimizer tells.
 
     Where weights span several processes, each must call it: it reads its own part of them,
     and all get the same result.
 
     Args:
         model: A built layer or model.
+        how: An initializer, a recipe, or a mapping from patterns to these, as `initialize`
+            takes them. Defaults to what the layers declare.
 
     Returns:
         A `Table` with a row per variable. Print it, or use its `.rows` and `.findings`.
@@ -87,7 +95,7 @@ def audit(model: keras.Layer) -> Table:
         known is None.
 
     Raises:
-        ValueError: If the model is not built.
+        ValueError: If the model is not built, or `how` does not fit it.
         TypeError: If it is not a Keras layer or model.
 
     Example:
@@ -96,25 +104,40 @@ def audit(model: keras.Layer) -> Table:
     >>> layer.build((None, 32, 32, 512))
     >>> [(finding.code, finding.path) for finding in audit(layer).findings]
     [('std', 'depthwise/kernel')]
+    >>> table = initialize(layer, "he_normal", seed=0)
+    >>> audit(layer, "he_normal").findings
+    []
 
     Reference:
 
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html), eq. 12 and
       16, for the std of Glorot's kernels
     """
-    return audited(Survey(model))
+    return audited(Survey(model), how)
 
 
-def audited(survey: Survey) -> Table:
+def audited(survey: Survey, how: Any = None) -> Table:
     """As `audit`, of a model that has been looked at."""
-    starts = functools.cache(lambda: isometric(survey).by_id)
-    measured = [_measure_weight(weight, starts) for weight in survey.weights]
-    findings = [finding for subject in measured for finding in _check(subject)]
+    if how is None:
+        starts = functools.cache(lambda: isometric(survey).by_id)
+        measured = [_measure_declared(weight, starts) for weight in survey.weights]
+        trained = _find_trained(survey, measured)
+    else:
+        with unmoved_generators():
+            chosen = find_starts(survey, how)
+        measured = [_measure(weight, chosen.of(weight)) for weight in survey.weights]
+        trained = _find_steps(survey)
+    passed_over = set() if how is None else _ON_THE_CHOICE
+    findings = [each for subject in measured for each in _check(subject, passed_over)]
     findings += _find_twins(measured)
-    trained = _find_trained(survey, measured)
+    may_be_trained = {each.weight.path for each in measured if trained or each.is_left}
+    kernels = {each.weight.path for each in measured if each.weight.is_kernel}
+    findings = [
+        each
+        for each in findings
+        if each.path not in may_be_trained or _is_wrong_if_trained(each, kernels)
+    ]
     if trained is not None:
-        kernels = {each.weight.path for each in measured if each.weight.is_kernel}
-        findings = [each for each in findings if _is_wrong_if_trained(each, kernels)]
         findings.insert(0, trained)
     columns = (
         "path",
@@ -134,12 +157,13 @@ def audited(survey: Survey) -> Table:
 
 def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
     """How many kernels have the std that they should have."""
-    kernels = [subject for subject in measured if subject.weight.is_kernel]
+    judged = [subject for subject in measured if not subject.is_left]
+    kernels = [subject for subject in judged if subject.weight.is_kernel]
     known = [subject for subject in kernels if subject.expected is not None]
     off = {
         finding.path
         for finding in findings
-        if finding.code in ("std", "constant-kernel", "not-finite")
+        if finding.code in ("std", "constant", "constant-kernel", "not-finite")
     }
     expected = sum(subject.weight.path not in off for subject in known)
     parts = []
@@ -147,6 +171,8 @@ def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
         parts.append(f"{expected} of {len(kernels)} kernels have the expected std")
     if len(known) < len(kernels):
         parts.append(f"of {len(kernels) - len(known)} it is not known")
+    if len(judged) < len(measured):
+        parts.append(f"{len(measured) - len(judged)} variables are left as they are")
     parts.append(f"{len(measured)} variables in all")
     return f"{'; '.join(parts)}."
 
@@ -155,6 +181,7 @@ class _Measured(NamedTuple):
     """A weight, what its values are like, and what they may be drawn from.
 
     Attributes:
+        start: How it should be drawn.
         expected: The plausible distribution nearest to the values: small tensors fit
             several. None where nothing is known.
         fault: The code of what speaks against it; None if nothing does.
@@ -166,6 +193,7 @@ class _Measured(NamedTuple):
     weight: Weight
     statistics: Statistics
     expected: Distribution | None
+    start: Start
     fault: str | None
     repeats: list[Slices]
     gain: float | None
@@ -180,53 +208,73 @@ class _Measured(NamedTuple):
         return self.is_finite and self.statistics.low == self.statistics.high
 
     @property
+    def is_left(self) -> bool:
+        """Whether that was chosen."""
+        return self.start.is_left and self.start.severity is None
+
+    @property
     def initializer_name(self) -> str:
-        return type(self.weight.initializer).__name__
+        initializer = self.start.initializer
+        if initializer is None:
+            return self.start.name
+        return getattr(initializer, "__name__", type(initializer).__name__)
 
 
 _Starts = Callable[[], dict[int, Start]]
 
 
-def _measure_weight(weight: Weight, starts: _Starts) -> _Measured:
-    declared = weight.distribution
-    center = 0.0 if declared is None else declared.mean
-    statistics = measure(weight.variable, center)
+def _measure_declared(weight: Weight, starts: _Starts) -> _Measured:
+    """A kernel can be what its layer declares, or what `initialize` draws."""
+    severity = "warning" if weight.reason else None
+    own = Start("", weight.distribution, initializer=weight.initializer, severity=severity)
+    others = _glorot_distributions(weight) if weight.is_kernel else ()
+    subject = _measure(weight, own, others)
+    # An orthogonal kernel can be right by itself, and have its gain in the next one.
+    is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
+    is_suspect = subject.fault or subject.repeats or _is_constant_kernel(subject)
+    if is_suspect or is_orthogonal:
+        return _as_isometric(subject, starts)
+    return subject
+
+
+def _measure(
+    weight: Weight, start: Start, others: Iterable[Distribution] = ()
+) -> _Measured:
+    """Compares a weight with its start, or with other distributions too."""
+    expected = start.distribution
+    statistics = measure(weight.variable, 0.0 if expected is None else expected.mean)
     gain = known_gain(weight.activation) if weight.is_kernel else 1.0
-    expected, fault = None, None
-    if declared is not None:
-        plausible = [declared]
-        if weight.is_kernel:
-            plausible += _glorot_distributions(weight, gain or 1.0)
-        expected, fault = best_fit(weight, statistics, plausible)
+    subject = _Measured(weight, statistics, expected, start, None, [], gain)
+    if expected is None:
+        return subject
+    if expected.form in ("mirrored", "tap"):
+        found = find_fault(weight, expected) if subject.is_finite else None
+        fault, detail = found or (None, "")
+        return subject._replace(fault=fault, detail=detail)
+    expected, fault = best_fit(weight, statistics, [expected, *others])
     repeats = []
     random = _random_distribution(weight, expected)
     if random is not None and statistics.std and statistics.is_finite:
         values = _values_drawn(weight, random)
         window = window_rank(weight.owner, weight.shape)
         repeats = list(find_repeats(values, window, collision(weight, random)))
-    subject = _Measured(weight, statistics, expected, fault, repeats, gain)
-    # An orthogonal kernel can be right by itself, and have its gain in the next one.
-    is_orthogonal = expected is not None and expected.form == "orthogonal"
-    if fault or repeats or is_orthogonal or _is_constant_kernel(subject):
-        return _as_isometric(subject, starts)
-    return subject
+    return subject._replace(expected=expected, fault=fault, repeats=repeats)
 
 
 def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
     """A kernel that the isometric start has made, as far as its values tell, is one."""
     weight = subject.weight
     start = starts().get(id(weight.variable)) if subject.is_finite else None
-    if start is None or not is_start(weight, start.distribution):
+    drawn = start and start.distribution
+    if drawn is None or not is_start(weight, drawn):
         return subject
-    found = find_fault(weight, start.distribution)
+    found = find_fault(weight, drawn)
     is_sound = subject.fault is None and not subject.repeats
-    is_plain = is_sound or not has_pairs(start.distribution)
-    if found and is_plain and start.distribution.form != "tap":
+    is_plain = is_sound or not has_pairs(drawn)
+    if found and is_plain and drawn.form != "tap":
         return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
-    return subject._replace(
-        expected=start.distribution, fault=code, repeats=[], detail=detail
-    )
+    return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)
 
 
 def _values_drawn(weight: Weight, random: Distribution) -> Values:
@@ -245,17 +293,18 @@ def _random_distribution(
     return expected if is_float and expected is not None and expected.is_random else None
 
 
-def _glorot_distributions(weight: Weight, gain: float) -> Iterator[Distribution]:
+def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
     """The distributions that `initialize` may draw a kernel from."""
-    for std in dict.fromkeys(_glorot_stds(weight, gain)):
+    gain = known_gain(weight.activation) or 1.0
+    for std in dict.fromkeys(_glorot_stds(weight, gain, "fan_avg")):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
-def _glorot_stds(weight: Weight, gain: float) -> tuple[float, float]:
+def _glorot_stds(weight: Weight, gain: float, mode: Mode) -> tuple[float, float]:
     """The stds that `initialize` gives: with gain 1, and with the activation's gain."""
-    std = math.sqrt(2 / max(2, sum(weight.fans or ())))
+    std = math.sqrt(1 / max(1, fan_of(weight.fans or Fans(0, 0), mode)))
     return std, std * gain
 
 
@@ -267,9 +316,9 @@ class _Verdict(NamedTuple):
     advice: str
 
 
-def _check(subject: _Measured) -> Iterator[Finding]:
+def _check(subject: _Measured, passed_over: set[str]) -> Iterator[Finding]:
     for code, check in _CHECKS.items():
-        verdict = check(subject)
+        verdict = None if code in passed_over else check(subject)
         if verdict is not None:
             severity, message, advice = verdict
             yield Finding(severity, code, subject.weight.path, message, advice)
@@ -332,7 +381,7 @@ def _check_std(subject: _Measured) -> _Verdict | None:
         return None
     ratio = statistics.std / expected.std
     message = f"The std is {ratio:.3g} times the expected value."
-    return _Verdict("warning", message, _explain_std(subject.weight, statistics))
+    return _Verdict("warning", message, _explain_std(subject))
 
 
 def _check_mean(subject: _Measured) -> _Verdict | None:
@@ -420,7 +469,8 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
         return None
     if expected.form in ("mirrored", "tap"):
         return None
-    plain, with_gain = _glorot_stds(weight, subject.gain or 1.0)
+    mode: Any = weight.initializer.mode
+    plain, with_gain = _glorot_stds(weight, subject.gain or 1.0, mode)
     if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
         return None
     if not is_off(statistics, Distribution.from_std("truncated_normal", with_gain)):
@@ -455,7 +505,7 @@ def _check_recurrent(subject: _Measured) -> _Verdict | None:
     return _Verdict("warning", message, advice)
 
 
-# A new finding is one function and one entry here; the README lists the codes.
+# A new finding is one function and one entry here; `docs/findings.md` lists the codes.
 _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
     "not-finite": _check_finite,
     "negative-variance": _check_variance,
@@ -473,6 +523,9 @@ _CHECKS: dict[str, Callable[[_Measured], _Verdict | None]] = {
     "recurrent": _check_recurrent,
 }
 
+
+# About what the layers declare.
+_ON_THE_CHOICE = {"relu-gain", "activation", "embedding", "recurrent"}
 
 # The codes of all findings of `audit`.
 CODES = (*_CHECKS, "twin", "trained")
@@ -531,7 +584,6 @@ def _can_be_twin(subject: _Measured, measured: list[_Measured]) -> bool:
 
 def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    steps = max(map(_count_steps, survey.optimizers), default=0)
     kernels = [
         each
         for each in measured
@@ -544,21 +596,28 @@ def _find_trained(survey: Survey, measured: list[_Measured]) -> Finding | None:
     ]
     deviating = [each for each in kernels if _deviates_from_declaration(each)]
     changed = [each for each in constants if each.fault == "constant"]
-    if steps:
-        message = f"Looks trained: its optimizer has made {steps} steps."
     # A fresh model can be wrong in every kernel, but not in its biases as well.
-    elif (
+    if (
         2 * len(deviating) > len(kernels)
         and (2 * len(changed) > len(constants) or not constants)
         and len(deviating) + len(changed) > 1
     ):
         message = (
-            f"Looks trained: {len(deviating)} of {len(kernels)} kernels and "
-            f"{len(changed)} of {len(constants)} constants are not what was declared."
+            f"{len(deviating)} of {len(kernels)} kernels and {len(changed)} of "
+            f"{len(constants)} constants are not what was declared"
         )
-    else:
-        return None
+        return _find_steps(survey) or _trained(survey, message)
+    return _find_steps(survey)
+
+
+def _find_steps(survey: Survey) -> Finding | None:
+    steps = max(map(_count_steps, survey.optimizers), default=0)
+    return _trained(survey, f"its optimizer has made {steps} steps") if steps else None
+
+
+def _trained(survey: Survey, reason: str) -> Finding:
     advice = "Audit it before training, or after `initialize`."
+    message = f"Looks trained: {reason}."
     return Finding("info", "trained", survey.root.name, message, advice)
 
 
@@ -570,7 +629,7 @@ def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
 def _deviates_from_declaration(subject: _Measured) -> bool:
     """Whether a kernel is not as declared, for another reason than Keras's fans."""
     is_off = subject.fault in ("std", "mean", "bounds", "form")
-    return is_off and _explain_std(subject.weight, subject.statistics) == _UNEXPLAINED
+    return is_off and _explain_std(subject) == _UNEXPLAINED
 
 
 # Wrong in a trained model too.
@@ -584,12 +643,13 @@ def _is_wrong_if_trained(finding: Finding, kernels: set[str]) -> bool:
     return finding.code in _WRONG_IF_TRAINED
 
 
-def _explain_std(weight: Weight, statistics: Statistics) -> str:
+def _explain_std(subject: _Measured) -> str:
     """Why a std is off, if the fans of the shape alone explain it, and what to do."""
+    weight, initializer = subject.weight, subject.start.initializer
     fans_by_shape = compute_fans(weight.shape)
     fans = weight.fans or fans_by_shape
-    stock = distribution_of(weight.initializer, weight.shape, fans_by_shape, CallSite())
-    if fans == fans_by_shape or stock is None or is_off(statistics, stock):
+    stock = distribution_of(initializer, weight.shape, fans_by_shape, CallSite())
+    if fans == fans_by_shape or stock is None or is_off(subject.statistics, stock):
         return _UNEXPLAINED
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
@@ -611,7 +671,7 @@ def _row(subject: _Measured) -> Row:
         "layer": None if weight.owner is None else type(weight.owner).__name__,
         "shape": weight.shape,
         "dtype": weight.variable.dtype,
-        "initializer": None,
+        "initializer": None if subject.start.is_left else subject.initializer_name,
         "fan_in": fan_in,
         "fan_out": fan_out,
         "expected_std": None,
@@ -619,10 +679,6 @@ def _row(subject: _Measured) -> Row:
         "ratio": None,
         "mean": statistics.mean,
     }
-    if weight.initializer is not None:
-        row["initializer"] = getattr(
-            weight.initializer, "__name__", subject.initializer_name
-        )
     if expected is not None:
         row["expected_std"] = expected.std
         if expected.std and std is not None:

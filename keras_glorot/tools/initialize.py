@@ -9,7 +9,7 @@ import numbers
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -24,10 +24,10 @@ from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import initial_state
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.gains import activation_gain
-from keras_glorot.initializers import check_alone, find_initializer, is_unshared
-from keras_glorot.recipes import RECIPES, Start, Starts
-from keras_glorot.tables import Finding, Layout, Row, Table
+from keras_glorot.initializers import check_alone, is_unshared, with_config
+from keras_glorot.recipes import Start, Starts
+from keras_glorot.tables import Finding, Layout, Row, Severity, Table
+from keras_glorot.tools._how import find_starts
 
 __all__ = ["initialize"]
 
@@ -35,34 +35,40 @@ __all__ = ["initialize"]
 class _Assignment(NamedTuple):
     """A variable with what makes its new value (None: it is not changed), and its row.
 
-    `built` is what its layer then assigns to it in `build`, if it does; `is_data` whether
-    it is left on purpose.
+    `built` is what its layer then assigns to it in `build`, if it does; `severity` how bad
+    it is that it is not changed: None if that was chosen.
     """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
     built: BuildValue | None = None
-    is_data: bool = False
+    severity: Severity | None = None
 
 
 def initialize(
     model: keras.Layer,
-    initializer: Any = "xavier_uniform",
+    how: Any = "xavier_uniform",
     seed: int | None = None,
     verbose: Literal["auto"] | bool = "auto",
-    *,
-    layers: Sequence[keras.Layer | str] | None = None,
 ) -> Table:
     """Gives every weight of a built model or layer a fresh start, in place.
 
-    Kernels, trainable or not, are drawn from `initializer` with the fans of their layer.
-    All other variables get what their own initializer gives: biases, normalization and its
-    statistics, recurrent kernels, embeddings, ... What a layer assigns to a variable in
-    `build` is assigned again, from the new weights. Seed generators, metrics, the states of
-    recurrent layers and the state of every optimizer among the attributes of the model and
-    of its layers are reset too. What can't be reset stays as it is: a finding in the result
-    says why, and a warning points to it. Dtype, sharding and device stay.
+    Kernels, trainable or not, are drawn as `how` says, from our initializers with the fans
+    of their layer. All other variables get what their own initializer gives: biases,
+    normalization and its statistics, recurrent kernels, embeddings, ... What a layer
+    assigns to a variable in `build` is assigned again, from the new weights. Seed
+    generators, metrics, the states of recurrent layers and the state of every optimizer
+    among the attributes of the model and of its layers are reset too. What can't be reset
+    stays as it is: a finding in the result says why, and a warning points to it. Dtype,
+    sharding and device stay.
+
+    A mapping says which weight gets what. Its keys are regular expressions; each weight
+    goes by the first that is found in its path. An entry draws the kernels that it matches,
+    and all else that it matches gets its own initializer. An entry that matches no kernel,
+    such as `"bias$"`, draws all that it matches. `None` leaves weights as they are, and so
+    does no entry at all. Optimizers and metrics are reset in any case. A weight gets the
+    same values as in a run that draws the whole model like this.
 
     A learning rate goes back to the one that the optimizer had when `initialize` saw it
     before its first step. If it never did, the learning rate stays: a finding says so, and
@@ -91,17 +97,18 @@ def initialize(
 
     Args:
         model: A built layer or model.
-        initializer: For the kernels: whatever `keras.initializers.get` takes.
+        how: For the kernels: whatever `keras.initializers.get` takes.
             `GlorotUniform(gain="auto")` also sees an activation that is the next layer.
-            Or the name of a recipe. `"isometric"` gives kernels with which a plain network
-            of any depth keeps what goes in: orthogonal ones, with units in pairs of
-            opposite weights that the next kernel takes with opposite signs.
-        seed: An integer. Defaults to the initializer's own seed if it has one, else to one
-            from Python's `random`, which `keras.utils.set_random_seed` governs. One of
-            the three is needed in a program of several processes: each must have the same.
+            Or a recipe: its name, or a function of your own, as `keras_glorot.recipes`
+            describes it. `"isometric"` gives kernels with which a plain network of any
+            depth keeps what goes in: orthogonal ones, with units in pairs of opposite
+            weights that the next kernel takes with opposite signs. Or a mapping from
+            patterns to these, or to None.
+        seed: An integer. Defaults to the first initializer's own seed that there is, else
+            to one from Python's `random`, which `keras.utils.set_random_seed` governs. One
+            of the three is needed in a program of several processes: each must have the
+            same.
         verbose: Whether to show progress. `"auto"`: on a terminal, after a second.
-        layers: Layers of the model, or their names: only these are initialized. They get
-            the same weights as in a run without it. Optimizer and metrics are reset whole.
 
     Returns:
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
@@ -116,9 +123,9 @@ def initialize(
             left on purpose: a finding, and no warning.)
 
     Raises:
-        ValueError: If the model is not built, an initializer does not fit a weight,
-            `layers` names what is not in the model, or each of several processes would
-            draw other weights.
+        ValueError: If the model is not built, an initializer does not fit a weight, a
+            pattern matches nothing, or only what patterns before it match, or each of
+            several processes would draw other weights.
         TypeError: If an argument is of a wrong type.
 
     Example:
@@ -126,6 +133,9 @@ def initialize(
     >>> table = keras_glorot.initialize(model, seed=0)
     >>> table.rows[0]["done"]
     'GlorotUniform'
+    >>> head = {f"{model.layers[-1].name}/": "xavier_normal"}
+    >>> initialize(model, head, seed=0).note
+    'Reinitialized 2 of 8 variables (seed 0).'
 
     Reference:
 
@@ -134,15 +144,16 @@ def initialize(
       [Xiao et al., 2018](https://arxiv.org/abs/1806.05393), orthogonal convolutions
     """
     survey = Survey(model)
-    kernel_initializer, starts = _how(survey, initializer, seed)
-    root = _root_seed(seed, kernel_initializer)
-    selected = survey.select(layers)
-    assignments = list(_plan(survey, kernel_initializer, starts, root, selected))
+    # An initializer without a seed makes one up.
+    with contextlib.nullcontext() if seed is None else unmoved_generators():
+        starts = find_starts(survey, how)
+    root = _root_seed(seed, starts)
+    assignments = list(_plan(survey, starts, root))
     _assign_all(assignments, verbose)
     findings = _reset_around(survey)
 
     skipped = [assignment for assignment in assignments if not assignment.new_value]
-    findings += [_explain_skipped(assignment) for assignment in skipped]
+    findings += [_explain_skipped(each) for each in skipped if each.severity]
     _warn(findings)
     columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
     columns = (*columns[:2], *starts.columns, *columns[2:])
@@ -152,51 +163,20 @@ def initialize(
     return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
 
 
-def _plan(
-    survey: Survey, kernel_initializer: Any, starts: Starts, root: int, selected: set[int]
-) -> Iterator[_Assignment]:
-    """Each variable is counted, selected or not: its seed depends on those before it."""
+def _plan(survey: Survey, starts: Starts, root: int) -> Iterator[_Assignment]:
+    """Each variable is counted, left or not: the seeds of others depend on it."""
     derive = _seed_deriver(root, survey)
     for weight in survey.weights:
         seed = derive(weight.owner, weight.variable)
-        if id(weight.owner) in selected:
-            start = starts.by_id.get(id(weight.variable))
-            yield _plan_weight(weight, kernel_initializer, seed, start)
+        yield _plan_weight(weight, starts.of(weight), seed)
     for layer, generator in survey.seed_generators:
         seed = derive(layer, generator.state)
-        if id(layer) in selected:
-            path = survey.path(layer, generator.state)
-            yield _plan_generator(layer, generator, path, seed)
+        row = _empty_row(survey.path(layer, generator.state), layer, generator.state)
+        start = starts.by_id.get(id(generator.state))
+        yield _plan_generator(generator, start, row, seed)
     for layer, variable in survey.untracked_variables:
-        if id(layer) in selected:
-            yield _plan_untracked(layer, variable, survey.path(layer, variable))
-
-
-def _how(survey: Survey, initializer: Any, seed: int | None) -> tuple[Any, Starts]:
-    """An initializer for all kernels, or what a recipe has for each weight."""
-    if isinstance(initializer, str) and initializer in RECIPES:
-        return None, RECIPES[initializer](survey)
-    return _kernel_initializer(initializer, seed), Starts({}, (), "")
-
-
-def _kernel_initializer(initializer: Any, seed: int | None) -> Any:
-    # An initializer without a seed makes one up.
-    is_seeded = seed is not None
-    try:
-        with unmoved_generators() if is_seeded else contextlib.nullcontext():
-            found = find_initializer(initializer)
-    except ValueError as error:
-        names = ", ".join(map(repr, RECIPES))
-        raise ValueError(
-            "Argument `initializer` must be an initializer, the name of one, or a recipe: "
-            f"{names}. Received: initializer={initializer!r}"
-        ) from error
-    if not callable(found):
-        raise TypeError(
-            "Argument `initializer` must be an initializer or the name of one, such as "
-            f"'xavier_uniform'. Received: initializer={initializer}"
-        )
-    return found
+        row = _empty_row(survey.path(layer, variable), layer, variable)
+        yield _plan_untracked(layer, variable, starts.by_id.get(id(variable)), row)
 
 
 def _reset_around(survey: Survey) -> list[Finding]:
@@ -210,8 +190,7 @@ def _reset_around(survey: Survey) -> list[Finding]:
 
 
 def _explain_skipped(assignment: _Assignment) -> Finding:
-    row = assignment.row
-    severity = "info" if assignment.is_data else "warning"
+    row, severity = assignment.row, assignment.severity or "warning"
     advice = "Reset it manually if needed."
     return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
 
@@ -226,12 +205,9 @@ def _warn(findings: list[Finding]) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def _root_seed(seed: int | None, initializer: Any) -> int:
+def _root_seed(seed: int | None, starts: Starts) -> int:
     if seed is None:
-        config = getattr(initializer, "get_config", dict)()
-        # The config has what the user gave; a generator stands in it serialized.
-        if config.get("seed") is not None:
-            seed = initializer.seed
+        seed = starts.seed
     if is_unshared(seed):
         check_alone()
     if isinstance(seed, keras.random.SeedGenerator):
@@ -261,46 +237,31 @@ def _seed_deriver(
     return derive
 
 
-def _plan_weight(
-    weight: Weight, kernel_initializer: Any, seed: int, start: Start | None
-) -> _Assignment:
+def _plan_weight(weight: Weight, start: Start, seed: int) -> _Assignment:
     """What is to be done with a weight; raises whatever there is to raise."""
     row = _empty_row(weight.path, weight.owner, weight.variable)
-    if weight.reason:
-        row["done"] = f"not changed: {weight.reason}"
-        return _Assignment(weight.variable, None, row, is_data=weight.is_data)
-    initializer = weight.initializer
-    if isinstance(initializer, BuildValue):
-        return _plan_built(weight, initializer, row, seed)
+    row |= {"done": start.name, **start.columns}
     if weight.is_kernel and weight.fans is not None:
         row["fan_in"], row["fan_out"] = weight.fans
-        initializer = kernel_initializer or initializer
-    if start is not None:
-        return _plan_start(weight, start, row, seed)
-    if getattr(initializer, "gain", None) == "auto":
-        gain = activation_gain(weight.activation)
-        initializer = _with_config(initializer, gain=gain)
-    distribution = weight.distribution_of(initializer)
-    if distribution is not None:
-        row["std"] = distribution.std or None
-    row["done"] = _describe_initializer(initializer)
-    new_value = _value_factory(initializer, distribution, weight.variable, seed)
+    if start.is_left:
+        return _left(weight.variable, start, row)
+    if isinstance(start.initializer, BuildValue):
+        return _plan_built(weight, start.initializer, row, seed)
+    if start.distribution is not None:
+        row["std"] = start.distribution.std or None
+    new_value = _value_factory(start, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row)
 
 
-def _plan_start(weight: Weight, start: Start, row: Row, seed: int) -> _Assignment:
-    row |= {"std": start.distribution.std or None, "done": start.name, **start.columns}
-    _check_range(start.distribution, start.name, weight.variable)
-    new_value = functools.partial(_draw, start.distribution, weight.variable, seed)
-    return _Assignment(weight.variable, new_value, row)
+def _left(variable: keras.Variable, start: Start, row: Row) -> _Assignment:
+    row["done"] = start.name
+    return _Assignment(variable, None, row, severity=start.severity)
 
 
 def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
     """First as declared: what the layer assigns can depend on it, or on other weights."""
-    declared = built.declared
-    distribution = weight.distribution_of(declared)
-    new_value = _value_factory(declared, distribution, weight.variable, seed)
-    row["done"] = "assigned in build"
+    start = Start("", weight.distribution_of(built.declared), initializer=built.declared)
+    new_value = _value_factory(start, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row, built)
 
 
@@ -314,32 +275,17 @@ def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -
     }
 
 
-def _describe_initializer(initializer: Any) -> str:
-    name = getattr(initializer, "__name__", type(initializer).__name__)
-    gain = getattr(initializer, "gain", 1.0)
-    return f"{name}(gain={gain:.4g})" if isinstance(gain, float) and gain != 1 else name
-
-
-def _with_config(initializer: Any, **changes: Any) -> Any:
-    with unmoved_generators():
-        return type(initializer).from_config({**initializer.get_config(), **changes})
-
-
-def _value_factory(
-    initializer: Any,
-    distribution: Distribution | None,
-    variable: keras.Variable,
-    seed: int,
-) -> Callable[[], Any]:
+def _value_factory(start: Start, variable: keras.Variable, seed: int) -> Callable[[], Any]:
     """What makes the variable's new value, later."""
     shape, dtype = tuple(variable.shape), variable.dtype
+    distribution, initializer = start.distribution, start.initializer
     if distribution is not None and (
-        distribution.form == "constant" or dtype in WEIGHT_DTYPES
+        initializer is None or distribution.form == "constant" or dtype in WEIGHT_DTYPES
     ):
-        _check_range(distribution, initializer, variable)
+        _check_range(distribution, initializer or start.name, variable)
         return functools.partial(_draw, distribution, variable, seed)
     if "seed" in getattr(initializer, "get_config", dict)():
-        initializer = _with_config(initializer, seed=seed & 0x7FFFFFFF)
+        initializer = with_config(initializer, seed=seed & 0x7FFFFFFF)
     # It can fail, so it is called now, before any variable is touched.
     value: Any = keras.ops.convert_to_tensor(initializer(shape, dtype=dtype), dtype)
     if tuple(value.shape) != shape:
@@ -366,31 +312,35 @@ def _check_range(
 ) -> None:
     if fault := distribution.range_fault(variable.dtype):
         raise ValueError(
-            f"Argument `initializer` must give values that are {fault}. "
-            f"Received: initializer={initializer} for {variable.path}"
+            f"Argument `how` must give values that are {fault}. "
+            f"Received: how={initializer} for {variable.path}"
         )
 
 
 def _plan_generator(
-    layer: keras.Layer, generator: keras.random.SeedGenerator, path: str, derived: int
+    generator: keras.random.SeedGenerator, start: Start | None, row: Row, derived: int
 ) -> _Assignment:
     """A generator that was made with a seed starts from it again, others from `derived`."""
     state: Any = generator.state
+    if start is not None:
+        return _left(state, start, row)
     seed = generator.get_config()["seed"]
     if seed is None:
         seed = derived & 0x7FFFFFFF
-    start = np.array([seed, 0]).astype(state.dtype)
-    row = _empty_row(path, layer, state)
+    value = np.array([seed, 0]).astype(state.dtype)
     row["done"] = f"seed {seed}"
-    return _Assignment(state, lambda: start, row)
+    return _Assignment(state, lambda: value, row)
 
 
-def _plan_untracked(layer: keras.Layer, variable: keras.Variable, path: str) -> _Assignment:
+def _plan_untracked(
+    layer: keras.Layer, variable: keras.Variable, start: Start | None, row: Row
+) -> _Assignment:
     """The state of a recurrent layer starts again; of others nothing is known."""
-    row = _empty_row(path, layer, variable)
-    if initial_state(layer, variable) is None:
-        row["done"] = "not changed: Keras does not list it among the layer's variables"
-        return _Assignment(variable, None, row)
+    if start is None and initial_state(layer, variable) is None:
+        start = Start.left("Keras does not list it among the layer's variables")
+        start = start._replace(severity="warning")
+    if start is not None:
+        return _left(variable, start, row)
     row["done"] = "initial state"
     new_value = functools.partial(initial_state, layer, variable)
     return _Assignment(variable, new_value, row)
@@ -401,9 +351,9 @@ def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool)
     done = itertools.accumulate(sizes)
     with progress("initialize", verbose) as advance:
         for assignment, size in zip(assignments, done, strict=True):
+            advance(size / max(1, sum(sizes)), assignment.row["path"])
             if assignment.new_value is not None:
                 backends.assign(assignment.variable, assignment.new_value())
-            advance(size / max(1, sum(sizes)))
     # All of them are computed before one is assigned: they can depend on each other.
     built = [assignment.built for assignment in assignments if assignment.built]
     values = build_values(built)

@@ -1,0 +1,155 @@
+"""The argument `how`: an initializer, a recipe, or a mapping from patterns to these."""
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import keras
+
+from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.arguments import suggestion
+from keras_glorot.initializers import find_initializer
+from keras_glorot.recipes import RECIPES, Start, Starts
+
+__all__ = ["find_starts"]
+
+
+def find_starts(survey: Survey, how: Any) -> Starts:
+    """How each weight is drawn. All that can be said against `how` is said here."""
+    # Keras's own dictionary for an initializer has this key.
+    if isinstance(how, Mapping) and "class_name" not in how:
+        return _by_patterns(survey, how)
+    kernels = [weight for weight in survey.weights if weight.is_kernel]
+    return _starts_of(survey, how, kernels, "how")
+
+
+def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
+    """Each variable by the first pattern that is found in its path."""
+    paths, by_id, parts = _paths(survey), {}, []
+    left = dict(paths)
+    if not how:
+        raise ValueError("Argument `how` must have a pattern. Received: how={}")
+    for pattern, value in how.items():
+        matched = _matched(pattern, paths)
+        mine = [key for key in matched if left.pop(key, None)]
+        if not mine:
+            raise ValueError(_explain_unmatched(pattern, matched, paths.values()))
+        if value is None:
+            by_id |= dict.fromkeys(mine, Start.left("its pattern has None"))
+            continue
+        drawn = _drawn(survey, matched)
+        part = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
+        by_id |= {key: part.by_id[key] for key in mine if key in part.by_id}
+        parts.append(part)
+    by_id |= dict.fromkeys(left, Start.left("no pattern matches it"))
+    columns = dict.fromkeys(key for part in parts for key in part.columns)
+    seeds = [part.seed for part in parts if part.seed is not None]
+    return Starts(by_id, tuple(columns), seed=seeds[0] if seeds else None)
+
+
+def _paths(survey: Survey) -> dict[int, str]:
+    """Of everything that `initialize` has a row for, by `id`."""
+    others = [(layer, generator.state) for layer, generator in survey.seed_generators]
+    others += survey.untracked_variables
+    paths = {id(weight.variable): weight.path for weight in survey.weights}
+    return paths | {id(each): survey.path(layer, each) for layer, each in others}
+
+
+def _matched(pattern: Any, paths: dict[int, str]) -> list[int]:
+    try:
+        search = re.compile(pattern).search
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            "Argument `how` must have regular expressions as its keys. "
+            f"Received: {pattern!r} ({error})"
+        ) from None
+    return [key for key, path in paths.items() if search(path)]
+
+
+def _explain_unmatched(pattern: str, matched: list[int], paths: Collection[str]) -> str:
+    text = f"Argument `how` must match something with each of its patterns, but {pattern!r}"
+    if matched:
+        return f"{text} matches only what patterns before it do: put it before them."
+    names = {name: None for path in paths for name in path.split("/")}
+    unknown = [
+        word
+        for word in re.findall(r"\w+", pattern)
+        if not any(word in name for name in names)
+    ]
+    hints = "".join(suggestion(word, names) for word in unknown)
+    first = next(iter(paths), "")
+    return f"{text} is found in no path, such as {first!r}.{hints}"
+
+
+def _drawn(survey: Survey, matched: Collection[int]) -> list[Weight]:
+    """The kernels among them; all of them, if there is no kernel."""
+    keys = set(matched)
+    weights = [weight for weight in survey.weights if id(weight.variable) in keys]
+    kernels = [weight for weight in weights if weight.is_kernel]
+    return kernels or [weight for weight in weights if _can_be_drawn(weight)]
+
+
+def _can_be_drawn(weight: Weight) -> bool:
+    """Any floats but those of a quantized layer, which belong to its integers."""
+    is_quantized = weight.owner is not None and weight.owner.quantization_mode is not None
+    return keras.backend.is_float_dtype(weight.variable.dtype) and not is_quantized
+
+
+def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) -> Starts:
+    """What a recipe has, or an initializer for these weights. `place` is for errors."""
+    recipe = _find_recipe(value)
+    if recipe is None:
+        initializer = _find_initializer(value, place)
+        by_id = {id(each.variable): Start.of(each, initializer) for each in weights}
+        return Starts(by_id, seed=_own_seed(initializer))
+    starts = recipe(survey)
+    if not isinstance(starts, Starts):
+        raise TypeError(
+            f"A recipe must return `keras_glorot.recipes.Starts`. Received: {starts!r} "
+            f"of {place}={value}"
+        )
+    return starts
+
+
+def _find_recipe(value: Any) -> Any:
+    """That of a name, or a function of the user; None if it is not one."""
+    if isinstance(value, str):
+        return RECIPES.get(value)
+    is_object = isinstance(value, keras.initializers.Initializer | type)
+    if is_object or not callable(value):
+        return None
+    try:
+        inspect.signature(value).bind((), dtype=None)
+    except TypeError:
+        return value  # an initializer could be called like this
+    except ValueError:
+        return None  # built in: it has no signature
+    return None
+
+
+def _find_initializer(value: Any, place: str) -> Any:
+    try:
+        found = find_initializer(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_explain_unknown(value, place)) from error
+    if not callable(found):
+        raise TypeError(_explain_unknown(value, place))
+    return found
+
+
+def _explain_unknown(value: Any, place: str) -> str:
+    names = ", ".join(map(repr, RECIPES))
+    known = [*RECIPES, *dir(keras.initializers)]
+    hint = suggestion(value, known) if isinstance(value, str) else ""
+    return (
+        "Argument `how` must be an initializer or the name of one, such as "
+        f"'xavier_uniform', a recipe: {names}, or a mapping from patterns to these. "
+        f"Received: {place}={value!r}.{hint}"
+    )
+
+
+def _own_seed(initializer: Any) -> Any:
+    # The config has what the user gave; a generator stands in it serialized.
+    config = getattr(initializer, "get_config", dict)()
+    return None if config.get("seed") is None else initializer.seed
