@@ -114,8 +114,12 @@ class Causal(layers.Layer):
         self.inner = layers.Dense(units, "relu")
         self.end = layers.Dense(units)
 
+    def build(self, shape):
+        self.inner.build(shape)
+        self.end.build((*shape[:-1], self.inner.units))
+
     def call(self, x):
-        mask = ops.cast(ops.arange(x.shape[1]) < 16, "float32")
+        mask = ops.cast(ops.arange(ops.shape(x)[1]) < 16, "float32")
         return x + self.end(self.inner(x)) * ops.expand_dims(mask, -1)
 
 
