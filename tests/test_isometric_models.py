@@ -6,6 +6,7 @@ for a maximum of several positions. For a unit without a partner it does not.
 """
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -215,12 +216,14 @@ def before_activations(model, x):
 
     kinds = [layer for layer in Tree(model).layers if isinstance(layer, KERNELS)]
     for layer in kinds:
-        vars(layer)["call"] = watched(layer, layer.call)
+        attributes: Any = vars(layer)
+        attributes["call"] = watched(layer, layer.call)
     try:
         model(x, training=False)
     finally:
         for layer in kinds:
-            del vars(layer)["call"]
+            attributes = vars(layer)
+            del attributes["call"]
     return found
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -138,7 +139,7 @@ def trainer(net, blocks):
 def load(seed):
     """Images and labels to train on, to choose the rate by, and to test."""
     rng = np.random.default_rng(seed)
-    digits = load_digits()
+    digits: Any = load_digits()
     x = (digits.images - digits.images.mean()) / digits.images.std()
     x *= rng.choice([-1, 1], len(x))[:, None, None]
     order = rng.permutation(len(x))

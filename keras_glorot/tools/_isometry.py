@@ -76,7 +76,7 @@ def _is_tapped(values: np.ndarray, tapped: np.ndarray) -> bool:
     if not np.array_equal(np.abs(values), tapped):
         return bool(np.mean(values == tapped) > 0.5)
     # Orthogonal matrices of one row and one column are 1 or -1 by chance.
-    count, wrong = np.count_nonzero(tapped), np.count_nonzero(values < 0)
+    count, wrong = (int(np.count_nonzero(each)) for each in (tapped, values < 0))
     if not wrong or 4 * wrong > count:
         return not wrong
     fewer = sum(math.comb(count, number) for number in range(wrong + 1))
