@@ -1,4 +1,4 @@
-"""Brings the notebooks into the site, and keeps it free of what the network must bring."""
+"""Brings notebooks and pictures into the site, which is to need no network."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+BROUGHT = (ROOT, "notebooks/*.ipynb"), (ROOT / "benchmarks", "evidence/*.png")
 # Where a dollar sign is a dollar sign.
 CODE = re.compile(r"<(pre|code|script|style|svg)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL)
@@ -29,10 +30,10 @@ MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECA
 
 @event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files: Files, config) -> Files:
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        name = f"notebooks/{path.name}"
-        urls = config.use_directory_urls
-        files.append(File(name, str(ROOT), config.site_dir, urls))
+    for root, pattern in BROUGHT:
+        for path in sorted(root.glob(pattern)):
+            name, urls = path.relative_to(root).as_posix(), config.use_directory_urls
+            files.append(File(name, str(root), config.site_dir, urls))
     return files
 
 

@@ -255,7 +255,8 @@ def _signals_as_exceptions() -> Iterator[None]:
     def stop_again(swallowed: Any) -> None:
         """Finalizers and callbacks of the garbage collector swallow what is raised."""
         if not isinstance(swallowed.exc_value, SystemExit):
-            return hook(swallowed)
+            hook(swallowed)
+            return
         number = swallowed.exc_value.code - 128
         signal.signal(number, stop)
         threading.Timer(0.01, _thread.interrupt_main, (number,)).start()

@@ -99,7 +99,7 @@ def compute_fans(
     return Fans(math.prod(window) * inputs, math.prod(window) * outputs)
 
 
-def fan_of(fans: Fans, mode: Mode) -> float:
+def fan_of(fans: Fans, mode: str) -> float:
     """The count that a std is made of, in the words of Keras's `VarianceScaling`."""
     return sum(fans) / 2 if mode == "fan_avg" else getattr(fans, mode)
 

@@ -134,12 +134,15 @@ def known_gain(activation: str | Callable[[Any], Any] | None) -> float | None:
         return None
 
 
-def activation_growth(activation: str | Callable[[Any], Any] | None) -> float:
+def activation_growth(
+    activation: str | Callable[[Any], Any] | None, std: float = 1.0
+) -> float:
     """How much a deviation grows per layer even where the gain keeps the signal level.
 
-    The larger of two factors on variances, for standard normal z: of a small difference
-    between two inputs (and of the gradient), `E[f'(z)²] / E[f(z)²]`, and of a deviation of
-    the scale, `E[z f(z) f'(z)] / E[f(z)²]`. 1 for ReLU; 1 where it can't be told.
+    The larger of two factors on variances, for normal z of this std: of a small difference
+    between two inputs (and of the gradient), `E[f'(z)²] E[z²] / E[f(z)²]`, and of a
+    deviation of the scale, `E[z f(z) f'(z)] / E[f(z)²]`. 1 for ReLU; 1 where it can't be
+    told.
 
     Reference:
 
@@ -148,7 +151,7 @@ def activation_growth(activation: str | Callable[[Any], Any] | None) -> float:
     try:
         if activation is None or _name(activation) in _COUPLING:
             return 1.0
-        return backends.outside_traces(_growth, activation)
+        return backends.outside_traces(_growth, activation, std)
     except Exception:  # from an activation of the user: anything
         return 1.0
 
@@ -224,13 +227,16 @@ def _slope(name: str | None, param: float | None) -> float:
     return float(param)
 
 
-def _growth(function: Callable[[Any], Any]) -> float:
+def _growth(activation: Callable[[Any], Any], std: float) -> float:
     """By differences, to two digits; kinks of Keras's activations are at edges."""
     edges = np.linspace(-13.0, 13.0, 105)
     step = 2e-3
 
     def mean(integrand: Callable[[Any], Any]) -> float:
         return float(_panels(integrand, edges[:-1], edges[1:], squared=False).sum())
+
+    def function(z: Any) -> Any:
+        return activation(std * z)
 
     def slope(z: Any) -> Any:
         return (function(z + step) - function(z - step)) / (2 * step)

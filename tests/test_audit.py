@@ -12,7 +12,14 @@ from models import BY_KIND, convolutional, dense, lstm, mobile
 from planted_faults import ARCHITECTURES, FAULTS, audit_fault, false_findings
 
 import keras_glorot
-from keras_glorot import GlorotNormal, GlorotUniform, as_default, audit, initialize
+from keras_glorot import (
+    GlorotNormal,
+    GlorotUniform,
+    as_default,
+    audit,
+    calculate_gain,
+    initialize,
+)
 from keras_glorot._keras.tree import Tree
 from keras_glorot.tables.view import View
 
@@ -91,6 +98,39 @@ def test_fans_by_shape_alone_are_named(equation, shape, cause):
     (finding,) = audit(layer).findings
     assert cause in finding.advice
     assert finding.severity == "warning"
+
+
+LORA = [
+    (layers.EinsumDense("abc,cde->abde", (4, 16, 32)), (None, 4, 512), ["std"]),
+    (layers.Dense(64), (None, 512), []),
+    (layers.Conv2D(64, 3), (None, 8, 8, 64), []),
+    (layers.Embedding(4000, 64), (None, 8), ["embedding"]),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "codes"), LORA)
+def test_the_advice_for_a_factor_of_lora(layer, shape, codes):
+    """Stock Keras looks at its shape alone; the advice, followed, leaves no finding."""
+
+    def findings(**options):
+        fresh = type(layer).from_config(layer.get_config())
+        fresh.build(shape)
+        fresh.enable_lora(8, **options)
+        factor = keras.ops.convert_to_numpy(fresh.weights[-2])
+        found = [each for each in audit(fresh).findings if "lora" in each.path]
+        return found, factor.std()
+
+    found, std = findings()
+    assert [finding.code for finding in found] == codes
+    assert all("`enable_lora(rank, a_initializer=" in each.advice for each in found)
+    advised: Any = "xavier_uniform"
+    if codes == ["embedding"]:
+        advised = keras.initializers.RandomNormal(stddev=1.0)
+    found, advised_std = findings(a_initializer=advised)
+    assert not found
+    if codes == ["std"]:
+        assert std == pytest.approx(0.0156, rel=0.02)  # He's std is √16 times that
+        assert advised_std == pytest.approx(math.sqrt(2 / (512 + 16 * 8)), rel=0.02)
 
 
 def test_the_expected_std_is_what_the_initializer_would_give():
@@ -192,6 +232,12 @@ def test_glorot_where_it_does_not_belong():
     assert recurrent.endswith("/recurrent_kernel")
     gains = [f.severity for f in audit(model).findings if f.code == "relu-gain"]
     assert gains == ["info", "info"]
+    advice = [f.advice for f in audit(model).findings if f.code == "relu-gain"]
+    leaky = calculate_gain("leaky_relu", 0.3)  # of the layer; not that of the function
+    assert advice == [
+        "Use `GlorotUniform(gain='relu')` or `HeNormal`.",
+        f"Use `GlorotUniform(gain={leaky:.4g})`.",
+    ]
     initialize(model, GlorotUniform(gain="auto"), seed=0)
     assert not paths_with("relu-gain", model)
 

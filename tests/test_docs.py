@@ -51,6 +51,26 @@ def test_output(block, output, capsys, monkeypatch):
     assert_output_is_printed(block, output, capsys, monkeypatch)
 
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def phrases(text, words=8):
+    """Each run of so many words outside of code and links."""
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " . ", text, flags=re.DOTALL)
+    for sentence in re.split(r"[.:|]\s|\n\n", text):
+        found = re.findall(r"\w+", sentence.lower())
+        yield from (tuple(found[i : i + words]) for i in range(len(found) - words + 1))
+
+
+def test_no_sentence_stands_on_two_pages():
+    """A fact that stands twice is soon true once. The other page has a link."""
+    pages: dict[tuple[str, ...], set[str]] = {}
+    for name, text in {"README": README, **TEXTS}.items():
+        for phrase in phrases(text):
+            pages.setdefault(phrase, set()).add(name)
+    assert not {" ".join(each): on for each, on in pages.items() if len(on) > 1}
+
+
 def test_every_code_is_listed():
     listed = set(re.findall(r"`([a-z-]+)`", TEXTS["findings"]))
     assert listed.issuperset(CODES)

@@ -14,7 +14,13 @@ from browser import close, launched, needs_chromium, open_file, violations
 from keras import layers, ops
 from scipy import stats
 
-from keras_glorot import GlorotNormal, GlorotUniform, calculate_gain, propagate
+from keras_glorot import (
+    GlorotNormal,
+    GlorotUniform,
+    calculate_gain,
+    initialize,
+    propagate,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,6 +61,9 @@ SETTINGS = {
     "selu": setting("selu", "uniform", 10, 256),
     "linear": setting("linear", "glorot_uniform", 30, 32),
     "constant": setting("tanh", "constant", 4, 16),
+    "relu isometric": setting("relu", "isometric", 30, 64),
+    "elu isometric": setting("elu", "isometric", 10, 64),
+    "tanh isometric residual": setting("tanh", "isometric", 10, 32, residual=True),
 }
 QUANTITIES = ("std", "gradient", "mean", "idle", "between")
 
@@ -80,6 +89,7 @@ FAULTS = {
     "saturated": ("Math.abs(value) < 0.1", "value < 0.2", "tanh saturated"),
     "dead": ("dead += zero", "dead += 1 - zero", "relu"),
     "between": ("sum / width / std ** 2", "sum / width / std", "relu"),
+    "pairs": ("const opposite = (takes &&", "const opposite = (false &&", "relu isometric"),
 }
 
 
@@ -181,6 +191,9 @@ def build(settings):
 
 def fill(model, x, settings, seed):
     gain = settings["gain"]
+    if settings["initializer"] == "isometric":
+        initialize(model, "isometric", seed=seed, verbose=False)
+        return
     new_initializer = {
         "constant": lambda seed: keras.initializers.Constant(0.1 * gain),
         "uniform": lambda seed: keras.initializers.RandomUniform(
@@ -426,7 +439,7 @@ def test_a_link_brings_back_what_was_seen(browser):
     verdict = page.inner_text("#verdict")
     assert page.input_value("#activation") == "silu"
     assert page.is_checked("#residual")
-    page.click("#tour a >> nth=2")
+    page.click("text=ReLU with Glorot")
     page.wait_for_function(
         "document.getElementById('results').dataset.shown.includes('relu')"
     )
@@ -446,12 +459,75 @@ def test_a_link_that_asks_for_too_much_says_so(browser):
     close(page)
 
 
-def test_what_is_typed_wrongly_changes_nothing(browser):
+@pytest.mark.parametrize("text", ["0", "11", ""])
+def test_a_wrong_gain_is_named_and_nothing_is_shown(browser, text):
     page = open_page(browser)
-    page.fill("#gain", "0")
+    page.fill("#gain", text)
     assert page.locator("#gain:invalid").count() == 1
-    assert "gain=1&" in page.evaluate("document.getElementById('results').dataset.shown")
+    assert page.inner_text("#note") == "The gain must be a number from 0.01 to 10."
+    page.focus("#depth")
+    page.keyboard.press("ArrowRight")
+    assert not page.is_visible("#verdict")
+    assert not page.is_visible("#train")
+    page.fill("#gain", "2")
+    page.wait_for_selector("#verdict")
+    assert not page.is_visible("#note")
+    assert "depth=11&" in page.url
+    assert "gain=2&" in page.url
     close(page)
+
+
+def test_the_tour_teaches(browser):
+    """Each stop ends in a verdict and a lesson, and several verdicts are good."""
+    page = open_page(browser)
+    levels, lessons = [], []
+    for stop in page.locator("#tour a").all():
+        stop.click()
+        address = page.evaluate("location.hash")
+        page.wait_for_function(
+            "address => document.getElementById('results').dataset.shown === address",
+            arg=address,
+            timeout=60_000,
+        )
+        levels.append(page.get_attribute("#verdict", "data-level"))
+        lessons.append(page.inner_text("#lesson"))
+    assert levels.count("good") >= 4
+    assert levels.count("bad") >= 4
+    assert all(lessons)
+    assert len(set(lessons)) == len(lessons)
+    page.click("#new-seed")  # no stop of the tour
+    page.wait_for_selector("#lesson", state="hidden")
+    close(page)
+
+
+LESSONS = """async () => {
+  const runs = [];
+  for (const [name, part, lesson] of TOUR) {
+    const found = lesson.match(/([\\d.]+) % at rate ([\\d.]+\\d)/);
+    if (!found) continue;
+    const [settings, rate] = [{ ...defaults, ...part }, Number(found[2])];
+    const trainer = arithmetic().newTrainer(settings, rate, DIGITS);
+    for (let step = 0; step < STEPS; step++) trainer.step();
+    runs.push([name, Number(found[1]), 100 * trainer.accuracy()]);
+  }
+  return runs;
+}"""
+
+
+def test_lessons_say_what_training_gives(browser):
+    """Of 200 digits: a browser with another `Math.exp` may get some others right."""
+    page = open_page(browser)
+    page.set_default_timeout(0)
+    runs = page.evaluate(LESSONS)
+    close(page)
+    assert [name for name, *_ in runs] == [
+        "Glorot and tanh",
+        "ReLU with Glorot",
+        "ReLU with He",
+        "ReLU, isometric",
+    ]
+    for name, said, trained in runs:
+        assert trained == pytest.approx(said, abs=3), name
 
 
 def test_trains_and_stops(browser):
@@ -460,7 +536,7 @@ def test_trains_and_stops(browser):
     page.wait_for_function("document.querySelector('#training-status').textContent.startsWith('Done')",
                            timeout=60_000)  # fmt: skip
     accuracy = float(page.locator("#runs data").first.get_attribute("value"))
-    assert accuracy > 0.9
+    assert accuracy > 0.8
     page.evaluate("location.hash = 'depth=100&width=256'")
     page.wait_for_function(
         "document.getElementById('results').dataset.shown.includes('depth=100&')"

@@ -178,6 +178,16 @@ def test_how_much_a_deviation_grows(name, expected):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "std", "expected"),
+    # As above.
+    [("relu", 0.1, 1.0), ("gelu", 0.1, 1.018), ("tanh", 0.25, 1.004)],
+)
+def test_deviations_grow_less_at_a_low_level(name, std, expected):
+    found = activation_growth(keras.activations.get(name), std)
+    assert found == pytest.approx(expected, abs=3e-3)
+
+
 def test_the_growth_of_what_is_not_known_is_one():
     assert activation_growth(None) == 1
     assert activation_growth(lambda z: z / 0) == 1

@@ -199,7 +199,7 @@ def test_each_call_of_a_shared_layer_has_its_row():
     x = last(layers.Concatenate()([shared(a), shared(shared(b))]))
     model = keras.Model([a, b], x)
     batch = Batch.check([np.ones((4, 8), "float32")] * 2)
-    calls, _ = record(Survey(model), batch)
+    calls = record(Survey(model), batch).calls
     flow = flow_of_calls(Survey(model), batch, calls)
     rows = flow.rows([call.layer for call in calls[:-1]])
     assert {calls[row].layer for row in rows} == {shared, last}

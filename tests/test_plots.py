@@ -15,7 +15,7 @@ import pytest
 from keras_glorot import audit, initialize, plot_histograms, propagate
 from keras_glorot._drawing.stream import draw
 from keras_glorot.tables import Finding, Layout, Table
-from keras_glorot.tables.plots import RATIOS, STDS_BY_CALL
+from keras_glorot.tables.plots import OFF_COLOR, RATIOS, STDS_BY_CALL
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
@@ -98,7 +98,9 @@ def test_audit_draws_a_dot_per_kernel_and_names_what_is_off():
     assert sound[:, 1].tolist() == [1, 3, 4, 5]
     np.testing.assert_allclose(sound[:, 0], 1, rtol=0.2)
     np.testing.assert_allclose(off, [(3 * 3 / 5, 2)], rtol=0.2)  # 5/3: the gain of tanh
-    assert names(ax) == ["h1/kernel"]
+    assert names(ax) == [*(f"h{i}/kernel" for i in range(4)), "out/kernel"]
+    red = [label for label in ax.get_yticklabels() if label.get_color() == OFF_COLOR]
+    assert [label.get_text() for label in red] == ["h1/kernel"]
 
 
 def test_audit_shows_kernels_without_a_ratio_at_the_edges():
@@ -109,7 +111,7 @@ def test_audit_shows_kernels_without_a_ratio_at_the_edges():
     ax = audit(model).plot()
     _, off = dots(ax)
     assert off.tolist() == [[ax.get_xlim()[0], 1], [ax.get_xlim()[1], 3]]
-    assert names(ax) == ["h0/kernel (constant-kernel)", "h2/kernel (not-finite)"]
+    assert names(ax)[:3:2] == ["h0/kernel (constant-kernel)", "h2/kernel (not-finite)"]
 
 
 def test_the_title_counts_no_remarks_as_sound():
@@ -159,7 +161,8 @@ def stds(count):
 
 def test_names_do_not_overlap():
     assert len(ratios(5000).plot().get_yticks()) <= 48
-    assert stds(300).plot().get_xlabel() == "call of a layer, input to output"
+    label = stds(300).plot().get_xlabel()
+    assert label == "number of the call of a layer, input to output"
 
 
 def test_long_names_are_whole_and_do_not_overlap():
@@ -212,6 +215,15 @@ def test_histograms_are_those_of_the_activations_and_gradients():
             for part, values in zip(parts, activations, strict=True):
                 counts, _ = np.histogram(values, edges)
                 np.testing.assert_allclose(part, counts / values.size, atol=2e-3)
+
+
+@pytest.mark.parametrize("count", [5, 80])
+def test_each_histogram_has_a_name(count):
+    rows = plot_histograms(net(count, 12), X)[0]
+    rows.figure.canvas.draw()
+    assert names(rows) == [f"h{i}" for i in range(count)]
+    boxes = [label.get_window_extent() for label in rows.get_yticklabels()]
+    assert all(low.y1 <= high.y0 for high, low in pairwise(boxes))
 
 
 def test_histograms_of_signals_that_are_zero_or_not_finite():

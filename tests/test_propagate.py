@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from cases import CASES, TOKENS, convnet, data, fill, mlp
 from keras import layers
+from networks import HEALTHY, SICK
 from rich.console import Console
 from rich.live import Live
 
-from keras_glorot import calibrate, layer_fans, propagate
+from keras_glorot import calibrate, initialize, layer_fans, propagate
 from keras_glorot._drawing.stream import draw
-from keras_glorot._models.passes import likeness, moments
+from keras_glorot._models.passes import gradient_std, likeness, moments
 
 GOLDEN = Path(__file__).parent / "golden" / "propagate.json"
 rng = np.random.default_rng
@@ -237,7 +238,7 @@ def test_findings_on_deep_tanh(gain, expected):
 
 def test_findings_on_relu():
     """Glorot halves a rectified signal layer by layer; the gain for it does not."""
-    deep = mlp(8, 200, "relu")
+    deep = mlp(10, 200, "relu")
     assert "vanishing" in codes(propagate(deep, data(64, 12)))
     assert not codes(propagate(fill(deep, math.sqrt(2)), data(64, 12)))
     assert "exploding" in codes(propagate(fill(deep, 3.0), data(64, 12)))
@@ -276,6 +277,56 @@ def test_likeness_is_the_mean_cosine_between_two_examples():
     assert likeness(np.repeat(values[:1], 5, 0), 5) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attention", "last", "max"])
+def test_pooling_over_positions_leaves_the_gradient(pooling):
+    """It only shares it out: the kernel before gets what the kernel behind does."""
+    inputs = keras.Input((200, 12))
+    x = layers.Dense(20, use_bias=False, name="before")(inputs)
+    if pooling == "mean":
+        x = layers.GlobalAveragePooling1D()(x)
+    elif pooling == "max":
+        x = layers.GlobalMaxPooling1D()(x)
+    elif pooling == "last":
+        x = x[:, -1]
+    else:
+        query = layers.Dense(20)(layers.GlobalAveragePooling1D(keepdims=True)(inputs))
+        x = layers.Attention()([query, x])[:, 0]
+    x = layers.Dense(20, use_bias=False, name="behind")(x)
+    model = fill(keras.Model(inputs, layers.Dense(4)(x)))
+    rows = {row["path"]: row for row in propagate(model, data(64, 200, 12))}
+    behind, w = rows["behind"]["gradient_std"], model.get_layer("behind").kernel
+    gradient = rows["before"]["gradient_std"]
+    # Through the kernel between them, of 20 by 20 values with variance 1 / 20: the mean of
+    # 20 squares of sums has a relative deviation of sqrt(2 / 20), a std half of that.
+    assert gradient == pytest.approx(behind, rel=4 * math.sqrt(2 / 20) / 2)
+    assert w.shape == (20, 20)
+
+
+def test_strides_leave_the_gradient():
+    """Each stride of 2 halves the gradients per value: to 1/8 here."""
+    inputs = x = keras.Input((64, 64, 16))
+    for i in range(4):
+        x = layers.Conv2D(16, 3, 2, "same", use_bias=False, name=f"conv{i}")(x)
+    model = fill(keras.Model(inputs, x))
+    rows = propagate(model, data(8, 64, 64, 16)).rows[:4]
+    # Channel by channel the factor is as above, over three kernels of 16 by 16 by 9.
+    assert rows[0]["gradient_std"] == pytest.approx(rows[3]["gradient_std"], rel=0.3)
+
+
+def test_the_gradient_at_positions_by_hand():
+    """The larger one of the sum and of the root of the sum of squares, over positions."""
+    together = np.ones((5, 7, 3), np.float32) * data(5, 1, 3)
+    assert gradient_std(together, 5, (-1,)) == pytest.approx(7 * together.std(), rel=1e-5)
+    apart = data(5, 400, 3)
+    expected = max(20 * apart.std(), apart.sum(1).std())
+    assert gradient_std(apart, 5, (-1,)) == pytest.approx(expected, rel=1e-5)
+    # Queries of several heads: the last two axes are units.
+    assert gradient_std(apart, 5, (-2, -1)) == pytest.approx(apart.std(), rel=1e-5)
+    assert gradient_std(apart, 4, (-1,)) == pytest.approx(apart.std(), rel=1e-5)
+    first = np.moveaxis(together, -1, 1)
+    assert gradient_std(first, 5, (1,)) == pytest.approx(7 * together.std(), rel=1e-5)
+
+
 def test_examples_that_become_alike_are_found():
     """A bias that is large beside the signal leaves no difference after 5 layers."""
     bias = keras.initializers.RandomNormal(stddev=3.0, seed=1)
@@ -297,13 +348,67 @@ def test_examples_become_alike_in_deep_relu_nets_with_level_signals():
     assert "collapsed" not in codes(propagate(shallow, alike))
 
 
-def test_an_activation_that_no_scale_can_mend_is_named():
-    """GELU lets deviations grow: 40 layers at its right gain explode; 5 do not."""
+# The others take long where each network is compiled for itself.
+FAST = {"dense_tanh", "dense_gelu", "variational_autoencoder", "mean_over_steps",
+        "attention_pooling", "strides_and_global_pooling", "text_lstm",
+        "squeeze_and_excitation", "transformer_with_normalization_last"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in HEALTHY
+    ],
+)
+def test_networks_that_train_have_no_finding_on_scale(name):
+    """That a short fit works for them shows `benchmarks/evidence/findings.py`."""
+    keras.utils.set_random_seed(1)
+    model, x, *_ = HEALTHY[name]()
+    x = keras.tree.map_structure(lambda each: each[:32], x)
+    assert not codes(propagate(model, x)) & {"vanishing", "exploding", "collapsed"}
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_sick_networks_are_found(name):
+    keras.utils.set_random_seed(1)
+    model, x, expected = SICK[name]()
+    assert codes(propagate(model, x)) & expected
+
+
+def test_an_activation_that_lets_differences_grow_is_named():
+    """GELU at its gain: 40 layers explode; 5 do not."""
     deep = fill(mlp(40, 100, "gelu"), 1.5335)
     assert "unstable-activation" in codes(propagate(deep, data(64, 12)))
     assert "unstable-activation" not in codes(
         propagate(fill(mlp(5, 100, "gelu"), 1.5335), data(64, 12))
     )
+
+
+def test_small_signals_and_isometries_are_stable_whatever_the_activation():
+    deep = fill(mlp(40, 100, "gelu"), 2.0)  # GELU halves what is small
+    first = deep.layers[0].kernel
+    first.assign(0.05 * np.asarray(first))
+    assert "unstable-activation" not in codes(propagate(deep, data(64, 12)))
+    initialize(deep, "isometric", seed=1)
+    found = propagate(deep, data(64, 12)).findings
+    assert not found
+
+
+def test_plain_layers_are_sent_to_the_isometric_start_and_others_to_calibrate():
+    blocks = [BareSum() for _ in range(40)]
+    residual = keras.Sequential([keras.Input((32,)), *blocks, layers.Dense(3)])
+    cases = [
+        (mlp(40, 20), 0.3, data(64, 12), "isometric"),
+        (mlp(100, 100, "relu"), 2**0.5, data(64, 12), "isometric"),
+        (mlp(40, 100, "gelu"), 1.5335, data(64, 12), "isometric"),
+        (residual, 2.0, data(16, 32), "calibrate"),
+    ]
+    for model, gain, x, word in cases:
+        found = propagate(fill(model, gain), x).findings
+        found = [each for each in found if each.code not in ("dead", "saturated")]
+        assert found
+        assert all(word in each.advice for each in found)
 
 
 def test_the_growth_of_a_residual_stream_is_shown():

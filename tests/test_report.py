@@ -5,7 +5,9 @@ their screenshots.
 """
 
 import errno
+import html
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -79,6 +81,49 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     assert f"<td>{keras.__version__}</td>" in text
     assert text.count("<svg role=") == 3
     assert len(text) < 2_000_000
+
+
+def test_points_have_the_numbers_of_the_table(tmp_path):
+    """And their names, whatever these are."""
+    model = net()
+    model.layers[1].name = """h'1"]'>"""
+    text = report(model, X, path=tmp_path / "report.html").read_text(encoding="utf-8")
+    titles = re.findall(r"<use [^>]*><title>(\d+): (.*), .*?</title></use>", text)
+    assert len(titles) == 6 + 2 * 6  # kernels; signal and gradient of calls
+    row = r'<code>((?:(?!</code>).)*)</code></td><td class="number">(\d+)</td>'
+    rows = {(number, name.replace("<wbr>", "")) for name, number in re.findall(row, text)}
+    assert set(titles) == rows
+    assert ("2", html.escape("""h'1"]'>/kernel""")) in rows
+
+
+def test_points_of_which_none_is_sound_have_names(tmp_path):
+    rows = [{"path": f"k{i}", "fan_in": 1, "ratio": 0.1} for i in range(3)]
+    found = [Finding("error", "std", row["path"], "", "") for row in rows]
+    table = Table("audit", rows, found, layout=LAYOUT)
+    text = page_of(table, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.findall("<title>([0-9].*?)</title>", text) == [
+        f"{i + 1}: k{i}, 0.1" for i in range(3)
+    ]
+
+
+def test_a_model_before_stands_beside(tmp_path):
+    model = net()
+    before = keras.models.clone_model(model)
+    path = report(model, X, path=tmp_path / "report.html", before=before)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<svg role=") == 6
+    labels = re.findall("<figcaption>(Before|After): ", text)
+    assert labels == ["Before", "After"] * 3
+    verdicts = re.findall('class="verdict [a-z]*">(.*?): ', text)
+    assert verdicts == ["Before", "After"] * 2
+    assert "keras_glorot.report(model, x, seed=0, before=before)" in text
+    with pytest.raises(ValueError, match="Argument `before` must be built"):
+        report(model, path=tmp_path / "report.html", before=keras.layers.Dense(3))
+
+
+def test_the_verdict_says_how_much_is_sound(tmp_path):
+    text = report(net(), path=tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "5 of 6 rows have no error and no warning." in text
 
 
 def test_without_a_batch_it_is_about_weights(tmp_path):

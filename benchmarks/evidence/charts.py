@@ -77,6 +77,15 @@ def drawing():
             yield f"{row['case']}, {row['backend']}", least, f"{least:.2g}"
 
 
+def lora():
+    """Test accuracy in % of the new digits, with SGD."""
+    for row in rows(RESULTS / "lora.md", "optimizer | learning rate"):
+        for scale in ("stock", "right"):
+            if row["optimizer"] == "SGD":
+                label = f"rate {row['learning rate']}, {scale}"
+                yield label, number(row[scale]), row[scale]
+
+
 def zoo():
     """Architectures whose signal and gradient both stay within a factor of 10."""
     found = list(rows(RESULTS / "zoo.md", "model | norm"))
@@ -107,6 +116,13 @@ def model_zoo():
             yield f"{code}, {when.replace('`', '')}", counts[code, head] / len(found), text
 
 
+def findings():
+    """Networks in which `propagate` finds something."""
+    for kind, head in (("healthy", "network | epochs"), ("sick", "network | findings")):
+        found = [row["findings"] != "–" for row in rows(RESULTS / "findings.md", head)]
+        yield kind, sum(found) / len(found), f"{sum(found)} of {len(found)}"
+
+
 def audit_mutations():
     """Planted faults that are found, by the code of their finding."""
     found = list(rows(RESULTS / "audit_mutations.md", "fault | model"))
@@ -123,7 +139,18 @@ def explorable():
         yield row["setting"], worst, f"{worst:.1f}"
 
 
-ALL = [stock, training, paper_table1, drawing, zoo, model_zoo, audit_mutations, explorable]
+ALL = [
+    stock,
+    training,
+    paper_table1,
+    drawing,
+    lora,
+    zoo,
+    model_zoo,
+    findings,
+    audit_mutations,
+    explorable,
+]
 
 
 def draw(chart):

@@ -82,14 +82,19 @@ def images(dataset, pixels):
 
 
 def load(training):
-    """(images, labels) by part, each part with its share of every digit."""
+    """(images, labels) by part, as tensors."""
     x, labels = images(training.dataset, NETS[training.net].pixels[training.dataset])
+    return split(x, torch.from_numpy(labels), IMAGES, training.seed)
+
+
+def split(x, labels, sizes, seed):
+    """(x, labels) by part, each part with its share of every class."""
     rest, parts = np.arange(len(labels)), {}
-    for part, size in IMAGES.items():
+    for part, size in sizes.items():
         places, rest = train_test_split(
-            rest, train_size=size, stratify=labels[rest], random_state=training.seed
+            rest, train_size=size, stratify=labels[rest], random_state=seed
         )
-        parts[part] = x[places], torch.from_numpy(labels[places])
+        parts[part] = x[places], labels[places]
     return parts
 
 
@@ -203,10 +208,14 @@ def stock(build, x, seed):
     return build()
 
 
-def he_normal(build, x, seed):
-    """What `kernel_initializer="he_normal"` in every layer draws."""
-    with keras.saving.custom_object_scope({"glorot_uniform": keras.initializers.HeNormal}):
+def replaced(initializer, build):
+    """The net as this initializer in every layer draws it."""
+    with keras.saving.custom_object_scope({"glorot_uniform": initializer}):
         return build()
+
+
+def he_normal(build, x, seed):
+    return replaced(keras.initializers.HeNormal, build)
 
 
 def initialize(build, x, seed):

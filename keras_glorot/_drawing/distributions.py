@@ -18,11 +18,18 @@ from keras_glorot.fans import Fans, compute_fans, fan_of
 __all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
 
 Form = Literal[
-    "constant", "uniform", "truncated_normal", "normal", "orthogonal", "mirrored", "tap"
+    "constant",
+    "uniform",
+    "triangular",
+    "truncated_normal",
+    "normal",
+    "orthogonal",
+    "mirrored",
+    "tap",
 ]
 
 # Of these a region costs what it holds.
-_REGIONAL = ("constant", "uniform", "truncated_normal")
+_REGIONAL = ("constant", "uniform", "triangular", "truncated_normal")
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -32,8 +39,8 @@ class Distribution(NamedTuple):
     Attributes:
         form: Its name.
         scale: What a draw of the standard form is multiplied by: the limit of a uniform
-            distribution, the std of a normal one before truncation, the singular values of
-            orthogonal matrices.
+            distribution, half that of a triangular one, the std of a normal one before
+            truncation, the singular values of orthogonal matrices.
         std: The standard deviation of what comes out: of all values together, where some
             are always zero.
         mean: The mean of what comes out.
@@ -52,6 +59,11 @@ class Distribution(NamedTuple):
     def from_std(cls, form: Form, std: float, mean: float = 0.0) -> "Distribution":
         """The distribution of this form that has this std."""
         return cls(form, std / _FORMS[form].std, std, mean)
+
+    @classmethod
+    def from_scale(cls, form: Form, scale: float) -> "Distribution":
+        """The distribution of this form that has this scale."""
+        return cls(form, scale, scale * _FORMS[form].std)
 
     @classmethod
     def constant(cls, value: float) -> "Distribution":
@@ -161,6 +173,17 @@ def _draw_from_stream(distribution, shape, dtype, seed, region) -> np.ndarray:
     return values.astype(dtype, copy=False)
 
 
+def _draw_triangular(distribution, shape, dtype, seed, region) -> np.ndarray:
+    """The sum of two independent uniform draws."""
+    work = "float64" if dtype == "float64" else "float32"
+    values, others = (
+        draw("uniform", shape, distribution.scale, work, (*seed, part), region)
+        for part in range(2)
+    )
+    values += others
+    return values.astype(dtype, copy=False)
+
+
 def _draw_normal(distribution, shape, dtype, seed, region) -> np.ndarray:
     values = _generator(seed).standard_normal(shape, np.float32)
     return _finish(values, distribution, dtype, region)
@@ -221,6 +244,7 @@ class _Form(NamedTuple):
 _FORMS: dict[Form, _Form] = {
     "constant": _Form(0.0, 0.0, 1.0, _draw_constant),
     "uniform": _Form(1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream),
+    "triangular": _Form(math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular),
     # The kurtosis of a normal distribution truncated at two, by integration.
     "truncated_normal": _Form(TRUNCATED_STD, 2.0, 2.366, _draw_from_stream),
     "normal": _Form(1.0, math.inf, 3.0, _draw_normal),

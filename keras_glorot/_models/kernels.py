@@ -20,7 +20,7 @@ from keras_glorot._models.passes import (
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import is_normalization
 
-__all__ = ["Flow", "Kernel", "Place", "Sum", "flow_of_calls", "flow_of_model"]
+__all__ = ["Flow", "Kernel", "Kinds", "Place", "Sum", "flow_of_calls", "flow_of_model"]
 
 tree: Any = keras.tree
 
@@ -148,8 +148,7 @@ def flow_of_model(survey: Survey, batch: Batch, training: bool) -> Flow:
     """By the graph or, where there is none, by the calls of one pass."""
     graph = _graph(survey, batch)
     if graph is None:
-        calls, _ = record(survey, batch, training)
-        graph = _graph_of_calls(calls)
+        graph = _graph_of_calls(record(survey, batch, training).calls)
     return _derive(graph, survey)
 
 

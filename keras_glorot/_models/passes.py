@@ -42,16 +42,19 @@ __all__ = [
     "Batch",
     "Call",
     "Moments",
+    "Pass",
     "Signal",
     "Tap",
     "Tensor",
     "arguments_of",
     "differentiator",
+    "gradient_std",
     "intercepted_call",
     "is_float",
     "likeness",
     "lock",
     "moments",
+    "position_axes",
     "record",
 ]
 
@@ -122,6 +125,38 @@ def likeness(values: np.ndarray, examples: int) -> float | None:
     return (float(total @ total) - count) / pairs if pairs else None
 
 
+def gradient_std(values: np.ndarray, examples: int, units: tuple[int, ...]) -> float:
+    """The std of the gradient at a unit of one example, at all its positions together.
+
+    A kernel that serves T positions gets the gradient sum over t of g_t x_tᵀ. If the inputs
+    x_t have one norm and a mean cosine ρ, its square is |x|² times
+
+        (1 - ρ) sum |g_t|² + ρ |sum g_t|².
+
+    So the g_t act as one gradient of the size |sum g_t| where the positions are alike, and
+    of the root of sum |g_t|² where they are not. This takes the larger one. A mean over
+    positions gives each g / T, and their sum is the g behind the mean: nothing is lost.
+
+    Args:
+        values: The gradient; its first axis is that of the examples.
+        examples: How many there are. With another first axis each value stands for itself.
+        units: The axes along which units differ. All others are positions.
+    """
+    axes = position_axes(values, examples, units)
+    count = math.prod(values.shape[axis] for axis in axes)
+    apart = math.sqrt(count) * moments(values).std
+    return max(count * moments(values.mean(axes)).std, apart) if axes else apart
+
+
+def position_axes(
+    values: np.ndarray, examples: int, units: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The axes of positions; none where the first one is not that of the examples."""
+    if values.shape[:1] != (examples,):
+        return ()
+    return tuple(set(range(1, values.ndim)) - {axis % values.ndim for axis in units})
+
+
 class Batch(NamedTuple):
     """A checked batch, with what is differentiated on it."""
 
@@ -190,15 +225,19 @@ class Batch(NamedTuple):
         """The mean loss or, without one, the sum of `c * outputs` with a random c."""
         if self.loss is not None:
             return self._mean_loss(outputs)
-        floats = [tensor for tensor in tree.flatten(outputs) if is_float(tensor)]
+        floats = list(filter(is_float, tree.flatten(outputs)))
         if not floats:
             raise ValueError("Argument `model` must return floats, which have a gradient.")
-        total, std = 0.0, 1 / TRUNCATED_STD
-        for i, tensor in enumerate(floats):
-            seed = (self.seed, i)
-            c = draw("truncated_normal", tuple(tensor.shape), std, "float32", seed)
+        total = 0.0
+        for tensor, c in zip(floats, self.directions(floats), strict=True):
             total += ops.sum(ops.cast(tensor, "float32") * ops.convert_to_tensor(c))
         return total
+
+    def directions(self, floats: Sequence[Any]) -> Iterator[np.ndarray]:
+        """A random c, of variance 1, for each output."""
+        for i, tensor in enumerate(floats):
+            shape, seed = tuple(tensor.shape), (self.seed, i)
+            yield draw("truncated_normal", shape, 1 / TRUNCATED_STD, "float32", seed)
 
     def _mean_loss(self, outputs: Any) -> Tensor:
         try:
@@ -252,14 +291,29 @@ def _fit(shapes: list[tuple[int, ...]], declared: list[tuple[int | None, ...]]) 
     )
 
 
+class Pass(NamedTuple):
+    """One call of the model, and one derivative.
+
+    Attributes:
+        calls: The calls of its layers in order of execution; the last one is the model's.
+        unseen: The layers that were called where nothing is seen.
+        gradients: The gradient at each float input of the model.
+    """
+
+    calls: list[Call]
+    unseen: list[keras.Layer]
+    gradients: list[np.ndarray]
+
+
 def record(
     survey: Survey,
     batch: Batch,
     training: bool = True,
     of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
+    of_gradient: Callable[[keras.Layer, np.ndarray, bool], Any] | None = None,
     of_tensor: Summary = moments,
     advance: Advance = lambda fraction, text: None,
-) -> tuple[list[Call], list[keras.Layer]]:
+) -> Pass:
     """Calls the model once and differentiates it once.
 
     Args:
@@ -267,25 +321,33 @@ def record(
         batch: What to call it on.
         training: Whether BatchNormalization uses the statistics of the batch.
         of_output: Summarizes the output of a layer. Defaults to `of_tensor`.
-        of_tensor: Summarizes inputs and gradients.
+        of_gradient: Summarizes the gradient at the input of a layer (True) or its output.
+            Defaults to `of_tensor`.
+        of_tensor: Summarizes all else.
         advance: Is told of progress.
-
-    Returns:
-        The calls in order of execution; the last one is the model's. The layers that were
-        called where nothing is seen.
     """
     model = survey.root
-    listener = _Listener(survey, of_output, of_tensor, advance)
+    listener = _Listener(survey, of_output, of_gradient, of_tensor, advance)
     unseen: list[keras.Layer] = []
+    positions: list[int] = []
 
     @contextlib.contextmanager
     def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[Outcome]:
+        def tap_input(tensor: Tensor) -> Tensor:
+            if not is_float(tensor):
+                return tensor
+            tensor, position = tap(tensor, None, lambda gradient: gradient)
+            positions.append(position)
+            return tensor
+
         listener.start(tap)
         state = dict(zip(map(id, model.variables), values, strict=True))
         for layer, weight in listener.kernels.items():
             key = id(weight.variable)
             state[key], position = tap(state[key], None, of_tensor)
             listener.kernel_positions[layer] = position
+        positions.clear()
+        x = tree.map_structure(tap_input, x)
         # What the model would change, such as a random state, stays in the scope.
         scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
         call = intercepted_call(batch, survey, x, listener.wrappers(), training)
@@ -295,7 +357,8 @@ def record(
 
     values = [variable.value for variable in model.variables]
     signals, _ = differentiator(run)(values, batch.x)
-    return listener.finish(signals), unseen
+    gradients = [signals[position].gradient for position in positions]
+    return Pass(listener.finish(signals), unseen, gradients)
 
 
 class _Note(NamedTuple):
@@ -315,11 +378,16 @@ class _Listener:
         self,
         survey: Survey,
         of_output: Callable[[keras.Layer, np.ndarray], Any] | None,
+        of_gradient: Callable[[keras.Layer, np.ndarray, bool], Any] | None,
         of_tensor: Summary,
         advance: Advance,
     ):
         self.survey, self.advance = survey, advance
-        self.of_output, self.of_tensor = of_output, of_tensor
+        self.of_tensor = of_tensor
+        self.of_output = of_output or (lambda layer, values: of_tensor(values))
+        self.of_gradient = of_gradient or (
+            lambda layer, values, is_input: of_tensor(values)
+        )
         self.kernels: dict[int, Weight] = {}
         for weight in survey.weights:
             owner = weight.owner
@@ -356,13 +424,18 @@ class _Listener:
             if is_root and not before:
                 self._remember_inputs((args, kwargs))
             parents = self._origins_of((args, kwargs))
-            (args, kwargs), input_position = self._tap_first((args, kwargs), self.of_tensor)
+            (args, kwargs), input_position = self._tap_first(
+                (args, kwargs), self.of_tensor, self._of_gradient(layer, is_input=True)
+            )
             outputs = call(*args, **kwargs)
             inside = len(self.notes) > before
             if inside and not always and self._is_handed_on(outputs):
                 return outputs
-            of_output = self.of_output and functools.partial(self.of_output, layer)
-            outputs, position = self._tap_first(outputs, of_output or self.of_tensor)
+            outputs, position = self._tap_first(
+                outputs,
+                functools.partial(self.of_output, layer),
+                self._of_gradient(layer, is_input=False),
+            )
             tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
             shape = tuple(tensors[0].shape) if tensors else ()
             parents = (len(self.notes) - 1,) if inside else parents
@@ -379,13 +452,18 @@ class _Listener:
         tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
         return all(self._origin(tensor) == latest for tensor in tensors)
 
-    def _tap_first(self, structure: Any, of_value: Summary) -> tuple[Any, int | None]:
+    def _of_gradient(self, layer: keras.Layer, is_input: bool) -> Summary:
+        return lambda values: self.of_gradient(layer, values, is_input)
+
+    def _tap_first(
+        self, structure: Any, of_value: Summary, of_gradient: Summary
+    ) -> tuple[Any, int | None]:
         """Taps the first float tensor that is not empty, and says where its signal is."""
         tensors = tree.flatten(structure)
         first = next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
         if first is None:
             return structure, None
-        tapped, position = self.tap_tensor(first, of_value, self.of_tensor)
+        tapped, position = self.tap_tensor(first, of_value, of_gradient)
         copy_mask(first, tapped)
         origin = self._origin(first)
         if origin is not None:

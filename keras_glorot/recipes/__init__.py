@@ -22,9 +22,10 @@ from collections.abc import Callable
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.recipes._start import Start, Starts
 from keras_glorot.recipes.isometric import isometric
+from keras_glorot.recipes.pytorch import pytorch
 
 __all__ = ["RECIPES", "Recipe", "Start", "Starts", "Survey", "Weight"]
 
 Recipe = Callable[[Survey], Starts]
 
-RECIPES: dict[str, Recipe] = {"isometric": isometric}
+RECIPES: dict[str, Recipe] = {"isometric": isometric, "pytorch": pytorch}

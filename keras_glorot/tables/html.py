@@ -95,7 +95,9 @@ def rows_html(view: View) -> str:
         rows = sorted(rows, key=view.rank)
     path, *others = view.columns
     styles = {key: ' class="number"' if view.is_number(key) else "" for key in others}
-    styles = {path: "", **({"finding": ""} if view.found else {}), **styles}
+    ours = {"number": ' class="number"'} if view.numbers else {}
+    ours |= {"finding": ""} if view.found else {}
+    styles = {path: "", **ours, **styles}
     heads = "".join(
         f"<th{style}><button>{key.replace('_', ' ')}</button></th>"
         for key, style in styles.items()
@@ -124,7 +126,7 @@ def rows_html(view: View) -> str:
 def _cells_html(row: Row, styles: dict[str, str], view: View) -> str:
     path, *others = styles
     codes = [finding.code for finding in view.found.get(row[path], ())]
-    texts = {"finding": ", ".join(codes), **row}
+    texts = {"number": view.numbers.get(id(row)), "finding": ", ".join(codes), **row}
     cells = (f"<td{styles[key]}>{escape(cell(texts[key]))}</td>" for key in others)
     name = f'<td class="{view.severity(row)}">{_name_html(row[path])}</td>'
     return name + "".join(cells)

@@ -1,9 +1,11 @@
 """Pictures of tables. matplotlib is imported when one is drawn.
 
 Colors are told apart in grey too, and by their marks; text and axes have the colors of the
-user's style. Names of layers are drawn as they are: no `$` in them is a formula.
+user's style. Names of layers are drawn as they are: no `$` in them is a formula. The names
+of points are the id of their group in an SVG file, as a list in JSON.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_glorot.tables.view import Picture, Row, fold, printable
+from keras_glorot.tables.view import Picture, Row, cell, fold, printable
 
 __all__ = [
     "NAMES_DOWN",
@@ -53,8 +55,8 @@ def _off(table: Any) -> dict[str, str]:
 def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
     """A dot per kernel, in the order of the model from the top down.
 
-    Those with a finding are named; at the left edge stands what has no spread, at the right
-    edge what is not finite.
+    Where there is no room for all names, those with a finding have one. At the left edge
+    stands what has no spread, at the right edge what is not finite.
     """
     off = _off(table)
     count = len(rows)
@@ -71,12 +73,15 @@ def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
 
     ax.axvline(1, color=_SOUND, linewidth=1)
     size = 16 if count <= 100 else 5
-    ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND, rasterized=count > 1000)
+    sound = ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND,
+                       rasterized=count > 1000)  # fmt: skip
     ax.hlines(
         depth[is_off], left, places[is_off], color=OFF_COLOR, alpha=0.3, linewidth=0.8
     )
-    ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR, marker="D",
-               clip_on=False, zorder=3)  # fmt: skip
+    other = ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR,
+                       marker="D", clip_on=False, zorder=3)  # fmt: skip
+    _name_points(sound, rows, "ratio", ~is_off)
+    _name_points(other, rows, "ratio", is_off)
     ax.set_xscale("log")
     ax.set_xlim(left, right)
     ax.set_ylim(count + 0.8, 0.2)
@@ -84,15 +89,18 @@ def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
     ax.set_xlabel("std over expected std")
     ax.set_ylabel("kernels, input to output")
     weights = np.where(is_usual, np.abs(np.log(places)), math.inf)
-    paths = [row["path"] for row in rows]
-    names, lines = fold_names(paths, 48)
-    named = _spread(weights, is_off, lines * count / room)
-    codes = [off[paths[i]] for i in named]
+    names, lines = fold_names((row["path"] for row in rows), 48)
+    fit = count * lines <= room
+    named = range(count) if fit else _spread(weights, is_off, lines * count / room)
+    codes = [off.get(rows[i]["path"], "std") for i in named]
     names = [
         names[i] if code == "std" else f"{names[i]} ({code})"
         for i, code in zip(named, codes, strict=True)
     ]
-    ax.set_yticks(depth[named], names, fontsize=7, color=OFF_COLOR, parse_math=False)
+    ax.set_yticks(depth[list(named)], names, fontsize=7, parse_math=False)
+    for i, label in zip(named, ax.get_yticklabels(), strict=True):
+        if is_off[i]:
+            label.set_color(OFF_COLOR)
     ax.tick_params("y", length=0)
     title = f"{is_off.sum()} of {count} have an error or a warning"
     ax.set_title(title, loc="left", fontsize=10)
@@ -126,8 +134,10 @@ def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> 
     for key, label, marker, color in series:
         stds = np.array([row[key] or math.nan for row in rows], float)
         fill = color if marker == "o" else "none"
-        ax.plot(depth, stds, marker, color=color, markerfacecolor=fill, markersize=size,
-                markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
+        (points,) = ax.plot(
+            depth, stds, marker, color=color, markerfacecolor=fill, markersize=size,
+            markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
+        _name_points(points, rows, key, np.isfinite(stds))
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high < 10 * low:  # level numbers should look level
@@ -142,7 +152,7 @@ def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> 
         ax.set_xticks(depth, names, rotation=45, ha="right", rotation_mode="anchor",
                       fontsize=8, parse_math=False)  # fmt: skip
     else:
-        ax.set_xlabel(f"{thing}, input to output")
+        ax.set_xlabel(f"number of the {thing}, input to output")
     ax.set_title(table.summary or table.kind, loc="left", fontsize=10)
     ax.legend(fontsize=8)
     return ax
@@ -152,6 +162,18 @@ _BY_DEPTH = "The std of signal and gradient by depth"
 RATIOS = Picture("The std of each kernel over the expected one", _ratio_rows, _draw_ratios)
 STDS_BY_CALL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="call of a layer"))
 STDS_BY_KERNEL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="kernel"))
+
+
+def _name_points(points: Any, rows: list[Row], key: str, are_drawn: Iterable[bool]) -> None:
+    """By number, as in the table of a page, with path and value."""
+    if points.get_rasterized():
+        return
+    names = [
+        f"{number}: {printable(row['path'])}, {cell(row[key]) or 'no std'}"
+        for number, (row, is_drawn) in enumerate(zip(rows, are_drawn, strict=True), 1)
+        if is_drawn
+    ]
+    points.set_gid(json.dumps(names))
 
 
 def fold_names(paths: Iterable[str], letters: int) -> tuple[list[str], int]:

@@ -62,6 +62,7 @@ class View:
         rows: The rows, in the order of the table.
         columns: Keys of the rows, the path first; without those that hold nothing.
         others: How many rows without a kernel are left out.
+        numbers: By `id` of a row, its number in the picture.
         is_brief: Whether the rows tell nothing that the verdict does not.
     """
 
@@ -85,6 +86,9 @@ class View:
         self.columns = [
             key for key in table.columns if any(row[key] is not None for row in self.rows)
         ]
+        picture = self.layout.picture
+        drawn = picture.select(table) if picture else []
+        self.numbers = {id(row): number for number, row in enumerate(drawn, 1)}
         self.is_brief = self.layout.is_brief and are_remarks(table.findings) and not all
 
     def severity(self, row: Row) -> str:

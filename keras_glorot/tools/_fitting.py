@@ -31,7 +31,7 @@ _TOLERANCE = 0.05
 _KURTOSIS_TOLERANCE = 0.1
 # The variance of a sample's kurtosis, times its size: m8 - 4 m4 m6 + 4 m4**3 - m4**2 of
 # the standardized moments. Where there is no bound, the estimate is too wild to judge by.
-_KURTOSIS_VARIANCE = {"uniform": 1.32, "truncated_normal": 3.86}
+_KURTOSIS_VARIANCE = {"uniform": 1.32, "triangular": 4.28, "truncated_normal": 3.86}
 _FEWEST_FOR_KURTOSIS = 100
 
 

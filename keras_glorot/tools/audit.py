@@ -13,7 +13,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.call_site import CallSite
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._models.survey import Survey, Weight, distribution_of
-from keras_glorot.fans import Fans, Mode, compute_fans, fan_of
+from keras_glorot.fans import Fans, compute_fans, fan_of
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import (
@@ -49,6 +49,7 @@ _GLOROT = (
     keras.initializers.GlorotUniform,
     *GLOROT,
 )
+_SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 _REINITIALIZE = "Reinitialize it, or ignore this if the model has been trained."
 _UNEXPLAINED = f"The values do not match the initializer. {_REINITIALIZE}"
 
@@ -160,10 +161,11 @@ def _note(measured: list["_Measured"], findings: list[Finding]) -> str:
     judged = [subject for subject in measured if not subject.is_left]
     kernels = [subject for subject in judged if subject.weight.is_kernel]
     known = [subject for subject in kernels if subject.expected is not None]
+    codes = ("std", "constant", "constant-kernel", "not-finite")
     off = {
         finding.path
         for finding in findings
-        if finding.code in ("std", "constant", "constant-kernel", "not-finite")
+        if finding.code in codes and finding.severity != "info"
     }
     expected = sum(subject.weight.path not in off for subject in known)
     parts = []
@@ -227,7 +229,10 @@ def _measure_declared(weight: Weight, starts: _Starts) -> _Measured:
     """A kernel can be what its layer declares, or what `initialize` draws."""
     severity = "warning" if weight.reason else None
     own = Start("", weight.distribution, initializer=weight.initializer, severity=severity)
-    others = _glorot_distributions(weight) if weight.is_kernel else ()
+    others = [*_glorot_distributions(weight)] if weight.is_kernel else []
+    if weight.variable.name == "lora_embeddings_a":
+        # Keras does not keep `a_initializer`; this is the one that is advised.
+        others.append(Distribution.from_std("normal", 1.0))
     subject = _measure(weight, own, others)
     # An orthogonal kernel can be right by itself, and have its gain in the next one.
     is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
@@ -302,7 +307,7 @@ def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
-def _glorot_stds(weight: Weight, gain: float, mode: Mode) -> tuple[float, float]:
+def _glorot_stds(weight: Weight, gain: float, mode: str) -> tuple[float, float]:
     """The stds that `initialize` gives: with gain 1, and with the activation's gain."""
     std = math.sqrt(1 / max(1, fan_of(weight.fans or Fans(0, 0), mode)))
     return std, std * gain
@@ -415,6 +420,7 @@ def _check_form(subject: _Measured) -> _Verdict | None:
 
 _FORM_NAMES = {
     "uniform": "uniform",
+    "triangular": "the sum of two uniform draws",
     "truncated_normal": "truncated normal",
     "orthogonal": "an orthogonal matrix",
 }
@@ -469,24 +475,28 @@ def _check_relu_gain(subject: _Measured) -> _Verdict | None:
         return None
     if expected.form in ("mirrored", "tap"):
         return None
-    mode: Any = weight.initializer.mode
+    mode = weight.initializer.mode
     plain, with_gain = _glorot_stds(weight, subject.gain or 1.0, mode)
     if subject.fault == "std" or 2 * statistics.std >= plain + with_gain:
         return None
     if not is_off(statistics, Distribution.from_std("truncated_normal", with_gain)):
         return None  # too small to tell
     message = f"{subject.initializer_name} with gain 1 before a ReLU-like activation."
-    return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
+    if getattr(weight.activation, "__name__", "") == "relu":
+        return _Verdict("info", message, "Use `GlorotUniform(gain='relu')` or `HeNormal`.")
+    return _Verdict("info", message, f"Use `GlorotUniform(gain={subject.gain:.4g})`.")
 
 
 def _check_embedding(subject: _Measured) -> _Verdict | None:
-    if not isinstance(subject.weight.initializer, _GLOROT):
+    weight, name = subject.weight, subject.initializer_name
+    if not isinstance(weight.initializer, _SCALED_BY_FANS):
         return None
-    if "embedding" not in subject.weight.variable.name:
+    if "embedding" not in weight.variable.name or subject.expected != weight.distribution:
         return None
-    name = subject.initializer_name
     message = f"{name} on an embedding: its rows are looked up, not summed."
     advice = "Use `embeddings_initializer='uniform'`, Keras's default."
+    if weight.variable.name.startswith("lora_"):
+        advice = "Use `enable_lora(rank, a_initializer=RandomNormal(stddev=1.0))`."
     return _Verdict("warning", message, advice)
 
 
@@ -651,6 +661,12 @@ def _explain_std(subject: _Measured) -> str:
     stock = distribution_of(initializer, weight.shape, fans_by_shape, CallSite())
     if fans == fans_by_shape or stock is None or is_off(subject.statistics, stock):
         return _UNEXPLAINED
+    if weight.variable.name.startswith("lora_"):
+        return (
+            "Keras took the fans of a LoRA factor from its shape alone: use "
+            "`enable_lora(rank, a_initializer='xavier_uniform')`, or after that of a "
+            f"backbone `initialize(model, {{'{weight.variable.name}': 'xavier_uniform'}})`."
+        )
     if getattr(weight.owner, "depth_multiplier", None) is not None:
         cause = "Keras counted all channels of a depthwise kernel as inputs"
     elif getattr(weight.owner, "groups", 1) > 1:

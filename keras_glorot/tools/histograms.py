@@ -15,6 +15,8 @@ __all__ = ["plot_histograms", "plotted_histograms"]
 
 # Of a tensor, as many values as show its distribution to half a percent.
 _SAMPLE = 20_000
+# Lines of names in a figure of its own, which grows with them.
+_MOST_NAMES = 300
 
 
 def plot_histograms(
@@ -69,7 +71,7 @@ def plotted_histograms(
     survey: Survey, batch: Batch, layers: Iterable[str] | None = None, axes: Any = None
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
-    calls = record(survey, batch, of_tensor=_sample)[0][:-1]
+    calls = record(survey, batch, of_tensor=_sample).calls[:-1]
     if layers is None:
         calls = [call for call in calls if call.weight is not None][:-1]
     else:
@@ -81,8 +83,13 @@ def plotted_histograms(
             f"must be a hidden layer with a kernel. Received: layers={layers}"
         )
     count = len(calls)
-    height = 1.4 + 0.3 * min(max(count, 4), 22)
-    axes = new_axes((1, 2), (9, height)) if axes is None else axes
+    names, lines = fold_names((call.path for call in calls), 32)
+    room = NAMES_DOWN
+    if axes is None:
+        room = _MOST_NAMES
+        height = 0.3 * min(max(count, 4), 22)
+        height = 1.4 + max(height, 0.11 * min(count * lines, room))
+        axes = new_axes((1, 2), (9, height))
     sides = {
         "activation": [_finite(call.output.value) for call in calls],
         "back-propagated gradient": [_finite(call.output.gradient) for call in calls],
@@ -92,8 +99,7 @@ def plotted_histograms(
     for ax, label, (linear, edges, parts) in zip(axes, sides, bands, strict=True):
         _draw_bands(ax, linear, edges, parts, most)
         ax.set_xlabel(label)
-    names, lines = fold_names((call.path for call in calls), 32)
-    step = -(-count * lines // NAMES_DOWN)
+    step = -(-count * lines // room)
     size = 8 if count <= 24 else 6
     places = np.arange(count)[::step]
     axes[0].set_yticks(places, names[::step], fontsize=size, parse_math=False)

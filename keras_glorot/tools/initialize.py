@@ -102,7 +102,8 @@ def initialize(
             Or a recipe: its name, or a function of your own, as `keras_glorot.recipes`
             describes it. `"isometric"` gives kernels with which a plain network of any
             depth keeps what goes in: orthogonal ones, with units in pairs of opposite
-            weights that the next kernel takes with opposite signs. Or a mapping from
+            weights that the next kernel takes with opposite signs. `"pytorch"` draws each
+            weight as the module of `torch.nn` that its layer stands for. Or a mapping from
             patterns to these, or to None.
         seed: An integer. Defaults to the first initializer's own seed that there is, else
             to one from Python's `random`, which `keras.utils.set_random_seed` governs. One

@@ -6,6 +6,7 @@ The rows, findings and pictures are those of the tables.
 import html
 import importlib.util
 import io
+import json
 import platform
 import re
 import string
@@ -32,12 +33,16 @@ from keras_glorot.tools.propagate import propagated
 __all__ = ["Section", "audit_section", "report", "write_page"]
 
 
+Pictures = dict[str, Callable[[], Any]]
+
+
 class Section(NamedTuple):
     """A table, and by their labels functions that draw a picture and return its `Axes`."""
 
     title: str
     table: Table
-    pictures: dict[str, Callable[[], Any]]
+    pictures: Pictures
+    before: "Section | None" = None
 
 
 def report(
@@ -48,6 +53,7 @@ def report(
     *,
     path: str | PathLike = "report.html",
     seed: int = 0,
+    before: keras.Layer | None = None,
 ) -> Path:
     """Writes a page about a model: findings, pictures, and a table to sort and to filter.
 
@@ -62,6 +68,8 @@ def report(
         loss: As in `propagate`.
         path: The file to write.
         seed: As in `propagate`.
+        before: Another model, such as a copy of this one from before `initialize`, whose
+            verdicts and pictures stand beside those of `model`.
 
     Returns:
         The path of the file.
@@ -78,14 +86,25 @@ def report(
     'report.html'
     """
     _check(path)
-    survey = Survey(model)
-    sections = [audit_section(audited(survey))]
-    command = "keras_glorot.report(model)"
-    if x is not None:
-        sections.append(_signal_section(survey, Batch.check(x, y, loss, seed)))
-        more = "" if loss is None else ", y, loss"
-        command = f"keras_glorot.report(model, x{more}, seed={seed})"
+    batch = None if x is None else Batch.check(x, y, loss, seed)
+    sections = _sections(Survey(model), batch)
+    arguments = ["model"]
+    if batch is not None:
+        arguments += ["x", *([] if loss is None else ["y", "loss"]), f"seed={seed}"]
+    if before is not None:
+        others = _sections(Survey(before, "before"), batch)
+        sections = [
+            section._replace(before=other)
+            for section, other in zip(sections, others, strict=True)
+        ]
+        arguments.append("before=before")
+    command = f"keras_glorot.report({', '.join(arguments)})"
     return write_page(path, model.name, sections, command, None if x is None else seed)
+
+
+def _sections(survey: Survey, batch: Batch | None) -> list[Section]:
+    sections = [audit_section(audited(survey))]
+    return sections if batch is None else [*sections, _signal_section(survey, batch)]
 
 
 def audit_section(table: Table) -> Section:
@@ -93,7 +112,7 @@ def audit_section(table: Table) -> Section:
     return Section("Weights", table, _picture_of(table))
 
 
-def _picture_of(table: Table) -> dict[str, Callable[[], Any]]:
+def _picture_of(table: Table) -> Pictures:
     picture = table.layout.picture
     return {picture.label: table.plot} if picture and picture.select(table) else {}
 
@@ -168,21 +187,45 @@ def _version_of(package: str) -> str:
 
 
 def _verdict_html(section: Section) -> str:
+    before, after = "", ""
+    if section.before is not None:
+        before, after = _verdict_html(section.before), "After: "
+        before = before.replace('">', '">Before: ', 1)
     view = View(section.table)
     worst = view.groups[0].first.severity if view.groups else "sound"
-    return f'<p class="verdict {worst}">{html.escape(printable(view.verdict))}</p>'
+    text = f"{after}{view.verdict} {_good(view)}".strip()
+    return f'{before}<p class="verdict {worst}">{html.escape(printable(text))}</p>'
+
+
+def _good(view: View) -> str:
+    """How much of it is sound."""
+    rows = [row for row in view.rows if row is not view.total]
+    sound = sum(view.severity(row) in ("", "info") for row in rows)
+    if sound == len(rows):
+        return ""  # the verdict says so
+    return f"{sound} of {len(rows)} rows have no error and no warning."
 
 
 def _section_html(section: Section) -> str:
     view = View(section.table, all=True)
+    pictures = section.pictures
+    if section.before is not None:
+        pictures = {
+            f"{when}: {label}": draw
+            for label in pictures
+            for when, of in (("Before", section.before), ("After", section))
+            for draw in [of.pictures.get(label)]
+            if draw is not None
+        }
+    kind = "pictures" if section.before is None else "pair"
     figures = "".join(
         f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f"{_svg(draw, label)}</div><figcaption>{label}</figcaption></figure>"
-        for label, draw in section.pictures.items()
+        for label, draw in pictures.items()
     )
     return (
-        f"<section><h2>{section.title}</h2>{findings_html(view.groups)}{figures}"
-        f"{rows_html(view)}</section>"
+        f"<section><h2>{section.title}</h2>{findings_html(view.groups)}"
+        f'<div class="{kind}">{figures}</div>{rows_html(view)}</section>'
     )
 
 
@@ -213,9 +256,26 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = _NAMED.sub(_with_names, text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = text.replace(_INK, "currentColor").replace(OFF_COLOR, "var(--off)")
+    for name, color in (("currentColor", _INK), ("var(--off)", OFF_COLOR), _PAPER):
+        text = text.replace(color, name)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+_PAPER = ("var(--paper)", "#ffffff")  # under a histogram
+# A group of points up to the next group with an id.
+_NAMED = re.compile(r"""<g id=(["'])(\[[^<>]*\])\1>(.*?)(?=<g id=|\Z)""", re.DOTALL)
+
+
+def _with_names(group: re.Match) -> str:
+    """Points with names, which a browser shows when the mouse is over them."""
+    names = iter(json.loads(html.unescape(group[2])))
+
+    def point(use: re.Match) -> str:
+        return f"{use[1]}><title>{html.escape(next(names))}</title></use>"
+
+    return f"<g>{re.sub('(<use [^>]*?)/>', point, group[3])}"
 
 
 _PAGE = """\
@@ -230,10 +290,11 @@ _PAGE = """\
 <title>Initialization of $name</title>
 <style>
 $style
-:root { color-scheme: light dark; --off: $off; background: #fff; color: #1b1b1b;
-  font: 1rem/1.5 system-ui, sans-serif; }
+:root { color-scheme: light dark; --off: $off; --paper: #fff; background: #fff;
+  color: #1b1b1b; font: 1rem/1.5 system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) {
-  :root { --off: #ff8a80; background: #161616; color: #eee; } }
+  :root { --off: #ff8a80; --paper: #000; background: #161616; color: #eee; }
+  svg image { filter: invert(1) hue-rotate(180deg); } }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; }
 code, pre { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -241,7 +302,8 @@ pre { white-space: pre-wrap; border: 1px solid #8886; padding: 0.5rem; }
 .verdict { font-weight: bold; border-left: 0.4rem solid #2e9e5b;
   padding: 0.25rem 0.75rem; overflow-wrap: anywhere; }
 li { margin: 0.5rem 0; }
-figure { margin: 1rem 0; } figcaption { font-size: 0.875rem; }
+@media (min-width: 75rem) { .pair { display: grid; grid-template-columns: 1fr 1fr; } }
+figure { margin: 1rem 0; min-width: 0; } figcaption { font-size: 0.875rem; }
 .keras-glorot figure .scroll { max-height: none; }
 .scroll > svg { display: block; min-width: 36rem; max-width: 100%; height: auto; }
 th[scope=row] { font-weight: normal; }

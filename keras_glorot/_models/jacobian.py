@@ -1,0 +1,104 @@
+"""The singular values of a network's Jacobian, by one random direction back and forth."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_glorot._backends.signals import Outcome, to_numpy
+from keras_glorot._models.passes import (
+    Batch,
+    Tap,
+    Tensor,
+    differentiator,
+    intercepted_call,
+    is_float,
+)
+from keras_glorot._models.survey import Survey
+
+__all__ = ["singular_spread"]
+
+ops: Any = keras.ops
+tree: Any = keras.tree
+
+# Of the inputs: at small steps activations are straight, at large ones rounding vanishes.
+_STEPS = (3e-4, 3e-5, 1e-2)
+_ROUGHNESS = 0.1
+
+
+def singular_spread(
+    survey: Survey, batch: Batch, gradients: Sequence[np.ndarray], training: bool
+) -> float | None:
+    """E[σ⁴] / E[σ²]² of the singular values σ of the Jacobian J: 1 if all are equal.
+
+    For a random c of variance 1 at each output, E[cᵀ J Jᵀ c] is the sum of σ², and
+    E[|J Jᵀ c|²] that of σ⁴. The gradients of the objective are Jᵀ c; J is applied to them
+    by a difference, (f(x + h) - f(x - h)) / 2, on the whole batch: its J is that of all
+    examples. As many σ count as there are inputs or outputs, whichever are fewer.
+
+    With λ = σ², and 0 where there are more outputs than inputs, the square of the relative
+    error is about 2 sum (λ² / sum λ² - 2 λ / sum λ + 1 / n)²: 0 for an isometry.
+
+    Args:
+        survey: Of the model.
+        batch: The inputs; a loss is left aside.
+        gradients: At each float input, those of `batch.objective` without a loss.
+        training: As in `record`.
+
+    Returns:
+        None where it can't be told: nothing depends on a float input, the output jumps, or
+        it is too coarse, as in half precision.
+    """
+    floats = list(filter(is_float, tree.flatten(batch.x)))
+    scale = min(map(_relative_step, floats, gradients), default=math.inf)
+    if not 0 < scale < math.inf:
+        return None
+
+    @contextlib.contextmanager
+    def run(
+        tap: Tap, values: list[Tensor], x: Any, gradients: list[Tensor], step: Tensor
+    ) -> Iterator[Outcome]:
+        left = iter(gradients)
+        moved = [
+            each + ops.cast(step * next(left), each.dtype) if is_float(each) else each
+            for each in tree.flatten(x)
+        ]
+        x = tree.pack_sequence_as(batch.x, moved)
+        scope = keras.StatelessScope(zip(survey.root.variables, values, strict=True))
+        with scope, intercepted_call(batch, survey, x, {}, training) as (outputs, _):
+            yield ops.zeros(()), list(filter(is_float, tree.flatten(outputs)))
+
+    forward = differentiator(run)
+    values = [variable.value for variable in survey.root.variables]
+    tensors = [ops.convert_to_tensor(np.float32(each)) for each in gradients]
+
+    def outputs(step: float) -> list[np.ndarray]:
+        step_size = ops.convert_to_tensor(np.float32(step))
+        return forward(values, batch.x, tensors, step_size)[1]
+
+    here = outputs(0.0)
+    c, center = _joined(batch.directions(here)), _joined(here)
+    back = _joined(gradients)
+    for step in _STEPS:
+        step *= scale
+        ahead, behind = _joined(outputs(step)), _joined(outputs(-step))
+        forth, bend = (ahead - behind) / (2 * step), (ahead + behind - 2 * center) / step
+        squares = back @ back
+        is_smooth = bend @ bend <= _ROUGHNESS * (forth @ forth)
+        if is_smooth and abs(c @ forth - squares) <= _ROUGHNESS * squares:
+            count = min(len(back), len(c))
+            return float((c @ c) * (forth @ forth) / squares**2 * count / len(c))
+    return None
+
+
+def _relative_step(tensor: Tensor, gradient: np.ndarray) -> float:
+    """By what a gradient at an input is multiplied to be as large as the input."""
+    norms = [np.linalg.norm(_joined([each])) for each in (to_numpy(tensor), gradient)]
+    return float(norms[0] / norms[1]) if all(norms) else math.inf
+
+
+def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.ravel(array).astype(np.float64) for array in arrays])
