@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot._backends.signals import Outcome, to_numpy
+from keras_glorot._backends.signals import Outcome
 from keras_glorot._models.passes import (
     Batch,
     Tap,
@@ -96,8 +96,9 @@ def singular_spread(
 
 def _relative_step(tensor: Tensor, gradient: np.ndarray) -> float:
     """By what a gradient at an input is multiplied to be as large as the input."""
-    norms = [np.linalg.norm(_joined([each])) for each in (to_numpy(tensor), gradient)]
-    return float(norms[0] / norms[1]) if all(norms) else math.inf
+    largest = float(ops.max(ops.abs(tensor))) if math.prod(tensor.shape) else 0.0
+    step = float(np.abs(gradient).max(initial=0.0))
+    return largest / step if largest and step else math.inf
 
 
 def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
