@@ -88,9 +88,10 @@ def singular_spread(
         forth, bend = (ahead - behind) / (2 * step), (ahead + behind - 2 * center) / step
         squares = back @ back
         is_smooth = bend @ bend <= _ROUGHNESS * (forth @ forth)
-        if is_smooth and abs(c @ forth - squares) <= _ROUGHNESS * squares:
+        overlap = c @ forth  # the same, but its error goes with that of `forth`
+        if is_smooth and abs(overlap - squares) <= _ROUGHNESS * squares:
             count = min(len(back), len(c))
-            return float((c @ c) * (forth @ forth) / squares**2 * count / len(c))
+            return float((c @ c) * (forth @ forth) / overlap**2 * count / len(c))
     return None
 
 
