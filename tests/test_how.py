@@ -329,10 +329,12 @@ HEAD = {"^last/": initializers.TruncatedNormal(stddev=0.01)}
         (pretrained, HEAD),
         (gpt2, GPT2),
         (gpt2, "isometric"),
+        (gpt2, "pytorch"),
+        (convnet, HEAD | {ALL: "pytorch"}),
         (convnet, GlorotNormal("auto", mode="fan_in")),
         (convnet, fading),
     ],
-    ids=["head", "gpt2", "isometric", "auto", "own"],
+    ids=["head", "gpt2", "isometric", "pytorch", "pytorch but for the head", "auto", "own"],
 )
 def test_audit_finds_sound_what_initialize_made_and_not_before(make, how):
     model = make()
@@ -403,6 +405,17 @@ def test_what_is_left_is_checked_as_trained():
     assert [(each.code, each.path) for each in found] == [
         ("constant-kernel", "first/kernel")
     ]
+
+
+def test_a_constant_that_was_asked_for_has_the_expected_std():
+    model = convnet()
+    initialize(model, {"last/": "zeros"}, seed=0)
+    table = audit(model, {"last/": "zeros"})
+    assert [finding.severity for finding in table.findings] == ["info"]
+    assert table.note.startswith("1 of 1 kernels have the expected std")
+    initialize(model, {"last/": "he_normal"}, seed=0)
+    table = audit(model, {"last/": "zeros"})
+    assert table.note.startswith("0 of 1 kernels have the expected std")
 
 
 def test_audit_says_what_is_wrong_with_how():

@@ -116,6 +116,13 @@ def model_zoo():
             yield f"{code}, {when.replace('`', '')}", counts[code, head] / len(found), text
 
 
+def findings():
+    """Networks in which `propagate` finds something."""
+    for kind, head in (("healthy", "network | epochs"), ("sick", "network | findings")):
+        found = [row["findings"] != "–" for row in rows(RESULTS / "findings.md", head)]
+        yield kind, sum(found) / len(found), f"{sum(found)} of {len(found)}"
+
+
 def audit_mutations():
     """Planted faults that are found, by the code of their finding."""
     found = list(rows(RESULTS / "audit_mutations.md", "fault | model"))
@@ -140,6 +147,7 @@ ALL = [
     lora,
     zoo,
     model_zoo,
+    findings,
     audit_mutations,
     explorable,
 ]
