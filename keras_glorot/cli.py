@@ -254,12 +254,13 @@ def _signals_as_exceptions() -> Iterator[None]:
 
     def stop_again(swallowed: Any) -> None:
         """Finalizers and callbacks of the garbage collector swallow what is raised."""
-        if not isinstance(swallowed.exc_value, SystemExit):
+        code = getattr(swallowed.exc_value, "code", None)
+        number = code - 128 if isinstance(code, int) else None
+        if number in numbers:
+            signal.signal(number, stop)
+            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+        else:
             hook(swallowed)
-            return
-        number = swallowed.exc_value.code - 128
-        signal.signal(number, stop)
-        threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
 
     numbers = []
     if threading.current_thread() is threading.main_thread():

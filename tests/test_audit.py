@@ -295,6 +295,21 @@ def test_reads_only():
         np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(new))
 
 
+def test_sound_kernels_need_no_graph_of_the_model(monkeypatch):
+    """It is traced for an orthogonal or a wrong kernel only."""
+    model = dense(kernel_initializer="xavier_uniform")
+    monkeypatch.setattr("keras_glorot.tools.audit.isometric", None)
+    assert warnings(audit(model)) == []
+
+
+def test_kernels_of_one_std_are_not_compared_with_each_other(monkeypatch):
+    """All orthogonal ones of a shape have the same."""
+    model = dense()
+    initialize(model, "isometric", seed=0)
+    monkeypatch.setattr("keras_glorot.tools.audit.relation", None)
+    assert warnings(audit(model)) == []
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="Argument `model` must be built"):
         audit(layers.Dense(3))

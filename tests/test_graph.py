@@ -91,6 +91,85 @@ def test_a_kernel_that_a_layer_uses_itself():
     assert any(isinstance(each, keras.Variable) for each in product.arguments[0])
 
 
+class Positions(layers.Layer):
+    """Returns rows of a table: values, whatever it is called on."""
+
+    def build(self, shape):
+        self.inner = layers.LayerNormalization()
+        self.inner.build((16, shape[-1]))
+        self.table = self.add_weight(shape=(16, shape[-1]), name="embeddings")
+
+    def call(self, x):
+        return self.inner(ops.convert_to_tensor(self.table))[: x.shape[1]]
+
+    def compute_output_shape(self, shape):
+        return shape[1:]
+
+
+class Causal(layers.Layer):
+    """Asks for the length of what it is called on, as a causal mask does."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.inner = layers.Dense(units, "relu")
+        self.end = layers.Dense(units)
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.end.build((*shape[:-1], self.inner.units))
+
+    def call(self, x):
+        mask = ops.cast(ops.arange(ops.shape(x)[1]) < 16, "float32")
+        return x + self.end(self.inner(x)) * ops.expand_dims(mask, -1)
+
+
+def test_layers_that_compute_with_a_length_that_is_not_known():
+    x = keras.Input((None, 8))
+    graph = trace_of(keras.Model(x, layers.Dense(3)(Causal(8)(x))))
+    assert graph.closed == []
+    assert names(graph) == ["Dense", "Dense", "Multiply", "Add", "Dense"]
+
+
+def test_a_layer_that_returns_values_is_one_step():
+    """So it is known whose table is added."""
+    x = keras.Input((None, 8))
+    positions = Positions()
+    graph = trace_of(keras.Model(x, Causal(8)(x + positions(x))))
+    assert names(graph) == ["Positions", "Add", "Dense", "Dense", "Multiply", "Add"]
+    assert graph.closed == [positions]
+
+
+class Short(Causal):
+    """Takes short inputs only, once Keras has built it."""
+
+    limit = 1000
+
+    def call(self, x):
+        if isinstance(x.shape[1], int) and x.shape[1] > self.limit:
+            raise ValueError("too long")
+        return super().call(x)
+
+
+def test_a_length_that_a_layer_does_not_take():
+    x, short = keras.Input((None, 8)), Short(8)
+    model = keras.Model(x, short(x))
+    short.limit = 16
+    graph = trace_of(model)
+    assert graph.closed == []
+    assert graph.tensors[0].shape[1] <= 16
+
+
+def test_images_of_unknown_size_can_be_halved():
+    x = keras.Input((None, None, 3))
+    y = x
+    for _ in range(5):
+        y = layers.MaxPooling2D()(y)
+    y = layers.UpSampling2D(32)(y)
+    graph = trace_of(keras.Model(x, layers.Concatenate()([x, Causal(3)(y)])))
+    assert names(graph)[-1] == "Concatenate"
+    assert graph.closed == []
+
+
 def test_each_call_of_a_shared_layer_is_a_step():
     graph = trace_of(nested_twice())
     assert names(graph) == ["Dense", "Dense", "Dense", "Add"]

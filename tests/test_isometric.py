@@ -132,6 +132,17 @@ def test_copies_of_a_depthwise_layer():
     check_isometry(model)
 
 
+def test_a_separable_layer_copies_what_it_takes():
+    """Beside it, another layer takes the same pairs as they are."""
+    x = keras.Input((4, 4, 4))
+    y = layers.Conv2D(8, 1, activation="relu")(x)
+    options = {"padding": "same", "depth_multiplier": 2}
+    both = [layers.SeparableConv2D(16, 3, **options)(y), layers.Conv2D(4, 1)(y)]
+    model = keras.Model(x, layers.Concatenate()(both))
+    assert next(iter(start(model).values())) == "yes"
+    jacobian(model)
+
+
 @pytest.mark.parametrize("pooling", [layers.AveragePooling2D, layers.MaxPooling2D])
 def test_pairs_pass_pooling(pooling):
     model = images(conv(8), pooling(2), conv(8), layers.Flatten(), layers.Dense(16))
@@ -355,6 +366,51 @@ def test_a_pattern_limits_it():
     np.testing.assert_array_equal(values(kernel(other, 0)), before)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="not on its CPU")
+def test_channels_first():
+    """An image, in each of the two layouts: the same numbers."""
+
+    def build(layout):
+        options = {"data_format": layout}
+        shape = (4, 6, 6) if layout == "channels_first" else (6, 6, 4)
+        return keras.Sequential(
+            [
+                keras.Input(shape),
+                conv(8, **options),
+                layers.DepthwiseConv2D(3, padding="same", **options),
+                layers.AveragePooling2D(2, **options),
+                conv(12, 2, "gelu", strides=2, groups=2, **options),
+                layers.GlobalAveragePooling2D(**options),
+                layers.Dense(3),
+            ]
+        )
+
+    first, last = build("channels_first"), build("channels_last")
+    assert list(start(first).values()) == list(start(last).values())
+    for one, other in zip(first.weights, last.weights, strict=True):
+        np.testing.assert_array_equal(values(one), values(other))
+    jacobian(first)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1), (3, 1, 5), (7, 9, 2), (1, 16, 1)])
+def test_odd_widths_and_single_units(widths):
+    """A unit without a partner stays as an orthogonal matrix has it."""
+    hidden = [layers.Dense(width, "relu") for width in widths]
+    model = keras.Sequential([keras.Input((5,)), *hidden, layers.Dense(2)])
+    pairs = list(start(model).values())
+    assert [each == "yes" for each in pairs] == [*(width > 1 for width in widths), False]
+    assert np.isfinite(np.concatenate([values(w).reshape(-1) for w in model.weights])).all()
+    assert [each for each in audit(model).findings if each.severity != "info"] == []
+
+
+def test_frozen_layers_are_drawn_too():
+    """As `initialize` does it: whether a layer is trained later is another question."""
+    model, other = dense("relu", 2), dense("relu", 2)
+    model.layers[1].trainable = False
+    assert list(start(model).values()) == list(start(other).values())
+    np.testing.assert_array_equal(values(kernel(model, 1)), values(kernel(other, 1)))
+
+
 def test_an_unknown_name_lists_the_recipes():
     with pytest.raises(ValueError, match=r"a recipe: 'isometric'.*Received: .*'isometri'"):
         initialize(dense("relu", 1), "isometri")
@@ -419,6 +475,67 @@ def test_audit_finds_a_planted_fault(fault, message):
         check_isometry(model)
 
 
+def words():
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(20, 8),
+            layers.Conv1D(16, 3, padding="causal", activation="gelu"),
+            layers.GlobalMaxPooling1D(),
+            layers.Dense(4),
+        ]
+    )
+
+
+def mobile_block():
+    return images(conv(40), layers.DepthwiseConv2D(3), conv(8), conv(4, activation=None))
+
+
+def _negate_largest(values):
+    at = np.unravel_index(np.abs(values).argmax(), values.shape)
+    values[at] *= -1
+
+
+def _fill_a_zero(values):
+    values[tuple(np.argwhere(values == 0)[0])] = values.max()
+
+
+def _negate_first(values):
+    values[np.nonzero(values)[0][0], :, 0] *= -1
+
+
+NOT_OPPOSITE = "is not the negative of its partner"
+
+
+@pytest.mark.parametrize(
+    ("make", "number", "fault", "message"),
+    [
+        (mobile_block, 0, _negate_largest, NOT_OPPOSITE),
+        (mobile_block, 0, _fill_a_zero, "Beside the tap"),
+        (mobile_block, 1, _fill_a_zero, "not one value at the tap"),
+        (mobile_block, 1, _negate_first, "not one value at the tap"),
+        (mobile_block, 2, _negate_largest, NOT_OPPOSITE),
+        (words, 0, _negate_largest, NOT_OPPOSITE),
+        (words, 0, _fill_a_zero, "Beside the tap"),
+        (attention, 0, _negate_largest, "not an orthogonal matrix"),
+    ],
+)
+def test_audit_finds_a_fault_in_every_kind_of_kernel(make, number, fault, message):
+    model = make()
+    start(model)
+    variable = kernel(model, number)
+    change(variable, fault)
+    (finding,) = [each for each in audit(model).findings if each.severity != "info"]
+    assert finding.code == "form"
+    assert message in finding.message
+
+
+def test_orthogonal_depthwise_kernels_have_signs_by_chance():
+    model = mobile_block()
+    initialize(model, "xavier_orthogonal", seed=1)
+    assert [each for each in audit(model).findings if each.severity != "info"] == []
+
+
 def test_audit_finds_a_tap_off_the_centre():
     model = images(conv(8), conv(8), conv(4, activation=None))
     start(model)
@@ -438,6 +555,13 @@ def test_audit_finds_a_wrong_scale():
 
 
 # Parts
+
+
+def test_audit_finds_a_depthwise_kernel_of_ones_sound():
+    """Each channel as it is: with a window of one position, that is one value."""
+    model = images(layers.DepthwiseConv2D(1), conv(4))
+    start(model)
+    assert audit(model).findings == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ training is a JAX program, which goes over the hidden layers in a loop, so that 
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,10 @@ from deep_nets import CLASSES, METHODS, MINIBATCH, SETTINGS, replaced
 from keras import layers
 
 import keras_glorot
+
+# On one core, as PyTorch's part. Read at the first computation.
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+os.environ.setdefault("XLA_FLAGS", ONE_CORE)
 
 WIDTH = 64
 CHANNELS = 16
@@ -71,12 +76,13 @@ def dense(x, kernel, bias):
 
 
 def windows(x):
-    """Of each place, what a window of 3 × 3 sees there: 9 images, shifted."""
+    """Of each place, what a window of 3 × 3 sees there: 9 images, shifted.
+
+    Their products are faster on a CPU than a convolution of few channels.
+    """
     _, height, width, _ = x.shape
     wide = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    return [
-        wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
-    ]  # on a CPU faster than a convolution of few channels
+    return [wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
 def convolution(x, kernel, bias):

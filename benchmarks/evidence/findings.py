@@ -50,7 +50,8 @@ class HalfWay(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs["loss"] < self.loss / 2:
-            self.epochs, self.model.stop_training = epoch + 1, True
+            model: Any = self.model
+            self.epochs, model.stop_training = epoch + 1, True
 
 
 def epochs_to_half(name: str) -> int | None:

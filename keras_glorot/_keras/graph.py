@@ -103,15 +103,38 @@ def trace(walked: Tree, inputs: Any = None) -> Graph:
     """
     arguments = inputs or _built_on(walked.root)
     with unmoved_generators():  # layers may draw in their call
-        return backends.outside_traces(_Tracer(walked).trace, arguments)
+        return backends.outside_traces(_trace, walked, arguments)
 
 
-def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _trace(walked: Tree, arguments: Arguments) -> Graph:
+    """With those sizes for unknown ones that let most layers be looked into."""
+    tensors = filter(_is_symbol, tree.flatten(arguments))
+    is_unknown = any(None in each.shape[1:] for each in tensors)
+    graphs: list[Graph] = []
+    errors: list[Exception] = []
+    for size in _SIZES if is_unknown else (None,):
+        sized = tree.map_structure(functools.partial(_with_sizes, size), arguments)
+        try:
+            graphs.append(_Tracer(walked).trace(sized))
+        except Exception as error:  # too small for a convolution, too long for a table
+            errors.append(error)
+        else:
+            if not graphs[-1].closed:
+                break
+    if not graphs:
+        raise errors[-1]
+    return min(graphs, key=lambda graph: len(graph.closed))
+
+
+def _built_on(model: Any) -> Arguments:
     """Arguments like those that the model was built with."""
     if getattr(model, "_functional", None) is not None:  # a Sequential
         model = model._functional
     if hasattr(model, "_inputs_struct"):
-        return (tree.map_structure(_symbol, model._inputs_struct),), {}
+        return (model._inputs_struct,), {}
     shapes = model._build_shapes_dict
     if not shapes:
         raise ValueError(
@@ -120,7 +143,7 @@ def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         )
     dtype = model.input_dtype
     symbols = {
-        name.removesuffix("_shape"): keras.KerasTensor(_with_batch(shape), dtype)
+        name.removesuffix("_shape"): keras.KerasTensor(tuple(shape), dtype)
         for name, shape in shapes.items()
     }
     return (symbols.pop(next(iter(symbols))),), symbols
@@ -128,15 +151,17 @@ def _built_on(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 # Any number that a layer could not mistake for one of its own sizes.
 _BATCH = 3
+# For other unknown sizes. With None, a layer can't compute a causal mask, say. With the
+# first, images can be halved often; some tables of positions are shorter.
+_SIZES = (64, 8, None)
 
 
-def _with_batch(shape: Any) -> tuple[int, ...]:
-    batch, *rest = shape
-    return (batch or _BATCH, *rest)
-
-
-def _symbol(tensor: Any) -> Any:
-    return keras.KerasTensor(_with_batch(tensor.shape), tensor.dtype)
+def _with_sizes(size: int | None, tensor: Any) -> Any:
+    if not _is_symbol(tensor):
+        return tensor
+    first, rest = tensor.shape[:1], tensor.shape[1:]
+    shape = (*(each or _BATCH for each in first), *(each or size for each in rest))
+    return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype))
 
 
 class _Tracer:
@@ -146,7 +171,7 @@ class _Tracer:
         self.originals: dict[int, tuple[Any, Any]] = {}
         self.closed: dict[int, keras.Layer] = {}
 
-    def trace(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Graph:
+    def trace(self, arguments: Arguments) -> Graph:
         args, kwargs = arguments
         with keras.StatelessScope(), contextlib.ExitStack() as stack:
             for layer in self.walked.layers:
@@ -162,7 +187,10 @@ class _Tracer:
             try:
                 outputs = layer.call(*args, **kwargs)
             except Exception:  # it does what only values allow, or calls the backend
-                self.closed[id(layer)] = layer
+                outputs = None
+            if not all(map(_is_symbol, tree.flatten(outputs))):
+                if self.walked.children(layer):
+                    self.closed[id(layer)] = layer
                 return original(*args, **kwargs)
             return tree.map_structure(self._copy, outputs)
 
@@ -170,8 +198,6 @@ class _Tracer:
 
     def _copy(self, tensor: Any) -> Any:
         """Keras notes on a tensor who made it last: that would be the outer layer."""
-        if not isinstance(tensor, keras.KerasTensor):
-            return tensor
         copy = keras.KerasTensor(tensor.shape, tensor.dtype)
         self.originals[id(copy)] = copy, tensor
         return copy
@@ -194,11 +220,8 @@ class _Tracer:
                 tensors.append(tensor)
             return numbers[id(tensor)]
 
-        def is_symbol(value: Any) -> bool:
-            return isinstance(value, keras.KerasTensor)
-
-        first = tuple(number(each) for each in inputs if is_symbol(each))
-        last = [self._original(each) for each in outputs if is_symbol(each)]
+        first = tuple(number(each) for each in inputs if _is_symbol(each))
+        last = [self._original(each) for each in outputs if _is_symbol(each)]
         waiting = [(tensor, False) for tensor in reversed(last)]
         while waiting:
             tensor, ready = waiting.pop()
@@ -217,6 +240,10 @@ class _Tracer:
             steps.append(Step(node.operation, arguments, ins, outs, call))
         ends = tuple(map(number, last))
         return Graph(steps, tensors, first, ends, list(self.closed.values()))
+
+
+def _is_symbol(value: Any) -> bool:
+    return isinstance(value, keras.KerasTensor)
 
 
 def _node_of(tensor: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_glorot._backends.signals import Outcome, to_numpy
+from keras_glorot._backends.signals import Outcome
 from keras_glorot._models.passes import (
     Batch,
     Tap,
@@ -88,16 +88,18 @@ def singular_spread(
         forth, bend = (ahead - behind) / (2 * step), (ahead + behind - 2 * center) / step
         squares = back @ back
         is_smooth = bend @ bend <= _ROUGHNESS * (forth @ forth)
-        if is_smooth and abs(c @ forth - squares) <= _ROUGHNESS * squares:
+        overlap = c @ forth  # the same, but its error goes with that of `forth`
+        if is_smooth and abs(overlap - squares) <= _ROUGHNESS * squares:
             count = min(len(back), len(c))
-            return float((c @ c) * (forth @ forth) / squares**2 * count / len(c))
+            return float((c @ c) * (forth @ forth) / overlap**2 * count / len(c))
     return None
 
 
 def _relative_step(tensor: Tensor, gradient: np.ndarray) -> float:
     """By what a gradient at an input is multiplied to be as large as the input."""
-    norms = [np.linalg.norm(_joined([each])) for each in (to_numpy(tensor), gradient)]
-    return float(norms[0] / norms[1]) if all(norms) else math.inf
+    largest = float(ops.max(ops.abs(tensor))) if math.prod(tensor.shape) else 0.0
+    step = float(np.abs(gradient).max(initial=0.0))
+    return largest / step if largest and step else math.inf
 
 
 def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:

@@ -222,6 +222,8 @@ def _through_move(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
     name, (args, kwargs) = step.operation.name, step.arguments
     source, target = (graph.tensors[ends[0]].shape for ends in (step.inputs, step.outputs))
     sizes = source[1:]
+    if None in (*sizes, *target[1:]):
+        raise Lost(f"{name} follows, and not all sizes are known")
     places = np.arange(math.prod(sizes)).reshape(sizes)
 
     def move() -> np.ndarray:

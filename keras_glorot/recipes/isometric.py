@@ -251,7 +251,7 @@ class _Attempt:
 
     def __init__(self, network: _Network, refused: dict[int, str]):
         self.network, self.graph, self.refused = network, network.graph, refused
-        # By number of the tensor: the pairs that reach it, and the id of their kernel.
+        # By `id` of the step: the pairs that its kernel takes, and the id of their kernel.
         self.arrived: dict[int, list[tuple[int, Pairs]]] = {}
         self.made: dict[int, Pairs] = {}
         self.reasons = dict(refused)
@@ -266,15 +266,15 @@ class _Attempt:
         try:
             if (pairs.partner < 0).all():
                 raise Lost("it has one unit")
-            for number, sent in self._send(step, pairs):
-                self.arrived.setdefault(number, []).append((maker, sent))
+            for taker, sent in self._send(step, pairs):
+                self.arrived.setdefault(id(taker), []).append((maker, sent))
             self.made[maker] = pairs
         except Lost as lost:
             self.reasons[maker] = str(lost)
 
-    def _send(self, step: Step, pairs: Pairs) -> list[tuple[int, Pairs]]:
-        """The tensors that kernels take from this one, with its pairs in them."""
-        arrived: list[tuple[int, Pairs]] = []
+    def _send(self, step: Step, pairs: Pairs) -> list[tuple[Step, Pairs]]:
+        """The steps whose kernels take its pairs, and these as they come in."""
+        arrived: list[tuple[Step, Pairs]] = []
         own = _own_activation(step.operation)
         if own is not None:
             pairs = self._activated(pairs, own, False)
@@ -285,8 +285,8 @@ class _Attempt:
                 raise Lost("its output is one of the model's")
             for consumer in self.graph.consumers(number):
                 passed = self._pass(consumer, number, pairs, is_active)
-                if passed is None:
-                    arrived.append((number, pairs))
+                if id(consumer) in self.network.map_of:
+                    arrived.append((consumer, passed[0]))
                 else:
                     waiting.append((consumer.outputs[0], *passed))
         if not arrived:
@@ -295,8 +295,8 @@ class _Attempt:
 
     def _pass(
         self, step: Step, number: int, pairs: Pairs, is_active: bool
-    ) -> tuple[Pairs, bool] | None:
-        """The pairs after a step, and whether an activation was met; None: a kernel's."""
+    ) -> tuple[Pairs, bool]:
+        """The pairs after a step, or before its kernel; whether an activation was met."""
         function = step_activation(step.operation)
         if function is not None:
             return self._activated(pairs, function, is_active), True
@@ -307,7 +307,7 @@ class _Attempt:
             if not is_active:
                 raise Lost("no activation follows")
             _check_taken(own, pairs)
-            return None
+            return pairs, is_active
         if kernel is None:
             return through(step, self.graph, number, pairs), is_active
         function = _own_activation(step.operation)
@@ -332,21 +332,21 @@ class _Attempt:
     def refuse(self) -> dict[int, str]:
         """The kernels whose pairs not all calls of a shared kernel can send or take."""
         found: dict[int, str] = {}
-        first: dict[int, tuple[int, Pairs | None]] = {}
+        first: dict[int, tuple[Step, Pairs | None]] = {}
         for step, own in self.network.maps:
             key, pairs = id(own.variable), self._taken(step)
             if key in self.reasons and key in self.made:
                 found[key] = self.reasons[key]
-            number, others = first.setdefault(key, (step.inputs[0], pairs))
+            other, others = first.setdefault(key, (step, pairs))
             if (pairs is None and others is None) or (pairs and pairs.equals(others)):
                 continue
-            for each in (step.inputs[0], number):
-                for maker, _ in self.arrived.get(each, []):
+            for each in (step, other):
+                for maker, _ in self.arrived.get(id(each), []):
                     found[maker] = "a shared kernel takes its output, and another one's"
         return found
 
     def _taken(self, step: Step) -> Pairs | None:
-        arrived = [pairs for _, pairs in self.arrived.get(step.inputs[0], [])]
+        arrived = [pairs for _, pairs in self.arrived.get(id(step), [])]
         return functools.reduce(Pairs.merged, arrived) if arrived else None
 
     def plans(self) -> dict[int, _Plan]:

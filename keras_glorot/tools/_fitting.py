@@ -273,9 +273,12 @@ def _slack(weight: Weight) -> float:
 def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
     """Whether it can't be chance that the matrices are as orthogonal as they are."""
     matrices = distribution.matrices_of(weight.shape)
-    disorder = np.median(_disorder(weight, distribution))
-    if matrices is None or math.isinf(disorder):
+    if matrices is None:
         return False
+    disorders = _disorder(weight, distribution)
+    if math.isinf(disorders[0]):
+        return False
+    disorder = np.median(disorders)
     if matrices.size < math.prod(weight.shape):
         return True  # zeros beside the tap
     # Of independent values its square is a chi-squared variable over `long`, with `short`

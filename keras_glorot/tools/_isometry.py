@@ -8,6 +8,7 @@ from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._drawing.mirrored import Mirror
 from keras_glorot._models.survey import Weight
+from keras_glorot.tools._fitting import ONE_IN
 
 __all__ = ["find_fault", "has_pairs", "is_start"]
 
@@ -19,7 +20,7 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     """Whether the values come from this start, perhaps with a fault, and not by chance."""
     values = _values(weight)
     if start.form == "tap":
-        return bool(np.mean(values == _tapped(values, start)) > 0.5)
+        return _is_tapped(values, _tapped(values, start))
     mirror = start.mirror
     if mirror is None or not values.any():
         return False
@@ -37,7 +38,7 @@ def is_start(weight: Weight, start: Distribution) -> bool:
 def has_pairs(start: Distribution) -> bool:
     """Whether units, or filters, are alike but for their sign."""
     if start.mirror is None:
-        return start.form == "tap"
+        return False
     sides = start.mirror.inputs, start.mirror.outputs
     return any(bool((side.factors < 0).any()) for side in sides)
 
@@ -69,6 +70,17 @@ def _values(weight: Weight) -> np.ndarray:
 
 def _tapped(values: np.ndarray, start: Distribution) -> np.ndarray:
     return start.draw(values.shape, "float32", (0,)).astype(values.dtype)
+
+
+def _is_tapped(values: np.ndarray, tapped: np.ndarray) -> bool:
+    if not np.array_equal(np.abs(values), tapped):
+        return bool(np.mean(values == tapped) > 0.5)
+    # Orthogonal matrices of one row and one column are 1 or -1 by chance.
+    count, wrong = (int(np.count_nonzero(each)) for each in (tapped, values < 0))
+    if not wrong or 4 * wrong > count:
+        return not wrong
+    fewer = sum(math.comb(count, number) for number in range(wrong + 1))
+    return fewer / 2**count < ONE_IN
 
 
 def _is_mirrored(values: np.ndarray, mirror: Mirror) -> np.ndarray:

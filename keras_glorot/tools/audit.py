@@ -237,7 +237,8 @@ def _measure_declared(weight: Weight, starts: _Starts) -> _Measured:
     subject = _measure(weight, own, others)
     # An orthogonal kernel can be right by itself, and have its gain in the next one.
     is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
-    if subject.fault or subject.repeats or is_orthogonal:
+    is_suspect = subject.fault or subject.repeats or _is_constant_kernel(subject)
+    if is_suspect or is_orthogonal:
         return _as_isometric(subject, starts)
     return subject
 
@@ -275,7 +276,8 @@ def _as_isometric(subject: "_Measured", starts: _Starts) -> "_Measured":
         return subject
     found = find_fault(weight, drawn)
     is_sound = subject.fault is None and not subject.repeats
-    if found and (is_sound or not has_pairs(drawn)):
+    is_plain = is_sound or not has_pairs(drawn)
+    if found and is_plain and drawn.form != "tap":
         return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
     return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)
@@ -300,7 +302,7 @@ def _random_distribution(
 def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
     """The distributions that `initialize` may draw a kernel from."""
     gain = known_gain(weight.activation) or 1.0
-    for std in _glorot_stds(weight, gain, "fan_avg"):
+    for std in dict.fromkeys(_glorot_stds(weight, gain, "fan_avg")):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
@@ -570,16 +572,20 @@ def _find_twins(measured: list[_Measured]) -> Iterator[Finding]:
 
 
 def _same_statistics(subjects: list[_Measured]) -> Iterator[tuple[int, int]]:
-    """Pairs with the same size and std: only in those all values need be compared.
+    """Pairs with the same size, extreme and std: only in those all values are compared.
 
-    A transposed tensor is summed in another order, so the last digits may differ.
+    A transposed tensor is summed in another order, so the last digits may differ. All
+    orthogonal ones of a shape have the same std, but not the same extreme.
     """
-    keys = [(each.statistics.size, each.statistics.std) for each in subjects]
+    keys = [
+        (each.size, max(-each.low, each.high), each.std)
+        for each in (subject.statistics for subject in subjects)
+    ]
     order = sorted(range(len(subjects)), key=keys.__getitem__)
     for position, later in enumerate(order):
-        size, std = keys[later]
+        size, extreme, std = keys[later]
         for before in reversed(order[:position]):
-            if keys[before] < (size, std * (1 - 1e-9)):
+            if keys[before] < (size, extreme, std * (1 - 1e-9)):
                 break
             yield min(before, later), max(before, later)
 
