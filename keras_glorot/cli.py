@@ -255,7 +255,7 @@ def _signals_as_exceptions() -> Iterator[None]:
     def stop_again(swallowed: Any) -> None:
         """Finalizers and callbacks of the garbage collector swallow what is raised."""
         code = getattr(swallowed.exc_value, "code", None)
-        number = code - 128 if isinstance(code, int) else None
+        number = code - 128 if isinstance(code, int) else 0
         if number in numbers:
             signal.signal(number, stop)
             threading.Timer(0.01, _thread.interrupt_main, (number,)).start()

@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -620,7 +622,7 @@ def test_the_loss_of_a_sound_model_is_not_made_worse(make):
 
     def losses():
         outputs = model(keras.tree.map_structure(half, x))
-        function = keras.losses.get(loss)
+        function: Any = keras.losses.get(loss)
         return float(np.mean(keras.ops.convert_to_numpy(function(half(y), outputs))))
 
     before = losses()

@@ -279,7 +279,7 @@ def test_functions_of_shape_and_dtype_are_initializers():
         ("he_norml", "mean 'he_normal'"),
         (lambda survey: None, "must return `keras_glorot.recipes.Starts`"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_name_the_pattern_and_what_was_meant(how, message):
     model = convnet()

@@ -199,7 +199,10 @@ def _is_out_of_bounds(
     if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
         # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
         return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
-    return reach > (1 + _TOLERANCE) * _limit(weight, distribution)
+    # All values can be larger by a factor that their std can't tell from chance.
+    spread = math.sqrt((distribution.kurtosis - 1) / (4 * statistics.size))
+    slack = max(_TOLERANCE, _SIGMAS * spread)
+    return reach > (1 + slack) * _limit(weight, distribution)
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:

@@ -211,6 +211,11 @@ class _Measured(NamedTuple):
         return self.is_finite and self.statistics.low == self.statistics.high
 
     @property
+    def is_declared(self) -> bool:
+        """Whether the layer says how it should be drawn, and not `how`: then no name does."""
+        return not self.start.name
+
+    @property
     def is_left(self) -> bool:
         """Whether that was chosen."""
         return self.start.is_left and self.start.severity is None
@@ -397,7 +402,7 @@ def _check_std(subject: _Measured) -> _Verdict | None:
 def _is_scaled(subject: _Measured) -> bool:
     """Whether the values of a kernel are of the expected form, at another scale."""
     expected = subject.expected
-    if expected is None or not subject.weight.is_kernel:
+    if expected is None or not subject.weight.is_kernel or not subject.is_declared:
         return False
     return has_form(subject.weight, subject.statistics, expected)
 

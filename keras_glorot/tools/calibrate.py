@@ -406,7 +406,7 @@ def _change(layers: list[ScaledLayer], seen: Pass, is_scaled: bool) -> _Change:
     path = _path(layers, seen)
     bounded = [seen.signal[i] for i in seen.order if layers[i].share is None]
     # The ends of branches are small on purpose.
-    aims = np.log([layers[i].share if is_scaled else 1.0 for i in path])
+    aims = np.log([layers[i].share or 1.0 if is_scaled else 1.0 for i in path])
     alike = seen.likeness[path]
     alike = alike[np.isfinite(alike)]
     return _Change(
@@ -512,7 +512,7 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
     if change.is_held(_MOST_DRIFT):
         return []
     path, cause, advice = _cause(result, flow)
-    if result.fresh is None and not change.is_level:
+    if result.failed is not None and result.fresh is None and not change.is_level:
         message = (
             f"No scale of the kernels holds on other examples ({result.failed.change}), "
             f"so all are as they were. The cause is {cause}."
@@ -529,7 +529,7 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
 def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
     """The path of a kernel, the part of the model there, and what to do."""
     layers = result.layers
-    attempt = result.failed or result.fresh
+    attempt = result.failed or result.fresh or result.was
     hidden = [i for i in attempt.seen.order if layers[i].share is not None]
     first = next(iter(hidden), attempt.seen.order[0])
     if _is_starved(layers, attempt):
