@@ -6,7 +6,6 @@ import math
 import re
 import sys
 from pathlib import Path
-
 from typing import Any
 
 import keras

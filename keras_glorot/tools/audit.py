@@ -212,7 +212,7 @@ class _Measured(NamedTuple):
 
     @property
     def is_declared(self) -> bool:
-        """Whether the layer says how it should be drawn, and not `how`: then no name does."""
+        """Whether its layer says how it is drawn, and not `how`: then it has no name."""
         return not self.start.name
 
     @property
