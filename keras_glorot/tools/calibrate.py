@@ -166,8 +166,9 @@ def _check_tells(batch: Batch) -> None:
             + (", with all examples alike" if len(arrays[0]) > 1 and not varies else "")
         )
     largest = float(np.finfo(np.float32).max)
-    sizes = [float(np.abs(each).max(initial=0.0)) for each in arrays]
-    if max(sizes) > largest:
+    floats = [array for part, array in zip(parts, arrays, strict=True) if is_float(part)]
+    sizes = [float(np.abs(each).max(initial=0.0)) for each in floats]
+    if max(sizes, default=0.0) > largest:
         raise ValueError(
             f"Argument `x` must be within the range of float32, up to {largest:.3g}: scale "
             f"it to a std near 1. Received: x with values up to {max(sizes):.3g}"
