@@ -237,6 +237,18 @@ def test_a_model_in_pairs_is_linear(make):
     assert np.linalg.norm(y) > 0.3 * np.linalg.norm(x) / math.sqrt(x.size / y.size)
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_branches_that_end_in_an_activation_are_small(is_own):
+    x = inputs = keras.Input((16,))
+    for _ in range(50):
+        y = layers.Dense(16, "relu" if is_own else None)(x)
+        x = layers.Add()([x, y if is_own else layers.Activation("relu")(y)])
+    model = keras.Model(inputs, x)
+    start(model)
+    x = np.random.default_rng(0).normal(size=(4, 16))
+    assert np.linalg.norm(call(model, x)) < 10 * np.linalg.norm(x)
+
+
 def _input_shape(model):
     return (8,) if isinstance(model, Residual) else model.input_shape[1:]
 

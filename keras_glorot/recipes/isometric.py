@@ -198,7 +198,9 @@ class _Network:
         scales = {}
         for step, _ in self.maps:
             scale = level if self._starts(step) else 1.0
-            scales[id(step)] = scale / math.sqrt(len(ends)) if id(step) in ends else scale
+            # Outputs of an activation have a mean, and means add up faster than noise.
+            power = {None: 0.0, False: 0.5, True: 1.0}[ends.get(id(step))]
+            scales[id(step)] = scale / len(ends) ** power if power else scale
         return scales
 
     def _effects(self) -> Iterator[Effect]:
@@ -222,28 +224,32 @@ class _Network:
             number = maker.inputs[0]
         return True
 
-    def _branch_ends(self) -> set[int]:
-        """By `id`, the kernels whose output is added to the input of their branch."""
-        ends = set()
+    def _branch_ends(self) -> dict[int, bool]:
+        """By `id`, the kernels whose output is added to the input of their branch.
+
+        Also whether an activation stands between.
+        """
+        ends = {}
         for total in self.graph.steps:
             if type(total.operation).__name__ == "Add":
                 for number in total.inputs:
-                    end = self._last_kernel(number)
+                    end, is_active = self._last_kernel(number)
                     others = set(total.inputs) - {number}
                     if end and self.graph.ancestors(end) & others:
-                        ends.add(id(end))
+                        ends[id(end)] = is_active
         return ends
 
-    def _last_kernel(self, number: int) -> Step | None:
-        """The kernel that made a tensor, without activation or normalization after it."""
-        step = self.graph.makers.get(number)
+    def _last_kernel(self, number: int) -> tuple[Step | None, bool]:
+        """The kernel that made a tensor, without what undoes its scale after it."""
+        step, is_active = self.graph.makers.get(number), False
         while step and id(step) not in self.map_of:
-            operation = step.operation
+            operation, function = step.operation, step_activation(step.operation)
             is_open = len(step.inputs) == 1 and not is_normalization(operation)
-            if not is_open or step_activation(operation):
-                return None
+            if not is_open or (function and self.effect(function) is None):
+                return None, False
+            is_active |= function is not None
             step = self.graph.makers.get(step.inputs[0])
-        return step
+        return step, is_active or bool(step and self.activation(step))
 
 
 class _Attempt:
