@@ -119,14 +119,6 @@ class Tree:
         ]
 
     @functools.cached_property
-    def additions(self) -> list[Any]:
-        """In functional models, `Add` layers, and the `+` between layers."""
-        found: list[Any] = [*self.layers]
-        for layer in self.layers:
-            found += getattr(layer, "operations", ())
-        return [each for each in unique(found) if type(each).__name__ == "Add"]
-
-    @functools.cached_property
     def in_graphs(self) -> set[int]:
         """By `id`, the layers that a functional or sequential model holds."""
         models = [

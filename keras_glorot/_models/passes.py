@@ -580,10 +580,6 @@ def intercepted_call(
                 )
             if wrapper is not None:
                 stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        for addition in survey.additions:
-            if id(addition) in wrappers and not isinstance(addition, keras.Layer):
-                wrapper = wrappers[id(addition)]
-                stack.enter_context(_replaced_call(addition, wrapper, place.is_elsewhere))
         outputs = batch.call(survey.root, x)
         place.is_over = True
         yield outputs, list(place.unseen.values())
