@@ -189,7 +189,7 @@ def _with_all_processes(tensors: Any) -> tuple[Any, Any]:
     )
 
     def spread(tensor: Any) -> Any:
-        if not _is_local(tensor):
+        if tensor is None or not _is_local(tensor):
             return tensor
         array = np.asarray(tensor)
         if not _is_same(array):

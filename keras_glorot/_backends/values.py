@@ -65,11 +65,6 @@ class Values:
         found = any(bool(np.any(part)) for _, part in self.parts())
         return bool(self.stack(np.array([found])).any())
 
-    def mean_square(self) -> float:
-        """The mean of their squares."""
-        total = sum(float(chunk @ chunk) for chunk in self.chunks())
-        return float(self.stack(np.array([total])).sum()) / max(1, math.prod(self.shape))
-
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
         """A slice, by an integer or a `slice` of step 1 for each axis."""
         axes = tuple(axis for axis, at in enumerate(index) if not isinstance(at, slice))
