@@ -189,7 +189,8 @@ class Batch(NamedTuple):
                 f"{shapes[:4]}"
             )
         try:
-            x = tree.map_structure(ops.convert_to_tensor, x)
+            with np.errstate(over="ignore"):  # JAX makes floats of doubles
+                x = tree.map_structure(ops.convert_to_tensor, x)
         except Exception as error:
             raise _not_numbers(x) from error
         if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
