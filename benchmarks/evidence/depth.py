@@ -141,8 +141,8 @@ Seen in these tables:
   but less than `orthogonal`, which has no such level.
 - **Normalization** after each of 100 layers does not replace the start, nor the start the
   sums: such chains hardly learn from either. Sums *and* normalization learn from both.
-- **Sums without normalization** grow with each layer in other starts. The isometric one makes
-  the branches small, and learns.
+- **Sums without normalization** grow with each layer in other starts. The isometric one
+  makes the branches small, and learns.
 """
 POINTS, WIDE, DEEP, DEEPEST = 2, 5, 100, 200
 STYLES = {
