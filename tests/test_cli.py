@@ -163,10 +163,12 @@ def test_init_and_audit_by_a_mapping_in_a_file(model_file, tmp_path, capsys):
     main(["init", model_file, "-o", str(out)])
     assert main(check) == 1
     assert main(["init", model_file, "-o", str(out), "--how", str(how)]) == 0
-    assert main([*check, "--html", str(page)]) == 0
-    assert f"--expect {how}" in page.read_text()
+    assert main(check) == 0
     assert abs(weights(out)[0].std() / 0.02 - 1) < 0.1
     assert not weights(out)[2].any()
+    pytest.importorskip("matplotlib")
+    assert main([*check, "--html", str(page)]) == 0
+    assert f"--expect {how}" in page.read_text()
 
 
 @pytest.mark.parametrize(
