@@ -118,7 +118,8 @@ function arithmetic() {
       const makes = !effect.isOdd && !layer.skip && next !== undefined && !next.skip;
       let factor = index === 0 ? gain * effect.level : gain;
       if (before) factor *= takes ? 1 / before.slope : before.gain;
-      if (layer.skip) factor /= Math.sqrt(branches);
+      // Outputs of ReLU and the like have a mean, and means add up faster than noise.
+      if (layer.skip) factor /= effect.isOdd ? Math.sqrt(branches) : branches;
       mirror(layer, takes, makes, factor);
       before = layer.skip ? null : effect;
       takes = makes;

@@ -198,7 +198,7 @@ class _Network:
         scales = {}
         for step, _ in self.maps:
             scale = level if self._starts(step) else 1.0
-            # Outputs of an activation have a mean, and means add up faster than noise.
+            # Outputs of ReLU and the like have a mean, and means add up faster than noise.
             power = {None: 0.0, False: 0.5, True: 1.0}[ends.get(id(step))]
             scales[id(step)] = scale / len(ends) ** power if power else scale
         return scales
@@ -227,29 +227,33 @@ class _Network:
     def _branch_ends(self) -> dict[int, bool]:
         """By `id`, the kernels whose output is added to the input of their branch.
 
-        Also whether an activation stands between.
+        Also whether an activation between makes it have a mean.
         """
         ends = {}
         for total in self.graph.steps:
             if type(total.operation).__name__ == "Add":
                 for number in total.inputs:
-                    end, is_active = self._last_kernel(number)
+                    end, has_mean = self._last_kernel(number)
                     others = set(total.inputs) - {number}
                     if end and self.graph.ancestors(end) & others:
-                        ends[id(end)] = is_active
+                        ends[id(end)] = has_mean
         return ends
 
     def _last_kernel(self, number: int) -> tuple[Step | None, bool]:
         """The kernel that made a tensor, without what undoes its scale after it."""
-        step, is_active = self.graph.makers.get(number), False
+        step, has_mean = self.graph.makers.get(number), False
         while step and id(step) not in self.map_of:
             operation, function = step.operation, step_activation(step.operation)
             is_open = len(step.inputs) == 1 and not is_normalization(operation)
             if not is_open or (function and self.effect(function) is None):
                 return None, False
-            is_active |= function is not None
+            has_mean |= self._gives_mean(function)
             step = self.graph.makers.get(step.inputs[0])
-        return step, is_active or bool(step and self.activation(step))
+        return step, has_mean or bool(step and self._gives_mean(self.activation(step)))
+
+    def _gives_mean(self, function: Callable[[Any], Any] | None) -> bool:
+        effect = function and self.effect(function)
+        return bool(effect) and not effect.is_odd
 
 
 class _Attempt:
