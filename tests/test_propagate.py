@@ -363,6 +363,9 @@ FAST = {"dense_tanh", "dense_gelu", "variational_autoencoder", "mean_over_steps"
 )
 def test_networks_that_train_have_no_finding_on_scale(name):
     """That a short fit works for them shows `benchmarks/evidence/findings.py`."""
+    version = tuple(map(int, keras.__version__.split(".")[:2]))
+    if "transformer" in name and version < (3, 15):
+        pytest.skip("Keras draws the kernels of attention too small")
     keras.utils.set_random_seed(1)
     model, x, *_ = HEALTHY[name]()
     x = keras.tree.map_structure(lambda each: each[:32], x)
