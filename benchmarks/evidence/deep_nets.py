@@ -305,22 +305,32 @@ def descend(training, model, x, y, advance):
     step = gradient(training.dataset, training.net)
     values = [variable.value for variable in model.trainable_variables]
     optimizer = torch.optim.Adam(values, training.learning_rate, fused=True)
-    order, means = np.random.default_rng(training.seed), []
-    for epoch in range(training.epochs):
+    losses, means = epoch_losses(step, values, optimizer, x, y, training.seed), []
+    for left in range(training.epochs, 0, -1):
+        mean = next(losses)
+        if not math.isfinite(mean):
+            advance(left)
+            break
+        means.append(round(mean, 4))
+        advance(1)
+    return means
+
+
+def epoch_losses(step, values, optimizer, x, y, seed):
+    """Yield the mean loss of one epoch after the other, with a step on each minibatch."""
+    order = np.random.default_rng(seed)
+    while True:
         total = 0.0
         for batch in order.permutation(len(y)).reshape(-1, MINIBATCH):
             with torch.no_grad():
                 loss, gradients = step(values, x[batch], y[batch])
-            for value, slope in zip(values, gradients, strict=True):
+            for value, slope in zip(
+                optimizer.param_groups[0]["params"], gradients, strict=True
+            ):
                 value.grad = slope
             optimizer.step()
             total += loss.item()
-        if not math.isfinite(total):
-            advance(training.epochs - epoch)
-            break
-        means.append(round(total * MINIBATCH / len(y), 4))
-        advance(1)
-    return means
+        yield total * MINIBATCH / len(y)
 
 
 @torch.no_grad()

@@ -148,20 +148,9 @@ def descend(model, trained, x, y, make_optimizer, epochs, seed):
     step = gradient(model, variables, len(trained))
     values = [each.value for each in variables]
     optimizer = make_optimizer(values[: len(trained)])
-    order, means = np.random.default_rng(seed), []
-    for _ in range(epochs):
-        total = 0.0
-        for batch in order.permutation(len(y)).reshape(-1, MINIBATCH):
-            with torch.no_grad():
-                loss, gradients = step(values, x[batch], y[batch])
-            for value, slope in zip(values, gradients, strict=False):
-                value.grad = slope
-            optimizer.step()
-            total += loss.item()
-        if not np.isfinite(total):
-            break
-        means.append(round(total * MINIBATCH / len(y), 4))
-    return means
+    losses = deep_nets.epoch_losses(step, values, optimizer, x, y, seed)
+    means = itertools.takewhile(np.isfinite, itertools.islice(losses, epochs))
+    return [round(mean, 4) for mean in means]
 
 
 _steps: dict[int, Any] = {}  # by the number of variables that are trained
