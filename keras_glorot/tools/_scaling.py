@@ -28,7 +28,7 @@ from keras_glorot._models.passes import (
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.initializers import GLOROT
 
-__all__ = ["Pass", "ScaledLayer", "ScalingPasses", "find_scaled_layers", "scaled"]
+__all__ = ["ScaledLayer", "ScalingPass", "ScalingPasses", "find_scaled_layers", "scaled"]
 
 ops: Any = keras.ops
 tree: Any = keras.tree
@@ -162,7 +162,7 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
     return layer.cell.kernel if isinstance(layer, _CELLS) else None
 
 
-class Pass(NamedTuple):
+class ScalingPass(NamedTuple):
     """What one pass saw: arrays over the layers; of several calls, the mean.
 
     Attributes:
@@ -201,7 +201,7 @@ class ScalingPasses:
         level: float = 1.0,
         aims: np.ndarray | None = None,
         factors: np.ndarray | None = None,
-    ) -> Pass:
+    ) -> ScalingPass:
         """One pass: scaled to these stds of the outputs, or with factors, or as it is.
 
         The level is that of the hidden kernels, which heads need not make up for.
@@ -240,7 +240,7 @@ class ScalingPasses:
             objective = batch.objective(outputs)
             yield objective, self.latest.extras(objective, len(self.layers))
 
-    def _collect(self, signals: list[Any], extras: list[np.ndarray]) -> Pass:
+    def _collect(self, signals: list[Any], extras: list[np.ndarray]) -> ScalingPass:
         """From calls to layers."""
         stds, likenesses, factors, follows, objective = extras
         calls = self.latest.calls
@@ -267,7 +267,7 @@ class ScalingPasses:
                 gradient[i] = np.log(np.nan_to_num(lengths[mine])).mean()
                 likeness[i] = likenesses[mine].mean()
                 share[i] = shares[mine].max()
-        return Pass(
+        return ScalingPass(
             signal,
             gradient,
             likeness,

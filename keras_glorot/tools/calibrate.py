@@ -16,8 +16,8 @@ from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
 from keras_glorot.tools._scaling import (
-    Pass,
     ScaledLayer,
+    ScalingPass,
     ScalingPasses,
     find_scaled_layers,
     scaled,
@@ -248,7 +248,7 @@ class _Attempt(NamedTuple):
     """A pass with kernels scaled to a level, and what became of the three in it."""
 
     level: float
-    seen: Pass
+    seen: ScalingPass
     change: _Change
 
 
@@ -274,7 +274,7 @@ class _Result(NamedTuple):
     passes: int
 
     @property
-    def after(self) -> Pass:
+    def after(self) -> ScalingPass:
         """The model as it will be."""
         return (self.fresh or self.was).seen
 
@@ -331,7 +331,7 @@ def _measure(
 
 
 def _check_finite(
-    model: keras.Layer, layers: list[ScaledLayer], before: Pass, after: Pass
+    model: keras.Layer, layers: list[ScaledLayer], before: ScalingPass, after: ScalingPass
 ) -> None:
     """An error where even the scaled model does not give numbers."""
     if before.is_finite or after.is_finite:
@@ -361,11 +361,11 @@ def _scale(run: ScalingPasses, half: Batch, level: float, is_chain: bool) -> _At
     return attempt
 
 
-def _attempt(layers: list[ScaledLayer], level: float, seen: Pass) -> _Attempt:
+def _attempt(layers: list[ScaledLayer], level: float, seen: ScalingPass) -> _Attempt:
     return _Attempt(level, seen, _change(layers, seen, level > 0))
 
 
-def _differ(layers: list[ScaledLayer], one: Pass, other: Pass) -> bool:
+def _differ(layers: list[ScaledLayer], one: ScalingPass, other: ScalingPass) -> bool:
     """Whether the output of a hidden kernel has another std on other examples."""
     hidden = [i for i in one.order if layers[i].share is not None]
     with np.errstate(invalid="ignore"):
@@ -384,7 +384,7 @@ def _is_starved(layers: list[ScaledLayer], attempt: _Attempt) -> bool:
 
 def _first_pass(
     survey: Survey, half: Batch, found: list[ScaledLayer], training: bool
-) -> tuple[ScalingPasses, Pass]:
+) -> tuple[ScalingPasses, ScalingPass]:
     """The pass before, over those layers of which each call is seen."""
     run = ScalingPasses(survey, found, training)
     first = run(half)
@@ -402,7 +402,7 @@ def _first_pass(
     return run, first
 
 
-def _change(layers: list[ScaledLayer], seen: Pass, is_scaled: bool) -> _Change:
+def _change(layers: list[ScaledLayer], seen: ScalingPass, is_scaled: bool) -> _Change:
     """By straight lines through the logarithms: in branches, one may differ widely."""
     path = _path(layers, seen)
     bounded = [seen.signal[i] for i in seen.order if layers[i].share is None]
@@ -420,7 +420,7 @@ def _change(layers: list[ScaledLayer], seen: Pass, is_scaled: bool) -> _Change:
     )
 
 
-def _path(layers: list[ScaledLayer], seen: Pass) -> list[int]:
+def _path(layers: list[ScaledLayer], seen: ScalingPass) -> list[int]:
     """The hidden kernels that signal and gradient come by, in order of their calls."""
     return [
         i
