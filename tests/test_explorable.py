@@ -64,6 +64,7 @@ SETTINGS = {
     "relu isometric": setting("relu", "isometric", 30, 64),
     "elu isometric": setting("elu", "isometric", 10, 64),
     "tanh isometric residual": setting("tanh", "isometric", 10, 32, residual=True),
+    "relu isometric residual": setting("relu", "isometric", 10, 32, residual=True),
 }
 QUANTITIES = ("std", "gradient", "mean", "idle", "between")
 
