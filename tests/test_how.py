@@ -354,6 +354,21 @@ def test_audit_finds_sound_what_a_mapping_made(make):
     assert codes <= ({"constant-kernel"} if "ones" in how.values() else set())
 
 
+def test_a_bound_of_how_is_exact():
+    """That of a declared one gives way where all values may be a little larger."""
+    layer = keras.layers.Dense(40)
+    layer.build((None, 40))
+    initialize(layer, seed=0)
+    kernel = array(layer.kernel)
+    kernel[0, 0] = 1.04 * abs(kernel).max()
+    layer.kernel.assign(kernel)
+    assert [each.code for each in audit(layer, "xavier_uniform").findings] == ["bounds"]
+    assert not audit(layer).findings
+    kernel[0, 0] *= 1.3
+    layer.kernel.assign(kernel)
+    assert [each.code for each in audit(layer).findings] == ["bounds"]
+
+
 FAULTS = {
     "std": lambda kernel: kernel * 1.5,
     "mean": lambda kernel: kernel + 0.05,

@@ -19,6 +19,7 @@ __all__ = [
     "best_fit",
     "collision",
     "has_form",
+    "is_little_larger",
     "is_off",
     "measure",
 ]
@@ -199,10 +200,16 @@ def _is_out_of_bounds(
     if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
         # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
         return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
-    # All values can be larger by a factor that their std can't tell from chance.
+    return reach > _limit(weight, distribution)
+
+
+def is_little_larger(
+    weight: Weight, statistics: Statistics, distribution: Distribution
+) -> bool:
+    """Whether values pass a bound by no factor that their std can tell from chance."""
     spread = math.sqrt((distribution.kurtosis - 1) / (4 * statistics.size))
-    slack = max(_TOLERANCE, _SIGMAS * spread)
-    return reach > (1 + slack) * _limit(weight, distribution)
+    most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(weight, distribution)
+    return _reach(statistics, distribution) <= most < math.inf
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:

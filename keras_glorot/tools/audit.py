@@ -31,6 +31,7 @@ from keras_glorot.tools._fitting import (
     best_fit,
     collision,
     has_form,
+    is_little_larger,
     is_off,
     measure,
 )
@@ -416,8 +417,10 @@ def _check_mean(subject: _Measured) -> _Verdict | None:
 
 
 def _check_bounds(subject: _Measured) -> _Verdict | None:
-    statistics = subject.statistics
-    if subject.fault != "bounds" or _is_constant_kernel(subject):
+    statistics, expected = subject.statistics, subject.expected
+    if expected is None or subject.fault != "bounds" or _is_constant_kernel(subject):
+        return None
+    if _is_scaled(subject) and is_little_larger(subject.weight, statistics, expected):
         return None
     message = (
         f"Values range from {statistics.low:.4g} to {statistics.high:.4g}, outside the "
