@@ -92,10 +92,11 @@ HINT = """
 ## A hint for the learning rate?
 
 The learning rate at which one signed step moves the outputs by std 1, over the best rate
-above. A line in `calibrate`'s note was to come if it is within a factor of {factor} in
-{bar:.0%} of the rows. It is in {near} of the {rows} rows that learn ({share:.0%}); from
-`isometric`, in {near_isometric} of {nets} nets. Half of the ratios lie between {low:.2g}
-and {high:.2g}, all between {least:.2g} and {most:.2g}. {answer}
+above, of which neighbours are a factor of 3.2 apart. A line in `calibrate`'s note was to
+come if it is within a factor of {factor} in {bar:.0%} of the rows with `calibrate`. It is in
+{near} of the {rows} that learn ({share:.0%}); after `isometric`, in {near_isometric} of
+{nets} nets. Half of the ratios lie between {low:.2g} and {high:.2g}, all between {least:.2g}
+and {most:.2g}. {answer}
 """
 DETAILS = """
 ## Details
@@ -458,17 +459,15 @@ def hint(results, row):
 
 
 def hints(results, rows):
-    """How near the hint is to the best rate, of rows that learn."""
+    """How near the hint is to the best rate, of calibrated rows that learn."""
     ratios = {}
-    for row in rows:
+    for row in (each for each in rows if each[2]):
         by_seed = scores(results, row)
         least = LEARNS if NETS[row[0]].has_accuracy else -math.inf
         learns = by_seed and np.mean([*by_seed.values()]) > least
-        if learns and not is_same(results, row):
+        if learns:
             ratios[row] = hint(results, row) / best_rate(results, row)
-    of_isometric = [
-        ratio for row, ratio in ratios.items() if row[1:] == ("isometric", False)
-    ]
+    of_isometric = [ratio for row, ratio in ratios.items() if row[1] == "isometric"]
     values = [*ratios.values()] or [math.nan]
     share = np.mean([is_near(each) for each in values])
     return {
