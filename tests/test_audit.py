@@ -499,7 +499,7 @@ def test_a_normal_kernel_has_a_bound_too():
 
 def test_trained_models_get_one_sentence():
     model = fresh(convolutional)
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((32, 9, 9, 3), "float32")
     model.fit(x, rng.random((32, 4), "float32"), verbose=0)

@@ -139,7 +139,7 @@ def test_several_optimizers_in_one():
     by_function = optimizers.MultiOptimizer(lambda variable: inner[".*/one/.*"])
     for optimizer in (both, by_function):
         model = small()
-        model.compile(optimizer, "mse")
+        model.compile(optimizer, "mse", run_eagerly=True)
         model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
         assert array(inner[".*/one/.*"].iterations) > 0
         initialize(model)
@@ -186,7 +186,7 @@ class Stubborn(optimizers.SGD):
 
 def test_an_optimizer_that_can_not_be_reset_is_a_finding_and_a_warning():
     model = small()
-    model.compile(Stubborn(0.1, momentum=0.9), "mse")
+    model.compile(Stubborn(0.1, momentum=0.9), "mse", run_eagerly=True)
     model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
     with pytest.warns(UserWarning, match=r"did not reset .*: .*no config"):
         finding, _ = initialize(model).findings
