@@ -898,7 +898,10 @@ def generated_block(rng):
     return type(class_name, (layers.Layer,), {"__init__": init, "call": call})
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=pytest.mark.slow if n > 3 else ()) for n in range(12)],
+)
 def test_a_block_gets_the_same_weights_whatever_its_number(number):
     """The first of a class is `encoder`, the second `encoder_1`, the twelfth `encoder_11`.
 
