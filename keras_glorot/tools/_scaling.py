@@ -60,6 +60,9 @@ class ScaledLayer(NamedTuple):
         share: The std that its output is to have, in units of the level. None where its
             kernels keep their own scale, as far as its root mean square is at most 1.
         largest_gain: Beyond which they are not scaled.
+        is_told: Whether signal and gradient are told from it. Not where its output is what
+            branches are added to: its gradient is that of all of them.
+        leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
     """
 
@@ -69,6 +72,8 @@ class ScaledLayer(NamedTuple):
     kernels: tuple[Weight, ...]
     share: float | None
     largest_gain: float
+    is_told: bool
+    leads_on: bool
     is_affine: bool
 
 
@@ -109,6 +114,8 @@ def _scaled_layer(
         tuple(kernels),
         share,
         (share or 1.0) * (_GAIN_OF_MEANS if flow.takes_means(layer) else _LARGEST_GAIN),
+        share is not None and (is_end or not flow.is_added(layer)),
+        flow.is_head(layer) and flow.leads_on(layer),
         layer is owner and _is_affine(owner),
     )
 
@@ -361,7 +368,8 @@ class _Scaler:
         std_or_1 = numpy.where(std > 0, std, 1)
         if layer.share is None:
             # It makes up for a low level, and for nothing else.
-            wanted = numpy.minimum(1 / self.level, 1 / numpy.where(size > 0, size, 1))
+            most = self.aims[i] / numpy.where(size > 0, size, 1)
+            wanted = numpy.minimum(1 / self.level, most)
         else:
             wanted = self.aims[i] / std_or_1
             if inputs is not None:
