@@ -369,15 +369,6 @@ def test_every_weight_dtype(dtype):
         np.testing.assert_allclose(values(one), values(other), rtol=1e-6)
 
 
-def test_a_pattern_limits_it():
-    model, other = dense("relu", 2), dense("relu", 2)
-    start(model)
-    before = values(kernel(other, 0))
-    initialize(other, {f"^{other.layers[1].name}/": "isometric"}, seed=1)
-    np.testing.assert_array_equal(values(kernel(other, 1)), values(kernel(model, 1)))
-    np.testing.assert_array_equal(values(kernel(other, 0)), before)
-
-
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="not on its CPU")
 def test_channels_first():
     """An image, in each of the two layouts: the same numbers."""
@@ -437,6 +428,109 @@ def test_nothing_is_left_behind():
     start(model)
     assert drawn == (random.random(), np.random.random())  # noqa: NPY002
     assert [set(vars(layer)) for layer in Tree(model).layers] == before
+
+
+# A part of a model
+
+
+def named(names, width=16, **options):
+    """Dense layers of ReLU."""
+    hidden = [layers.Dense(width, "relu", name=name, **options) for name in names]
+    return keras.Sequential([keras.Input((width,)), *hidden])
+
+
+def between(model, first, last) -> np.ndarray:
+    """The matrix from the input of one layer to the output of another's kernel."""
+    first, last = model.get_layer(first), model.get_layer(last)
+    outputs = first(np.eye(16, dtype="float32")) - first(np.zeros((16, 16), "float32"))
+    return values(ops.matmul(outputs, last.kernel))
+
+
+def start_part(model, how):
+    """As `start`, of what a mapping draws. Pairs need both sides."""
+    rows = initialize(model, how, seed=1).rows
+    assert [each for each in audit(model, how).findings if each.severity != "info"] == []
+    return {row["path"]: row["pairs"] for row in rows if row["pairs"] is not None}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"^[cd]/": "isometric"},
+        {"^c/": "isometric", "^d/": "isometric"},
+        {"^[cd]/kernel": "isometric", "": None},
+        {"^[abe]/": "xavier_uniform", "": "isometric"},
+    ],
+)
+def test_pairs_between_the_kernels_that_are_drawn(how):
+    model = named("abcde")
+    initialize(model, seed=2)
+    pairs = start_part(model, how)
+    assert pairs == {"c/kernel": "yes", "d/kernel": "the next kernel is not drawn with it"}
+    found = np.linalg.svd(between(model, "c", "d"), compute_uv=False)
+    # Matrices of 16 and 8 (Glorot's 4/3 for both), and a ReLU before that sends no pairs.
+    np.testing.assert_allclose(found, [4 / 3 * math.sqrt(2)] * 8 + [0] * 8, atol=1e-5)
+    assert np.linalg.matrix_rank(values(model.get_layer("d").kernel)) == 8
+    assert {each.code for each in audit(model).findings} == {"relu-gain"}
+
+
+def test_a_kernel_alone_is_an_orthogonal_matrix():
+    model = named("abc")
+    start(model)
+    assert start_part(model, {"^b/": "isometric"}) == {
+        "b/kernel": "the next kernel is not drawn with it"
+    }
+    matrix = values(model.get_layer("b").kernel)
+    np.testing.assert_allclose(matrix.T @ matrix, 2 * np.eye(16), atol=1e-5)
+
+
+def test_pairs_need_a_bias_that_is_the_same_for_all_units():
+    normal = keras.initializers.RandomNormal()
+    model = named("ab", bias_initializer=normal)
+    reason = "the bias of a is not the same for all units"
+    assert next(iter(start(model).values())) == reason
+    model = named("ab")
+    how = {"kernel$": "isometric", "bias$": normal}
+    assert next(iter(start_part(model, how).values())) == reason
+    how = {"kernel$": "isometric", "bias$": None}
+    assert next(iter(start_part(model, how).values())) == reason
+    assert next(iter(start(model).values())) == "yes"
+    assert next(iter(start_part(model, how).values())) == "yes"
+    assert start(named("ab", bias_initializer="ones"))["a/kernel"] == "yes"
+
+
+def test_pairs_need_depthwise_kernels_that_are_drawn():
+    parts = [conv(8, name="a"), layers.DepthwiseConv2D(3, name="b"), conv(8, name="c")]
+    model = images(*parts)
+    assert start(model)["a/kernel"] == "yes"
+    pairs = start_part(model, {"^[ac]/": "isometric"})
+    assert pairs["a/kernel"] == "a depthwise kernel follows that is not drawn with it"
+
+
+class Tied(keras.Model):
+    """Back through a kernel that it came through, or once more through a loop."""
+
+    def __init__(self, is_loop):
+        super().__init__()
+        self.first, self.inner, self.last = named("abc").layers
+        self.loop = layers.TimeDistributed(self.inner) if is_loop else None
+
+    def call(self, x):
+        x = self.inner(self.first(x))
+        if self.loop:
+            return self.last(self.loop(x))
+        return self.last(ops.relu(ops.matmul(x, ops.transpose(self.inner.kernel))))
+
+
+@pytest.mark.parametrize("is_loop", [True, False])
+def test_a_kernel_that_is_used_in_two_ways(is_loop):
+    model = Tied(is_loop)
+    model(np.zeros((2, 3, 16), "float32"))
+    first, inner, _ = start(model).values()
+    assert first == "the next kernel is used by another operation, too"
+    assert inner == "it is used by another operation, too"
+    matrix = values(model.inner.kernel)
+    np.testing.assert_allclose(matrix.T @ matrix, 2 * np.eye(16), atol=1e-5)
 
 
 # `audit` finds it sound, and every fault

@@ -52,6 +52,8 @@ class Graph:
         tensors: By number: the shape and dtype of each tensor, a `KerasTensor`.
         inputs, outputs: The numbers of the tensors that the model takes and returns.
         closed: The layers with sublayers that could not be looked into.
+        read: By `id`, the variables whose values the `call` of a layer took from another
+            one, or turned before it used them.
     """
 
     steps: list[Step]
@@ -59,6 +61,7 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     closed: list[keras.Layer]
+    read: frozenset[int] = frozenset()
 
     @functools.cached_property
     def makers(self) -> dict[int, Step]:
@@ -164,16 +167,29 @@ def _with_sizes(size: int | None, tensor: Any) -> Any:
     return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype))
 
 
+class _Reads(keras.StatelessScope):
+    """Notes whose values are asked for. Keras's own layers do that in scopes of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        self.ids.add(id(variable))
+        return super().get_current_value(variable)
+
+
 class _Tracer:
     def __init__(self, walked: Tree):
         self.walked = walked
         # Of each copy, by `id`, the tensor that it stands for. Kept alive, for their ids.
         self.originals: dict[int, tuple[Any, Any]] = {}
         self.closed: dict[int, keras.Layer] = {}
+        self.reads = _Reads()
 
     def trace(self, arguments: Arguments) -> Graph:
         args, kwargs = arguments
-        with keras.StatelessScope(), contextlib.ExitStack() as stack:
+        with self.reads, contextlib.ExitStack() as stack:
             for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
                 if _is_open(layer, self.walked.children(layer)):
@@ -239,7 +255,8 @@ class _Tracer:
             call = tensor._keras_history.node_index
             steps.append(Step(node.operation, arguments, ins, outs, call))
         ends = tuple(map(number, last))
-        return Graph(steps, tensors, first, ends, list(self.closed.values()))
+        closed, read = list(self.closed.values()), frozenset(self.reads.ids)
+        return Graph(steps, tensors, first, ends, closed, read)
 
 
 def _is_symbol(value: Any) -> bool:

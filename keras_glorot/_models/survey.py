@@ -4,8 +4,9 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import keras
 
@@ -43,6 +44,10 @@ _SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
 class Survey(Tree):
     """A built layer or model, looked at once. Dear things are looked up when asked for.
 
+    Attributes:
+        elsewhere: By `id` of the variable, what the weights are drawn from that a recipe
+            does not draw; None where that is not known.
+
     Args:
         model: A built layer or model.
         argument: The name of the user's argument, for errors.
@@ -55,6 +60,17 @@ class Survey(Tree):
     def __init__(self, model: Any, argument: str = "model"):
         _check_built(model, argument)
         super().__init__(model)
+        self.elsewhere: Mapping[int, Distribution | None] = MappingProxyType({})
+
+    def for_recipe(self, elsewhere: Mapping[int, Distribution | None]) -> Self:
+        """The same, for a recipe that draws a part of the weights."""
+        part = copy.copy(self)
+        part.elsewhere = elsewhere
+        return part
+
+    def drawn_from(self, weight: "Weight") -> Distribution | None:
+        """Of a weight that a recipe does not draw: its own distribution, if no other."""
+        return self.elsewhere.get(id(weight.variable), weight.distribution)
 
     @functools.cached_property
     def weights(self) -> list["Weight"]:

@@ -43,32 +43,42 @@ from keras_glorot.recipes._start import Start, Starts
 __all__ = ["isometric"]
 
 YES = "yes"
+tree: Any = keras.tree
 
 
 def isometric(survey: Survey) -> Starts:
     """Mirrored and orthogonal kernels, as the graph of the model allows."""
     unknown = "how its layer uses it is not known"
+    drawn = _drawn(survey)
     try:
         graph = trace(survey)
-        plans = _plan(graph)
+        plans = _plan(graph, survey)
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
         unknown = f"the model can't be followed: {error_reason(error)}"
         plans, depthwise = {}, set()
     starts = {}
-    for weight in survey.weights:
-        if weight.is_kernel and not weight.reason:
-            plan = plans.get(id(weight.variable))
-            if plan is not None:
-                start = plan.start()
-            elif id(weight.variable) in depthwise:
-                start = _tap(weight)
-            else:
-                start = _plain(weight, unknown)
-            starts[id(weight.variable)] = start
+    for key, weight in drawn.items():
+        if key in plans:
+            starts[key] = plans[key].start()
+        elif key in depthwise:
+            starts[key] = _tap(weight)
+        else:
+            starts[key] = _plain(weight, unknown)
     counts = Counter(start.columns["pairs"] for start in starts.values())
     note = f"{counts[YES]} of {len(starts)} kernels make pairs."
     return Starts(starts, ("pairs",), note)
+
+
+def _drawn(survey: Survey) -> dict[int, Weight]:
+    """By `id` of the variable, the kernels that are drawn here."""
+    return {
+        id(weight.variable): weight
+        for weight in survey.weights
+        if weight.is_kernel
+        and not weight.reason
+        and id(weight.variable) not in survey.elsewhere
+    }
 
 
 def _plain(weight: Weight, reason: str) -> Start:
@@ -138,9 +148,9 @@ def _flat(
     return np.where(partner < 0, -1, other).reshape(-1), slope.reshape(-1)
 
 
-def _plan(graph: Graph) -> dict[int, _Plan]:
+def _plan(graph: Graph, survey: Survey) -> dict[int, _Plan]:
     """By `id` of the kernel, how each is to be drawn that has a map."""
-    network = _Network(graph)
+    network = _Network(graph, survey)
     refused: dict[int, str] = {}
     while True:
         attempt = _Attempt(network, refused)
@@ -153,8 +163,9 @@ def _plan(graph: Graph) -> dict[int, _Plan]:
 class _Network:
     """A graph with what is asked of its steps again and again."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, survey: Survey):
         self.graph = graph
+        self.survey, self.drawn = survey, _drawn(survey).keys()
         self.maps: list[tuple[Step, Map]] = []
         self.map_of: dict[int, Map] = {}  # by id of the step
         for step in graph.steps:
@@ -163,6 +174,35 @@ class _Network:
                 self.maps.append((step, found))
                 self.map_of[id(step)] = found
         self.effect = functools.cache(measure_effect)
+        self.used_elsewhere = self._find_used_elsewhere()
+
+    def _find_used_elsewhere(self) -> set[int]:
+        """By `id`, the variables that not only their own layer uses, in its own way."""
+        found = set(self.graph.read)
+        for step in self.graph.steps:
+            used = [each for each in tree.flatten(step.arguments) if _is_variable(each)]
+            if isinstance(step.operation, keras.Layer):
+                own = self.map_of.get(id(step))
+                kernels = [own and own.variable, depthwise_kernel(step.operation)]
+                known = set(map(id, kernels))
+                used += [each for each in step.operation.weights if id(each) not in known]
+            found |= set(map(id, used))
+        return found
+
+    def check_kernel(self, kernel: keras.Variable, subject: str) -> None:
+        """That it can make pairs, or take them."""
+        if id(kernel) not in self.drawn:
+            raise Lost(f"{subject} is not drawn with it")
+        if id(kernel) in self.used_elsewhere:
+            raise Lost(f"{subject} is used by another operation, too")
+
+    def check_bias(self, layer: Any) -> None:
+        """That it moves both units of a pair by the same."""
+        for weight in self.survey.weights:
+            if weight.variable is getattr(layer, "bias", None):
+                drawn = self.survey.drawn_from(weight)
+                if drawn is None or drawn.form != "constant":
+                    raise Lost(f"the bias of {layer.name} is not the same for all units")
 
     def activation(self, step: Step) -> Callable[[Any], Any] | None:
         """What its output goes through, in it or as the step itself."""
@@ -217,7 +257,9 @@ class _Network:
         number = step.inputs[0]
         while number in self.graph.makers:
             maker = self.graph.makers[number]
-            if id(maker) in self.map_of or not maker.inputs:
+            if id(maker) in self.map_of:
+                return id(self.map_of[id(maker)].variable) not in self.drawn
+            if not maker.inputs:
                 return False
             if is_normalization(maker.operation):
                 return True
@@ -274,6 +316,8 @@ class _Attempt:
         count = m.shape[m.outputs[-1]]
         pairs = Pairs.neighbours(own.outputs[-1], count, m.parts)
         try:
+            self.network.check_kernel(own.variable, "it")
+            self.network.check_bias(step.operation)
             if (pairs.partner < 0).all():
                 raise Lost("it has one unit")
             for taker, sent in self._send(step, pairs):
@@ -312,14 +356,18 @@ class _Attempt:
             return self._activated(pairs, function, is_active), True
         kernel, own = depthwise_kernel(step.operation), self.network.map_of.get(id(step))
         if kernel is not None:
+            if id(kernel) not in self.network.drawn:
+                raise Lost("a depthwise kernel follows that is not drawn with it")
             pairs = pairs.repeated(kernel.shape[-1])
         if own is not None:
             if not is_active:
                 raise Lost("no activation follows")
+            self.network.check_kernel(own.variable, "the next kernel")
             _check_taken(own, pairs)
             return pairs, is_active
         if kernel is None:
             return through(step, self.graph, number, pairs), is_active
+        self.network.check_bias(step.operation)
         function = _own_activation(step.operation)
         if function is None:
             return pairs, is_active
@@ -374,6 +422,10 @@ class _Attempt:
                     self.reasons.get(key, ""),
                 )
         return plans
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, keras.Variable)
 
 
 def _own_activation(layer: Any) -> Callable[[Any], Any] | None:
