@@ -266,6 +266,85 @@ def test_concatenation_two_outputs_and_units_without_a_partner():
     assert not np.allclose(first[:, 4], -first[:, 3])
 
 
+LINES = {
+    "negative": lambda x: -x,
+    "multiply": lambda x: 3.0 * x,
+    "divide": lambda x: x / 4,
+    "minus": lambda x: 1.0 - x,
+    "add": lambda x: x + x,
+    "rescaling": layers.Rescaling(0.5, offset=2.0),
+    "positions": lambda x: ops.multiply(x, np.full((3, 1), 2.0, "float32")),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_multiples_are_followed(name):
+    """Before the activation and after it; a constant there changes both of a pair."""
+    line = LINES[name]
+    before = line if name not in ("minus", "rescaling") else lambda x: x
+    x = inputs = keras.Input((3, 16))
+    for _ in range(3):
+        x = line(ops.relu(before(layers.Dense(32)(x))))
+    model = keras.Model(inputs, layers.Dense(16)(x))
+    assert list(start(model).values()) == [*["yes"] * 3, HEAD]
+    check_isometry(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (lambda x: x / np.arange(1.0, 9, dtype="float32"), "other numbers for other units"),
+        (lambda x: 1.0 / x, "no multiple, or has a weight"),
+        (lambda x: x * x, "no multiple, or has a weight"),
+        (lambda x: ops.abs(x), "mixes units or is not known"),
+        (lambda x: x - layers.Dense(8)(x), "added to another"),
+        (lambda x: layers.Average()([x, layers.Dense(8)(x)]), "added to another"),
+        (lambda x: x * layers.Dense(8, "sigmoid")(x), "multiplied by another"),
+        (lambda x: x[:, 1:], "leaves out one unit"),
+        (lambda x: ops.sum(x, axis=-1, keepdims=True), "mixes units"),
+    ],
+)
+def test_reasons_of_operations(name, reason):
+    x = keras.Input((8,))
+    model = keras.Model(x, layers.Dense(8)(name(layers.Dense(8, "relu")(x))))
+    assert reason in next(iter(start(model).values()))
+
+
+class Gamma(layers.Layer):
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=shape[-1:], initializer="ones", name="gamma")
+
+    def call(self, x):
+        return x * self.gamma
+
+
+def test_a_weight_is_no_constant():
+    parts = [layers.Dense(8, "relu"), Gamma(), layers.Dense(8)]
+    model = keras.Sequential([keras.Input((8,)), *parts])
+    assert "has a weight" in next(iter(start(model).values()))
+
+
+def test_a_factor_before_the_first_kernel_stays():
+    """As that of images, or of embeddings; one behind a kernel is made up for."""
+    x = keras.Input((16,))
+    y = layers.Activation("tanh")(layers.Dense(16)(x / 4) * 5.0)
+    model = keras.Model(x, layers.Dense(16)(y * 7.0))
+    start(model)
+    small = 1e-3 * np.eye(16)
+    found = np.linalg.svd(call(model, small) - call(model, 0 * small), compute_uv=False)
+    np.testing.assert_allclose(found, 1e-3 / 4, rtol=1e-2)
+
+
+def test_positions_are_taken_out_or_put_together():
+    x = keras.Input((4, 8))
+    y = layers.Dense(16, "relu")(x)
+    both = [ops.mean(y, axis=1), y[:, 0], ops.max(y, axis=1), ops.sum(y, -2)]
+    model = keras.Model(x, layers.Dense(6)(layers.Concatenate()(both)))
+    assert list(start(model).values()) == ["yes", HEAD]
+    x = np.random.default_rng(0).normal(size=(5, 4, 8))
+    np.testing.assert_allclose(call(model, -x), -call(model, x), atol=1e-4)
+
+
 # What can't be followed is told
 
 
@@ -286,7 +365,6 @@ def test_attention_and_sums_make_no_pairs():
         ([layers.Softmax()], "its activation mixes units"),
         ([], "no activation follows"),
         ([layers.Activation("gelu"), layers.Activation("silu")], "a second activation"),
-        ([layers.Activation("relu"), layers.Rescaling(2.0)], "rescaling"),
     ],
 )
 def test_reasons(between, reason):

@@ -31,6 +31,8 @@ from keras_glorot._models.pairs import (
     Effect,
     Lost,
     Pairs,
+    is_sum,
+    line,
     measure_effect,
     step_activation,
     through,
@@ -209,27 +211,33 @@ class _Network:
         return _own_activation(step.operation) or step_activation(step.operation)
 
     def gains(self) -> list[float]:
-        """Of each tensor, what makes up for the activation that it went through last."""
+        """Of each tensor, what makes up for the activation that it went through last, and
+        for the numbers that it was multiplied by since a kernel made it."""
         gains = [1.0] * len(self.graph.tensors)
+        factors: dict[int, float] = {}  # of what a kernel made
         for step in self.graph.steps:
             function = self.activation(step)
             effect = function and self.effect(function)
-            gain = 1.0
-            if effect:
-                gain = effect.gain
+            gain, factor = 1.0, None
+            if id(step) in self.map_of:
+                factor = 1.0
             elif step.inputs and not self._is_new(step):
                 gain = gains[step.inputs[0]]
+                factor = self._multiplied(factors.get(step.inputs[0]), step)
+            if effect:
+                gain = effect.gain
             for number in step.outputs:
                 gains[number] = gain
-        return gains
+                if factor is not None:
+                    factors[number] = factor
+        return [gain / factors.get(number, 1.0) for number, gain in enumerate(gains)]
+
+    def _multiplied(self, factor: float | None, step: Step) -> float | None:
+        found = line(step, self.graph) if factor is not None else None
+        return factor if found is None else factor * math.sqrt(np.mean(found[0] ** 2))
 
     def _is_new(self, step: Step) -> bool:
-        operation = step.operation
-        return (
-            id(step) in self.map_of
-            or is_normalization(operation)
-            or type(operation).__name__ == "Add"
-        )
+        return is_normalization(step.operation) or is_sum(step)
 
     def scales(self) -> dict[int, float]:
         """By `id` of the step: the level where a signal starts, and that of branch ends."""
@@ -273,7 +281,7 @@ class _Network:
         """
         ends = {}
         for total in self.graph.steps:
-            if type(total.operation).__name__ == "Add":
+            if is_sum(total):
                 for number in total.inputs:
                     end, has_mean = self._last_kernel(number)
                     others = set(total.inputs) - {number}
@@ -385,7 +393,7 @@ class _Attempt:
             raise Lost("a second activation follows")
         if effect.is_odd:
             raise Lost("its activation is odd, so a pair is no more than one unit")
-        return pairs.with_slope(effect.slope)
+        return pairs.times(effect.slope)
 
     def refuse(self) -> dict[int, str]:
         """The kernels whose pairs not all calls of a shared kernel can send or take."""
