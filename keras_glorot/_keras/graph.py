@@ -231,7 +231,7 @@ class _Tracer:
         return symbolic_call
 
     def _node(self, make: Callable, operation: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keras notes what a layer returned, if it is tensors: the steps in it are enough."""
+        """Keras notes calls that return tensors only: the steps in a layer are enough."""
         return None if id(operation) in self.opened else make(operation, *args, **kwargs)
 
     def _copy(self, tensor: Any) -> Any:
