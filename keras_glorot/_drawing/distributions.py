@@ -1,4 +1,4 @@
-"""What a weight is drawn from: the form of its distribution, and how wide it is."""
+"""Distributions of weights: the form, and how wide it is."""
 
 import functools
 import math
@@ -38,13 +38,13 @@ class Distribution(NamedTuple):
 
     Attributes:
         form: Its name.
-        scale: What a draw of the standard form is multiplied by: the limit of a uniform
+        scale: The factor on a draw of the standard form: the limit of a uniform
             distribution, half that of a triangular one, the std of a normal one before
             truncation, the singular values of orthogonal matrices.
         std: The standard deviation of what comes out: of all values together, where some
             are always zero.
         mean: The mean of what comes out.
-        matrices: What an orthogonal one is made of; None for one that Keras draws.
+        matrices: Those of an orthogonal one; None for one that Keras draws.
         mirror: How a mirrored one repeats its orthogonal matrices.
     """
 
@@ -88,7 +88,7 @@ class Distribution(NamedTuple):
         return cls("tap", value, std, value / size, matrices)
 
     def matrices_of(self, shape: tuple[int, ...]) -> Matrices | None:
-        """What a weight of this shape is made of; None if it is not orthogonal."""
+        """The matrices of a weight of this shape; None if it is not orthogonal."""
         if self.mirror is not None:
             return Matrices.from_shape(self.mirror.shapes[0])
         if self.form != "orthogonal" or self.matrices is not None:
@@ -146,7 +146,7 @@ class Distribution(NamedTuple):
     def region_drawer(
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
-        """Draws one region after the other; what is no stream is drawn whole, once."""
+        """Draws one region after the other; a form without a stream whole, once."""
         if self.matrices is not None or self.form in _REGIONAL:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
@@ -232,7 +232,7 @@ def _cut(values, dtype, region) -> np.ndarray:
 
 
 class _Form(NamedTuple):
-    """What belongs to a form: its std, bound and kurtosis at scale 1; how to draw it."""
+    """A form: its std, bound and kurtosis at scale 1; how to draw it."""
 
     std: float
     bound: float
@@ -262,7 +262,7 @@ _KERAS_FORMS: dict[str, Any] = {"untruncated_normal": "normal"}
 def keras_distribution(
     initializer: Any, shape: Sequence[int], fans: Fans | None
 ) -> Distribution | None:
-    """What an initializer of Keras draws from; None for everyone else's.
+    """The distribution of an initializer of Keras; None for everyone else's.
 
     Args:
         initializer: Anything that makes weights.

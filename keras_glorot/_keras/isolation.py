@@ -73,7 +73,7 @@ def is_immutable(value: Any) -> bool:
 
 
 class _Uses(NamedTuple):
-    """What the code of a function names."""
+    """The names in the code of a function."""
 
     variables: frozenset[str]  # global ones
     attributes: frozenset[str]  # also methods, and what it imports from a module
@@ -159,7 +159,7 @@ class Reach:
             waiting = self._named()
 
     def _named(self) -> list[tuple[str, Any]]:
-        """What the names lead to in classes and modules that were not looked at yet."""
+        """Where the names lead in classes and modules that were not looked at yet."""
         found = []
         shared = {
             name
@@ -286,7 +286,7 @@ def _cells(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _modules(name: str, package: str) -> list[types.ModuleType]:
-    """What `import name` can mean: relative to the package, or to one above it."""
+    """The modules of `import name`: relative to the package, or to one above it."""
     parts = package.split(".") if package else []
     above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     names = [name, *(f"{each}.{name}".rstrip(".") for each in above)]

@@ -44,7 +44,7 @@ __all__ = [
 
 
 class BuildValue:
-    """What a layer assigns to a variable in `build`, or makes it of.
+    """The value that a layer assigns to a variable in `build`, or makes it of.
 
     Called as an initializer, it gives what `build` would assign if each weight of the
     layer had been made with its present value.
@@ -52,7 +52,7 @@ class BuildValue:
     Attributes:
         declared: The initializer that the variable was made with before.
         variable: The variable.
-        rebuild: What builds a copy of the layer.
+        rebuild: The `_Rebuild` that builds a copy of the layer.
     """
 
     def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
@@ -175,7 +175,7 @@ class _Rebuild:
 
     def _build(self, scope: "_ReplayScope"):
         replica = _Replica(self.original)
-        # What the layer warns of, it has said of the original.
+        # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
         with unmoved_generators(), scope, ignored:
             copy, build = self.copy(self.original, replica)
@@ -206,7 +206,7 @@ class _ReplayScope(keras.StatelessScope):
         self.made_of_values: list[keras.Variable] = []
 
     def final_value(self, variable: keras.Variable) -> Any:
-        """What `build` assigns to a variable or makes it of; None if it does neither."""
+        """The value that `build` gives a variable; None if it gives none."""
         assigned = super().get_current_value(variable)
         return variable._value if assigned is None else assigned
 
@@ -240,7 +240,7 @@ class _ReplayScope(keras.StatelessScope):
         pending = get_global_attribute("uninitialized_variables") or ()
         for made, original in zip(pending, self.created, strict=False):
             if made is variable:
-                # What changes it in place must not reach the original.
+                # A change in place must not reach the original.
                 return None if original is None else keras.ops.copy(original._value)
         return None
 
@@ -297,8 +297,8 @@ def _copy_beside_built(original: keras.Layer, replica: "_Replica"):
 class _Replica:
     """Copies a layer as it was before `build`, with the objects in it.
 
-    That is, without its variables: what `build` reads must not be what it made. No object
-    that can change is shared. An attribute that can't be copied is left out.
+    That is, without its variables: `build` must not read those that it made. No object that
+    can change is shared. An attribute that can't be copied is left out.
     """
 
     def __init__(self, original: keras.Layer):
@@ -350,7 +350,7 @@ class _Replica:
         )
 
     def _checked(self, code: Any) -> Any:
-        """Code stays as it is; by itself first: what it reaches can go, the layer stay."""
+        """Code stays as it is. Alone first: if it reaches too far, only its object goes."""
         if not any(code is checked for _, checked in self.code):
             named = (getattr(code, "__name__", "code"), code)
             Reach().add([named])

@@ -27,12 +27,12 @@ def find_starts(survey: Survey, how: Any) -> Starts:
 def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
     """Each variable by the first pattern that is found in its path."""
     paths, by_id, parts = _paths(survey), {}, []
-    left = dict(paths)
+    remaining = dict(paths)
     if not how:
         raise ValueError("Argument `how` must have a pattern. Received: how={}")
     for pattern, value in how.items():
         matched = _matched(pattern, paths)
-        mine = [key for key in matched if left.pop(key, None)]
+        mine = [key for key in matched if remaining.pop(key, None)]
         if not mine:
             raise ValueError(_explain_unmatched(pattern, matched, paths.values()))
         if value is None:
@@ -42,7 +42,7 @@ def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
         part = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
         by_id |= {key: part.by_id[key] for key in mine if key in part.by_id}
         parts.append(part)
-    by_id |= dict.fromkeys(left, Start.left("no pattern matches it"))
+    by_id |= dict.fromkeys(remaining, Start.left("no pattern matches it"))
     columns = dict.fromkeys(key for part in parts for key in part.columns)
     seeds = [part.seed for part in parts if part.seed is not None]
     return Starts(by_id, tuple(columns), seed=seeds[0] if seeds else None)
@@ -97,7 +97,7 @@ def _can_be_drawn(weight: Weight) -> bool:
 
 
 def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) -> Starts:
-    """What a recipe has, or an initializer for these weights. `place` is for errors."""
+    """The starts of a recipe, or of these weights by an initializer."""
     recipe = _find_recipe(value)
     if recipe is None:
         initializer = _find_initializer(value, place)
