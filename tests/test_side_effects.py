@@ -104,7 +104,7 @@ def test_a_look_moves_no_global_generator(make):
     assert drawn[0] == drawn[1]
 
 
-def untest_generators_also_in_this_thread():
+def test_generators_also_in_this_thread():
     drawn = []
     for inside in (lambda: None, draw_from_all):
         keras.utils.clear_session()
@@ -491,7 +491,7 @@ TOOLS = {
     "initialize": initialize,
     "calibrate": calibrate,
 }
-if importlib.util.find_spec("itables"):
+if importlib.util.find_spec("matplotlib"):
     TOOLS["report"] = keras_glorot.report
 
 
