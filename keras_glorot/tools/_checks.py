@@ -227,17 +227,10 @@ def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict | None:
 
 def _tell_form(subject: Subject, expected: Distribution) -> _Verdict:
     message = subject.detail or (
-        f"Mean and std are right, but the values are not {_FORM_NAMES[expected.form]}."
+        f"Mean and std are right, but the values are not {expected.words}."
     )
     return _Verdict("warning", message, _REINITIALIZE)
 
-
-_FORM_NAMES = {
-    "uniform": "uniform",
-    "triangular": "the sum of two uniform draws",
-    "truncated_normal": "truncated normal",
-    "orthogonal": "an orthogonal matrix",
-}
 
 # How a fault that `best_fit` or `find_fault` names is told.
 _FAULTS: dict[str, _Tell] = {
