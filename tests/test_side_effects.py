@@ -401,6 +401,15 @@ class BySetattr(OnClass):
         setattr(type(self), "latest", weight)  # noqa: B010
 
 
+class CountsOnClass(Holder):
+    count = 0
+
+    def keep(self, weight):
+        super().keep(weight)
+        type(self).count += 1
+        type(self).latest_count = self.count
+
+
 class OnFunction(Holder):
     def keep(self, weight):
         register.latest = weight  # type: ignore
@@ -543,8 +552,18 @@ def test_a_model_computes_with_the_same_variables_after_each_tool(
 RESET = (
     *(Holder, InNested, InDataclass, InSlots, InHelper, ByBoundMethod, InSequence),
     *(InListInDict, InArray, ByPartial, FromConfigToo, InInitializer),
-    *(InClosure, InCell, ByLambdaOfSelf, ByGenerator),
+    *(InClosure, InCell, ByLambdaOfSelf, ByGenerator, ByWeakReference),
+    CountsOnClass,
 )
+
+
+def test_attributes_of_classes_are_put_back():
+    layer = CountsOnClass()
+    layer.build((None, 3))
+    del CountsOnClass.latest_count
+    before = dict(vars(CountsOnClass))
+    keras_glorot.initialize(layer, seed=1)
+    assert dict(vars(CountsOnClass)) == before
 
 
 @pytest.mark.parametrize("kind", kinds_of_holders())

@@ -18,7 +18,6 @@ from keras_glorot._keras.isolation import (
     Reach,
     copy_object,
     is_immutable,
-    is_library,
 )
 from keras_glorot._keras.state import (
     get_global_attribute,
@@ -177,7 +176,7 @@ class _Rebuild:
         replica = _Replica(self.original)
         # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
-        with unmoved_generators(), scope, ignored:
+        with unmoved_generators(), scope, ignored, replica.reach:
             copy, build = self.copy(self.original, replica)
             with scope.values_allowed():
                 try:
@@ -342,7 +341,6 @@ class _Replica:
         if _is_of_keras(value) or is_immutable(value):
             return value
         if isinstance(value, types.FunctionType | type | types.ModuleType):
-            self.reach.holds_classes |= _is_users_class(value)
             return self._checked(value)
         self._checked(type(value))
         return copy_object(
@@ -424,10 +422,6 @@ def _is_plain(container: Any) -> bool:
     """Whether it is Python's own, or one in its place that tracks what is put into it."""
     root = type(container).__module__.partition(".")[0]
     return root in ("builtins", "keras", "tensorflow", "wrapt")
-
-
-def _is_users_class(value: Any) -> bool:
-    return isinstance(value, type) and not is_library(value.__module__)
 
 
 def _is_of_keras(value: Any) -> bool:
