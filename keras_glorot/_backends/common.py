@@ -34,6 +34,7 @@ __all__ = [
     "python_function",
     "readable",
     "shares_new_variables",
+    "symbols_beside_values",
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
@@ -200,4 +201,9 @@ def readable(tensor: Any) -> Any:
 
 def unmoved_generators() -> _Scope:
     """Puts back the backend's global generators of random numbers."""
+    return contextlib.nullcontext()
+
+
+def symbols_beside_values() -> _Scope:
+    """Where `value + symbol` is a symbol, as `symbol + value` is. One thread at a time."""
     return contextlib.nullcontext()

@@ -18,6 +18,8 @@ __all__ = [
     "Effect",
     "Lost",
     "Pairs",
+    "is_sum",
+    "line",
     "measure_effect",
     "step_activation",
     "through",
@@ -52,7 +54,7 @@ class Pairs(NamedTuple):
         partner = partner + np.where(np.arange(size) % 2, -1, 1)
         if size % 2:
             partner[:, -1] = -1
-        return cls(axis, partner.reshape(-1), np.full(count, 2.0))
+        return cls(axis, partner.reshape(-1), np.ones(count))
 
     def merged(self, other: "Pairs") -> Self:
         """Both of them, where kernels have sent theirs to different units of a tensor."""
@@ -67,8 +69,8 @@ class Pairs(NamedTuple):
         partner[np.repeat(self.partner < 0, copies)] = -1
         return self._replace(partner=partner, slope=np.repeat(self.slope, copies))
 
-    def with_slope(self, slope: float) -> Self:
-        return self._replace(slope=np.full(len(self.slope), slope))
+    def times(self, factor: float | np.ndarray) -> Self:
+        return self._replace(slope=self.slope * factor)
 
     def equals(self, other: "Pairs | None") -> bool:
         return other is not None and all(map(np.array_equal, self, other))
@@ -136,7 +138,8 @@ def step_activation(operation: Any) -> Callable[[Any], Any] | None:
         return None if found is keras.activations.linear else found
     name = type(operation).__name__
     spelled = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
-    return operation.call if hasattr(keras.activations, spelled) else None
+    is_known = hasattr(keras.activations, spelled) or name in _WAVES
+    return operation.call if is_known else None
 
 
 # What else stands between kernels --------------------------------------------------------
@@ -168,7 +171,23 @@ _KEEP_CHANNELS = (
     "UpSampling",
     "ZeroPadding",
 )
-_MOVE = {"ExpandDims", "Flatten", "Permute", "Ravel", "Reshape", "Squeeze", "Transpose"}
+_MOVE = {
+    "ExpandDims",
+    "Flatten",
+    "GetItem",
+    "Moveaxis",
+    "Permute",
+    "Ravel",
+    "Reshape",
+    "Squeeze",
+    "Swapaxes",
+    "Transpose",
+}
+_REDUCE = {"Max", "Mean", "Sum"}
+_WAVES = {"Cos", "Sin"}
+_SUMS = {"Add", "Average", "Subtract"}
+_PRODUCTS = {"Divide", "Multiply", "TrueDivide"}
+_LINES = {"Negative", "Rescaling", *_SUMS, *_PRODUCTS}
 
 
 def through(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
@@ -185,12 +204,18 @@ def through(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
         return _through_channels(step, graph, pairs)
     if name in _MOVE:
         return _through_move(step, graph, pairs)
+    if name in _REDUCE:
+        return _through_reduction(step, graph, pairs)
     if name == "Concatenate":
         return _through_concatenation(step, graph, number, pairs)
     if isinstance(operation, keras.Layer) and is_normalization(operation):
         raise Lost("a normalization layer follows")
-    if name == "Add":
+    if is_sum(step):
         raise Lost("its output is added to another one")
+    if name in _PRODUCTS and _has_two_inputs(step):
+        raise Lost("its output is multiplied by another one")
+    if name in _LINES:
+        return _through_line(step, graph, pairs)
     raise Lost(f"{operation.name} follows, which mixes units or is not known")
 
 
@@ -200,6 +225,68 @@ def _through_channels(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
         raise Lost(f"{step.operation.name} follows, which mixes units")
     is_last = pairs.axis == len(source) - 1
     return pairs._replace(axis=len(target) - 1 if is_last else pairs.axis)
+
+
+def _through_reduction(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    """A mean, a sum or a maximum of positions, as pooling has it."""
+    rank, axis = len(graph.tensors[step.inputs[0]].shape), step.operation.axis
+    axes = range(rank) if axis is None else np.ravel(axis) % rank
+    if pairs.axis in axes or 0 in axes:
+        raise Lost(f"{step.operation.name} follows, which mixes units or examples")
+    gone = 0 if step.operation.keepdims else sum(each < pairs.axis for each in axes)
+    return pairs._replace(axis=pairs.axis - gone)
+
+
+def is_sum(step: Step) -> bool:
+    """Of two tensors that depend on the input, at least."""
+    return type(step.operation).__name__ in _SUMS and _has_two_inputs(step)
+
+
+def _has_two_inputs(step: Step) -> bool:
+    return len(set(step.inputs)) > 1
+
+
+def _through_line(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    name, found = step.operation.name, line(step, graph)
+    if found is None:
+        raise Lost(f"{name} follows, which is no multiple, or has a weight")
+    size = len(pairs.partner)
+    rows = [np.moveaxis(each, pairs.axis, -1).reshape(-1, size) for each in found]
+    for row in rows:
+        other = np.where(pairs.partner < 0, row[0], row[0][pairs.partner])
+        if (row != row[0]).any() or (row[0] != other).any():
+            raise Lost(f"{name} follows, with other numbers for other units or positions")
+    return pairs.times(rows[0][0])
+
+
+def line(step: Step, graph: Graph) -> tuple[np.ndarray, np.ndarray] | None:
+    """The factor and the constant by which a step makes a x + b of each value x.
+
+    None if it does anything else.
+    """
+    arguments = keras.tree.flatten(step.arguments)
+    has_weight = any(isinstance(each, keras.Variable) for each in arguments)
+    if type(step.operation).__name__ not in _LINES or _has_two_inputs(step) or has_weight:
+        return None
+    shape = graph.tensors[step.inputs[0]].shape
+    shape = (1, *(size or 1 for size in shape[1:]))
+
+    def at(value: float) -> np.ndarray:
+        def fill(each: Any) -> Any:
+            is_input = isinstance(each, keras.KerasTensor)
+            return keras.ops.full(shape, value, each.dtype) if is_input else each
+
+        args, kwargs = keras.tree.map_structure(fill, step.arguments)
+        filled = step.operation.call(*args, **kwargs)
+        return np.asarray(keras.ops.convert_to_numpy(filled), np.float64)
+
+    try:
+        none, one, two = (backends.outside_traces(at, value) for value in (0, 1, 2))
+    except Exception:  # a division of integers, say
+        return None
+    factor = one - none
+    is_line = np.allclose(two - one, factor) and np.isfinite(factor).all() and factor.all()
+    return (factor, none) if is_line and factor.shape == shape else None
 
 
 def _through_concatenation(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
@@ -235,13 +322,16 @@ def _through_move(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
         came_from = backends.outside_traces(move)[0].reshape(target[1:])
     except Exception:  # it moves examples as well
         raise Lost(f"{name} follows, which mixes examples") from None
-    if not np.array_equal(np.sort(came_from, axis=None), places.reshape(-1)):
-        raise Lost(f"{name} follows, which mixes examples")
+    goes_to = np.full(places.size, -1)
+    goes_to[came_from] = np.arange(came_from.size).reshape(came_from.shape)
+    if np.count_nonzero(goes_to >= 0) < came_from.size:
+        raise Lost(f"{name} follows, which repeats units or mixes examples")
     axis = pairs.axis - 1
     steps = np.where(pairs.partner < 0, 0, pairs.partner - np.arange(sizes[axis]))
     ahead = _along(steps * math.prod(sizes[axis + 1 :]), axis, sizes)
-    goes_to = np.argsort(came_from, axis=None)
     partner = goes_to[came_from + ahead[came_from]]
+    if (partner < 0).any():
+        raise Lost(f"{name} follows, which leaves out one unit of a pair")
     partner[ahead[came_from] == 0] = -1
     return _on_one_axis(partner, _along(pairs.slope, axis, sizes)[came_from], name)
 
@@ -267,4 +357,4 @@ def _on_one_axis(partner: np.ndarray, slope: np.ndarray, name: str) -> Pairs:
         stays = np.array_equal(there[others], here[others])
         if stays and (rows == rows[0]).all() and (slopes == slopes[0]).all():
             return Pairs(axis + 1, rows[0], slopes[0])
-    raise Lost(f"{name} follows, which puts partners apart")
+    raise Lost(f"{name} follows, which puts partners apart, or units that differ together")

@@ -4,8 +4,9 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import keras
 
@@ -38,10 +39,24 @@ Axes = tuple[Sequence[int], Sequence[int]]
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
 _SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
+# Those that look at the shape alone: nobody chose their scale for this layer.
+_DEFAULTS = (
+    keras.initializers.GlorotNormal,
+    keras.initializers.GlorotUniform,
+    keras.initializers.HeNormal,
+    keras.initializers.HeUniform,
+    keras.initializers.LecunNormal,
+    keras.initializers.LecunUniform,
+    *GLOROT,
+)
 
 
 class Survey(Tree):
     """A built layer or model, looked at once. Dear things are looked up when asked for.
+
+    Attributes:
+        elsewhere: By `id` of the variable, what the weights are drawn from that a recipe
+            does not draw; None where that is not known.
 
     Args:
         model: A built layer or model.
@@ -55,6 +70,17 @@ class Survey(Tree):
     def __init__(self, model: Any, argument: str = "model"):
         _check_built(model, argument)
         super().__init__(model)
+        self.elsewhere: Mapping[int, Distribution | None] = MappingProxyType({})
+
+    def for_recipe(self, elsewhere: Mapping[int, Distribution | None]) -> Self:
+        """The same, for a recipe that draws a part of the weights."""
+        part = copy.copy(self)
+        part.elsewhere = elsewhere
+        return part
+
+    def drawn_from(self, weight: "Weight") -> Distribution | None:
+        """Of a weight that a recipe does not draw: its own distribution, if no other."""
+        return self.elsewhere.get(id(weight.variable), weight.distribution)
 
     @functools.cached_property
     def weights(self) -> list["Weight"]:
@@ -136,6 +162,11 @@ class Weight:
     def is_data(self) -> bool:
         """Whether it holds what the user gave and training does not change."""
         return self._origin.is_data
+
+    @property
+    def is_scale_chosen(self) -> bool:
+        """Whether its initializer has a scale of its own, which an author chose."""
+        return not isinstance(self.initializer, _DEFAULTS)
 
     @functools.cached_property
     def fans(self) -> Fans | None:

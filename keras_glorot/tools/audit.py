@@ -1,7 +1,7 @@
 """`audit`: compares the fresh weights of a model with their declared initializers."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -27,7 +27,7 @@ from keras_glorot.tools._checks import (
 )
 from keras_glorot.tools._fitting import best_fit, collision, measure
 from keras_glorot.tools._how import find_starts
-from keras_glorot.tools._isometry import find_fault, has_pairs, is_start
+from keras_glorot.tools._isometry import find_fault, has_pairs, is_part, is_start
 from keras_glorot.tools._slices import can_be_chance, find_repeats, relation
 
 __all__ = ["CODES", "audit", "audited"]
@@ -102,7 +102,7 @@ def audit(model: keras.Layer, how: Any = None) -> Table:
 def audited(survey: Survey, how: Any = None) -> Table:
     """As `audit`, of a model that has been looked at."""
     if how is None:
-        starts = functools.cache(lambda: isometric(survey).by_id)
+        starts = _IsometricStarts(survey)
         subjects = [_measure_declared(weight, starts) for weight in survey.weights]
         trained = _find_trained(survey, subjects)
     else:
@@ -161,10 +161,28 @@ def _note(subjects: list[Subject], findings: list[Finding]) -> str:
     return f"{'; '.join(parts)}."
 
 
-_Starts = Callable[[], dict[int, Start]]
+class _IsometricStarts:
+    """How the isometric start draws a model, or the part that it seems to have drawn."""
+
+    def __init__(self, survey: Survey):
+        self._survey = survey
+
+    @functools.cached_property
+    def of_all(self) -> dict[int, Start]:
+        return isometric(self._survey).by_id
+
+    @functools.cached_property
+    def of_a_part(self) -> dict[int, Start]:
+        others = {
+            id(weight.variable): None
+            for weight in self._survey.weights
+            if (start := self.of_all.get(id(weight.variable)))
+            and not (start.distribution and is_part(weight, start.distribution))
+        }
+        return isometric(self._survey.for_recipe(others)).by_id
 
 
-def _measure_declared(weight: Weight, starts: _Starts) -> Subject:
+def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
     """A kernel can be what its layer declares, or what `initialize` draws."""
     severity = "warning" if weight.reason else None
     own = Start("", weight.distribution, initializer=weight.initializer, severity=severity)
@@ -203,15 +221,18 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
     return subject._replace(repeats=repeats)
 
 
-def _as_isometric(subject: Subject, starts: _Starts) -> Subject:
+def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
     """A kernel that the isometric start has made, as far as its values tell, is one."""
     weight = subject.weight
-    start = starts().get(id(weight.variable)) if subject.is_finite else None
+    start = starts.of_all.get(id(weight.variable)) if subject.is_finite else None
     drawn = start and start.distribution
+    is_sound = subject.fault is None and not subject.repeats
+    if drawn and not is_sound and not is_start(weight, drawn) and is_part(weight, drawn):
+        start = starts.of_a_part.get(id(weight.variable))
+        drawn = start and start.distribution
     if drawn is None or not is_start(weight, drawn):
         return subject
     found = find_fault(weight, drawn)
-    is_sound = subject.fault is None and not subject.repeats
     is_plain = is_sound or not has_pairs(drawn)
     if found and is_plain and drawn.form != "tap":
         return subject  # an orthogonal matrix, which it was judged as

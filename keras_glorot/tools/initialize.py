@@ -70,7 +70,8 @@ def initialize(
     and all else that it matches gets its own initializer. An entry that matches no kernel,
     such as `"bias$"`, draws all that it matches. `None` leaves weights as they are, and so
     does no entry at all. Optimizers and metrics are reset in any case. A weight gets the
-    same values as in a run that draws the whole model like this.
+    same values as in a run that draws the whole model like this; but `"isometric"` makes
+    pairs only of kernels that it draws both, so beside others its kernels are plain.
 
     A learning rate goes back to the one that the optimizer had when `initialize` saw it
     before its first step. If it never did, the learning rate stays: a finding says so, and
