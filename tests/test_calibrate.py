@@ -418,7 +418,7 @@ def test_a_stem_stays_in_proportion_to_the_positions_added_to_it(with_positions)
 )
 def test_the_level_is_the_highest_at_which_all_three_hold(activation, levels):
     """GELU and tanh let differences grow near 1; ReLU is the same at any level."""
-    model, x = deep(activation, depth=20 if activation == "relu" else 40)
+    model, x = deep(activation, depth=20 if activation == "relu" else 30)
     table = calibrate(model, x)
     assert float(table.note.split("Scaled to a std of ")[1].split(". ")[0]) in levels
     *alike, _ = [row["likeness"] for row in table]
@@ -524,7 +524,7 @@ def squared(blocks):
 )
 def test_a_model_that_no_scale_holds_is_left_with_the_cause(make, cause):
     """The factors of one half give other numbers on the other, or on 1.01 times as much."""
-    model = make(20)
+    model = make(16)
     before = snapshot(model)
     table = calibrate(model, data(16, 32))
     assert snapshot(model) == before

@@ -1,4 +1,4 @@
-"""What the graph of a model says about its kernels: what feeds them, and what they feed.
+"""The kernels of a model in its graph: what feeds each of them, and what it feeds.
 
 All of it is derived here, once for a model: from the graph, which is known without data, or
 from the calls of one pass where the model can't be called on symbolic tensors.
