@@ -28,6 +28,7 @@ from deep_nets import MEASURED, MINIBATCH
 from depth_nets import (
     ACTIVATIONS,
     CHANNELS,
+    LEVELS,
     NETS,
     PARTS,
     UPDATES,
@@ -42,12 +43,14 @@ from rich.progress import Progress
 
 HERE = Path(__file__)
 ALL = (*ACTIVATIONS,)
-RATES = [10 ** (half / 2) for half in range(-14, 1)]  # two in each decade
-FIRST = 8, 6  # the rates that all try: 1e-3 and 1e-4
+RATES = [10 ** (quarter / 4) for quarter in range(-28, 1)]  # four in each decade
+FIRST = 16, 12  # the rates that all try: 1e-3 and 1e-4
+STEP = 2  # in the search by one seed, half a decade
+SEARCH = 0, 1, 2  # the seeds whose validation accuracies choose the rate
 PLAIN = ("stock", "he_normal", "orthogonal", "isometric")
 DRAWN = PLAIN[1:]
-LEVELS = ("level 3", "level 10")
 OTHERS = ("gain auto", "LSUV", "AnyInit", "calibrated")
+AT_LEVELS = tuple(f"level {each:g}" for each in LEVELS)
 NORMALIZED = tuple(name for name in NETS if name.startswith("dense, "))
 
 
@@ -62,23 +65,35 @@ class Block(NamedTuple):
     seeds: int = 5
 
 
+OWN = ("isometric",)
+NOT_ODD = tuple(name for name in ALL if name != "tanh")
+DEPTHS = (4, 16, 50, 100, 200)
 PLAN = [  # the most important first
-    Block(("digits",), ("dense",), ALL, (4, 100)),
-    Block(("flipped",), ("dense",), ALL, (4, 100), DRAWN),
+    Block(("digits",), ("dense",), ALL, DEPTHS, OWN),
+    Block(("flipped",), ("dense",), NOT_ODD, DEPTHS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), DEPTHS, OWN),
+    Block(("digits",), ("dense",), ALL, (100,)),
+    Block(("flipped",), ("dense",), NOT_ODD, (100,), DRAWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
+    Block(("digits",), ("conv",), ("relu", "gelu"), (6, 12, 24), DRAWN),
+    Block(("digits",), ("separable",), ("relu", "gelu"), (6, 12, 24), OWN),
+    Block(("flipped",), ("dense",), ("elu", "selu"), (4, 100), AT_LEVELS),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100, 200), OWN),
     Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
-    Block(("digits",), ("dense",), ALL, (200,), ("isometric",)),
-    Block(("digits",), ("conv",), ("relu",), (6, 24), DRAWN, 3),
-    Block(("flipped",), ("dense",), ("elu", "selu"), (100,), LEVELS),
-    Block(("digits",), ("dense",), ("relu", "tanh"), (100,), OTHERS),
-    Block(("flipped",), ("dense",), ALL, (200,), ("isometric",)),
-    Block(("digits",), ("dense",), ("relu",), (1000,), ("isometric",), 1),
-    Block(("digits", "flipped"), ("dense",), ALL, (4, 16, 50, 100, 200)),
-    Block(("digits",), ("conv", "separable"), ("relu", "gelu"), (6, 12, 24)),
-    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100, 200)),
+    Block(("digits",), ("dense",), ALL, (100,), OTHERS),
+    Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
+    Block(("digits",), ("separable",), ("relu", "gelu"), (6, 12, 24), DRAWN),
+    Block(("digits",), ("dense",), ALL, DEPTHS),
+    Block(("flipped",), ("dense",), NOT_ODD, (4,), DRAWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4,), DRAWN),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100), DRAWN),
+    Block(("digits",), ("dense",), ("relu",), (1000,), OWN, 1),
 ]
 SECTIONS = [  # title, nets, starts
     ("Dense nets", ("dense",), PLAIN),
-    ("Other starts", ("dense",), (*OTHERS, *LEVELS)),
+    ("Other starts", ("dense",), OTHERS),
+    ("Other levels", ("dense",), (*AT_LEVELS, "isometric")),
     ("Convolutional nets", ("conv", "separable"), PLAIN),
     ("With normalization or sums", NORMALIZED, ("stock", "isometric")),
 ]
@@ -169,33 +184,57 @@ def trainings(blocks, results):
     """Yield what is to be trained, while `results` grow."""
     for block in blocks:
         for row in itertools.product(*block[:5]):
-            for number in FIRST:
-                yield Training(*row, RATES[number], 0)
-            while (number := untried(results, row)) is not None:
-                yield Training(*row, RATES[number], 0)
+            while missing := untried(results, row):
+                for rate, seed in missing:
+                    yield Training(*row, rate, seed)
             for seed in range(1, block.seeds + 1):
                 yield Training(*row, best_rate(results, row), seed)
 
 
 def untried(results, row):
-    """The number of a rate beside the best one that was not tried; None if both were."""
-    tried = {each.learning_rate for each in results if each.row == row}
-    best = RATES.index(best_rate(results, row))
-    for number in (best + 1, best - 1):
-        if 0 <= number < len(RATES) and RATES[number] not in tried:
-            return number
-    return None
+    """The rates and seeds that are still to be tried before the best rate is known.
+
+    In large steps by one seed, then from the best in small ones by all seeds of the search,
+    each time until its neighbours are known to be no better.
+    """
+    coarse = qualities(results, row, SEARCH[:1])
+    coarse = {number: coarse[number] for number in coarse if not number % STEP}
+    fine = qualities(results, row, SEARCH)
+    top = max(coarse, key=lambda number: coarse[number], default=FIRST[0])
+    start = max(fine, key=lambda number: fine[number], default=top)
+    for known, seeds, numbers in (
+        (coarse, SEARCH[:1], (*FIRST, top + STEP, top - STEP)),
+        (fine, SEARCH, (start, start + 1, start - 1)),
+    ):
+        missing = [
+            (RATES[number], seed)
+            for number in numbers
+            if 0 <= number < len(RATES) and number not in known
+            for seed in seeds
+        ]
+        if missing:
+            return missing
+    return []
+
+
+def qualities(results, row, seeds):
+    """Number of a rate → its mean validation accuracy over these seeds; if equal, loss."""
+    found = defaultdict(dict)
+    for each, record in results.items():
+        if each.row == row and each.seed in seeds:
+            losses = record["losses"]
+            quality = record["validation_accuracy"], -losses[-1] if losses else -math.inf
+            found[RATES.index(each.learning_rate)][each.seed] = quality
+    return {
+        number: tuple(np.mean([*by_seed.values()], axis=0))
+        for number, by_seed in found.items()
+        if len(by_seed) == len(seeds)
+    }
 
 
 def best_rate(results, row):
-    """The rate with the best validation accuracy at seed 0; if equal, loss."""
-
-    def quality(item):
-        losses = item[1]["losses"]
-        return item[1]["validation_accuracy"], -losses[-1] if losses else -math.inf
-
-    search = [each for each in results.items() if each[0].row == row and not each[0].seed]
-    return max(search, key=quality)[0].learning_rate
+    known = qualities(results, row, SEARCH)
+    return RATES[max(known, key=lambda number: known[number])]
 
 
 def run(plan, total, path, results, console):
@@ -241,7 +280,7 @@ def report(results):
         rows = list(section(cells, *which))
         lines += [f"## {title}", "", *table(rows), ""] if rows else []
     lines += [GOAL.format(points=POINTS, wide=WIDE, depth=DEEP, deepest=DEEPEST)]
-    lines += [*table(goal(results, cells)), REASONS.rstrip()]
+    lines += [*table(goal(cells)), REASONS.rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +304,7 @@ def sentence(cells):
 
 def edges(results):
     """Whether a best learning rate is at an end of those that can be tried."""
-    rows = {each.row for each in results if each.seed}
+    rows = measured(results)
     found = [row for row in rows if best_rate(results, row) in (RATES[0], RATES[-1])]
     return f"At an end of all that can be tried: {len(found)} of {len(rows)}."
 
@@ -273,10 +312,16 @@ def edges(results):
 def accuracies(results):
     """(data set, net, activation, depth) → start → test accuracies, without the search."""
     cells = defaultdict(dict)
-    for *row, start in dict.fromkeys(each.row for each in results if each.seed):
+    for *row, start in measured(results):
         scores = at_rate(results, (*row, start), best_rate(results, (*row, start)))
         cells[tuple(row)][start] = scores
     return dict(sorted(cells.items(), key=lambda item: place(item[0])))
+
+
+def measured(results):
+    """The rows whose learning rate is chosen."""
+    rows = dict.fromkeys(each.row for each in results if each.seed)
+    return [row for row in rows if not untried(results, row)]
 
 
 def at_rate(results, row, rate):
@@ -316,7 +361,7 @@ def cell(scores, best):
     return f"**{text}**" if np.mean(scores) == best else text
 
 
-def goal(results, cells):
+def goal(cells):
     """Of each plain net, how far the isometric start falls with depth."""
     groups = defaultdict(dict)
     for (*group, depth), row in cells.items():
@@ -328,8 +373,6 @@ def goal(results, cells):
             worst = min(others, key=lambda depth: by_depth[depth]["isometric"])
             level, low = (by_depth[depth]["isometric"] for depth in (least, worst))
             allowed = WIDE if activation in ("elu", "selu") else POINTS
-            row = dataset, net, activation, worst, "isometric"
-            lower = at_rate(results, row, lower_rate(results, row))
             yield {
                 "images": dataset,
                 "net": net,
@@ -338,24 +381,8 @@ def goal(results, cells):
                 "worst": f"{low:.1f} ({worst} layers)",
                 "points lower": f"{max(level - low, 0):.1f}",
                 "within the goal": "yes" if level - low <= allowed else "no",
-                "worst, lower rate": interval(lower) if lower else "—",
                 f"best other, {DEEP} layers": rival(by_depth.get(DEEP, {})),
             }
-
-
-def lower_rate(results, row):
-    return RATES[RATES.index(best_rate(results, row)) - 1]
-
-
-def second_tries(results):
-    """Where the goal is missed: the next lower learning rate, with all seeds."""
-    for line in list(goal(results, accuracies(results))):
-        if line["within the goal"] == "no":
-            layers = int(line["worst"].split("(")[1].split()[0])
-            row = line["images"], line["net"], line["activation"], layers, "isometric"
-            seeds = {each.seed for each in results if each.row == row and each.seed}
-            for seed in sorted(seeds):
-                yield Training(*row, lower_rate(results, row), seed)
 
 
 def rival(starts):
@@ -407,9 +434,8 @@ def main(arguments=None):
         sys.setrecursionlimit(20_000)  # Keras calls itself along a chain of 1,000 layers
         gc.freeze()  # the frameworks' own objects: else a third of the time goes to them
         blocks = list(selected(args))
-        total = sum((4 + b.seeds) * math.prod(map(len, b[:5])) for b in blocks)
-        plan = itertools.chain(trainings(blocks, results), second_tries(results))
-        run(plan, total, args.results, results, console)
+        total = sum((12 + b.seeds) * math.prod(map(len, b[:5])) for b in blocks)
+        run(trainings(blocks, results), total, args.results, results, console)
     text = report(results)
     args.results.with_suffix(".md").write_text(text, encoding="utf-8")
     picture(results, args.results.with_suffix(".png"))
