@@ -157,7 +157,7 @@ def _line(f: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, f
     if np.allclose(slopes, slopes[-1], rtol=1e-3):
         return float(slopes[-1]), 0.0
     weights = np.exp(-(_POINTS**2) / 2)
-    yy, yz, zz = (np.sum(weights * each) for each in (y * y, y * z, z * z))
+    yy, yz, zz = (float(np.sum(weights * each)) for each in (y * y, y * z, z * z))
     error = 1 - yz**2 / (yy * zz) if 0 < yy < math.inf else math.inf
     return math.sqrt(yy / zz), error
 
