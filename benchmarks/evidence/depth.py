@@ -68,26 +68,31 @@ class Block(NamedTuple):
 OWN = ("isometric",)
 NOT_ODD = tuple(name for name in ALL if name != "tanh")
 DEPTHS = (4, 16, 50, 100, 200)
+ENDS = (4, 100, 200)
 PLAN = [  # the most important first
     Block(("digits",), ("dense",), ALL, DEPTHS, OWN),
+    Block(("flipped",), ("dense",), ("elu", "selu"), ENDS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), ENDS, OWN),
+    Block(("flipped",), ("dense",), NOT_ODD, ENDS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
+    Block(("digits",), ("dense",), ("tanh", "elu", "selu"), (100,)),
+    Block(("flipped",), ("dense",), ("elu", "selu"), (100,), DRAWN),
+    Block(("digits",), ("conv",), ("relu", "gelu"), (6, 24), OWN),
+    Block(("digits",), ("separable",), ("relu",), (6, 24), DRAWN),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100), OWN),
+    Block(("flipped",), ("dense",), ("elu",), (4, 100), AT_LEVELS),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
+    Block(("digits",), ("dense",), ALL, (100,), (*PLAIN, *OTHERS)),
+    Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
+    Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
     Block(("flipped",), ("dense",), NOT_ODD, DEPTHS, OWN),
     Block(("twice flipped",), ("dense",), ("tanh",), DEPTHS, OWN),
-    Block(("digits",), ("dense",), ALL, (100,)),
-    Block(("flipped",), ("dense",), NOT_ODD, (100,), DRAWN),
-    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
-    Block(("digits",), ("conv",), ("relu", "gelu"), (6, 12, 24), DRAWN),
-    Block(("digits",), ("separable",), ("relu", "gelu"), (6, 12, 24), OWN),
-    Block(("flipped",), ("dense",), ("elu", "selu"), (4, 100), AT_LEVELS),
-    Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
-    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100, 200), OWN),
-    Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
-    Block(("digits",), ("dense",), ALL, (100,), OTHERS),
-    Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
-    Block(("digits",), ("separable",), ("relu", "gelu"), (6, 12, 24), DRAWN),
+    Block(("digits",), ("conv", "separable"), ("relu", "gelu"), (6, 12, 24), DRAWN),
+    Block(("flipped",), ("dense",), ("selu",), (4, 100), AT_LEVELS),
     Block(("digits",), ("dense",), ALL, DEPTHS),
-    Block(("flipped",), ("dense",), NOT_ODD, (4,), DRAWN),
+    Block(("flipped",), ("dense",), NOT_ODD, (4, 100), DRAWN),
     Block(("twice flipped",), ("dense",), ("tanh",), (4,), DRAWN),
-    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100), DRAWN),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), ENDS, DRAWN),
     Block(("digits",), ("dense",), ("relu",), (1000,), OWN, 1),
 ]
 SECTIONS = [  # title, nets, starts
@@ -197,24 +202,21 @@ def untried(results, row):
     In large steps by one seed, then from the best in small ones by all seeds of the search,
     each time until its neighbours are known to be no better.
     """
-    coarse = qualities(results, row, SEARCH[:1])
-    coarse = {number: coarse[number] for number in coarse if not number % STEP}
-    fine = qualities(results, row, SEARCH)
+    coarse, fine = coarse_qualities(results, row), qualities(results, row, SEARCH)
     top = max(coarse, key=lambda number: coarse[number], default=FIRST[0])
+    missing = absent(coarse, (*FIRST, top + STEP, top - STEP), SEARCH[:1])
     start = max(fine, key=lambda number: fine[number], default=top)
-    for known, seeds, numbers in (
-        (coarse, SEARCH[:1], (*FIRST, top + STEP, top - STEP)),
-        (fine, SEARCH, (start, start + 1, start - 1)),
-    ):
-        missing = [
-            (RATES[number], seed)
-            for number in numbers
-            if 0 <= number < len(RATES) and number not in known
-            for seed in seeds
-        ]
-        if missing:
-            return missing
-    return []
+    return missing or absent(fine, (start, start + 1, start - 1), SEARCH)
+
+
+def absent(known, numbers, seeds):
+    numbers = [each for each in numbers if 0 <= each < len(RATES) and each not in known]
+    return [(RATES[number], seed) for number in numbers for seed in seeds]
+
+
+def coarse_qualities(results, row):
+    known = qualities(results, row, SEARCH[:1])
+    return {number: known[number] for number in known if not number % STEP}
 
 
 def qualities(results, row, seeds):
@@ -233,7 +235,10 @@ def qualities(results, row, seeds):
 
 
 def best_rate(results, row):
+    """By all seeds of the search; by one, as long as the others are not trained."""
     known = qualities(results, row, SEARCH)
+    if untried(results, row):
+        known = coarse_qualities(results, row)
     return RATES[max(known, key=lambda number: known[number])]
 
 
@@ -319,9 +324,10 @@ def accuracies(results):
 
 
 def measured(results):
-    """The rows whose learning rate is chosen."""
+    """The rows whose nets were trained at the best rate that is known."""
     rows = dict.fromkeys(each.row for each in results if each.seed)
-    return [row for row in rows if not untried(results, row)]
+    counts = {row: len(at_rate(results, row, best_rate(results, row))) for row in rows}
+    return [row for row in rows if counts[row] > 2 or (counts[row] and row[3] > DEEPEST)]
 
 
 def at_rate(results, row, rate):
