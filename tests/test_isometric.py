@@ -423,6 +423,34 @@ def test_odd_activations_get_orthogonal_kernels():
     np.testing.assert_allclose(square, square[0, 0] * np.eye(16), atol=1e-5)
 
 
+def sine(z):
+    return ops.sin(30 * z)
+
+
+@pytest.mark.parametrize("is_chosen", [True, False])
+@pytest.mark.parametrize("where", ["activation", "layer", "operation"])
+def test_kernels_that_their_author_scaled_for_a_sine_stay(is_chosen, where):
+    """As in SIREN (Sitzmann et al., 2020)."""
+    chosen = keras.initializers.RandomUniform(-0.01, 0.01)
+    x = inputs = keras.Input((16,))
+    for _ in range(2):
+        activation = sine if where == "activation" else None
+        x = layers.Dense(
+            16, activation, kernel_initializer=chosen if is_chosen else "he_normal"
+        )(x)
+        if where != "activation":
+            x = layers.Activation(sine)(x) if where == "layer" else ops.sin(30 * x)
+    model = keras.Model(inputs, layers.Dense(1, kernel_initializer=chosen)(x))
+    table = initialize(model, "isometric", seed=1)
+    first, second, head = (row for row in table if row["pairs"])
+    for row in (first, second):
+        reason = "its author chose its scale" if is_chosen else "its activation is odd"
+        assert row["done"] == ("RandomUniform" if is_chosen else "Orthogonal")
+        assert reason in row["pairs"]
+    assert head["done"] == "Orthogonal"
+    assert audit(model, "isometric").findings == []
+
+
 def test_a_model_that_can_not_be_followed():
     model = Late(layers.Dense(32, "relu"), layers.Dense(4))
     model.built = True
@@ -604,7 +632,8 @@ def test_a_kernel_alone_is_an_orthogonal_matrix():
 
 
 def test_pairs_need_a_bias_that_is_the_same_for_all_units():
-    normal = keras.initializers.RandomNormal()
+    assert start(named("ab", bias_initializer="random_normal"))["a/kernel"] == "yes"
+    normal = keras.initializers.RandomNormal(stddev=1.0)
     model = named("ab", bias_initializer=normal)
     reason = "the bias of a is not the same for all units"
     assert next(iter(start(model).values())) == reason

@@ -32,6 +32,7 @@ __all__ = [
     "program",
     "python_function",
     "shares_new_variables",
+    "symbols_beside_values",
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
@@ -192,4 +193,9 @@ def differentiator(run: Run) -> Differentiator:
 
 def unmoved_generators() -> _Scope:
     """Puts back the backend's global generators of random numbers."""
+    return contextlib.nullcontext()
+
+
+def symbols_beside_values() -> _Scope:
+    """Where `value + symbol` is a symbol, as `symbol + value` is. One thread at a time."""
     return contextlib.nullcontext()

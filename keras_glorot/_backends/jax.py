@@ -1,9 +1,10 @@
 """JAX's own ways."""
 
+import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -341,3 +342,15 @@ def differentiator(run: Run) -> Differentiator:
         return signals, list(map(to_numpy, extras))
 
     return differentiate
+
+
+@contextlib.contextmanager
+def symbols_beside_values() -> Iterator[None]:
+    """JAX asks any operand for an array first, and a symbol answers with an error."""
+    symbol: Any = keras.KerasTensor
+    method = symbol.__jax_array__
+    del symbol.__jax_array__
+    try:
+        yield
+    finally:
+        symbol.__jax_array__ = method

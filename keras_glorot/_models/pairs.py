@@ -169,7 +169,8 @@ def step_activation(operation: Any) -> Callable[[Any], Any] | None:
         return None if found is keras.activations.linear else found
     name = type(operation).__name__
     spelled = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
-    return operation.call if hasattr(keras.activations, spelled) else None
+    is_known = hasattr(keras.activations, spelled) or name in _WAVES
+    return operation.call if is_known else None
 
 
 # What else stands between kernels --------------------------------------------------------
@@ -205,13 +206,16 @@ _MOVE = {
     "ExpandDims",
     "Flatten",
     "GetItem",
+    "Moveaxis",
     "Permute",
     "Ravel",
     "Reshape",
     "Squeeze",
+    "Swapaxes",
     "Transpose",
 }
 _REDUCE = {"Max", "Mean", "Sum"}
+_WAVES = {"Cos", "Sin"}
 _SUMS = {"Add", "Average", "Subtract"}
 _PRODUCTS = {"Divide", "Multiply", "TrueDivide"}
 _LINES = {"Negative", "Rescaling", *_SUMS, *_PRODUCTS}
@@ -384,4 +388,4 @@ def _on_one_axis(partner: np.ndarray, slope: np.ndarray, name: str) -> Pairs:
         stays = np.array_equal(there[others], here[others])
         if stays and (rows == rows[0]).all() and (slopes == slopes[0]).all():
             return Pairs(axis + 1, rows[0], slopes[0])
-    raise Lost(f"{name} follows, which puts partners apart")
+    raise Lost(f"{name} follows, which puts partners apart, or units that differ together")

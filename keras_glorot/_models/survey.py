@@ -39,6 +39,16 @@ Axes = tuple[Sequence[int], Sequence[int]]
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
 _SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
+# Those that look at the shape alone: nobody chose their scale for this layer.
+_DEFAULTS = (
+    keras.initializers.GlorotNormal,
+    keras.initializers.GlorotUniform,
+    keras.initializers.HeNormal,
+    keras.initializers.HeUniform,
+    keras.initializers.LecunNormal,
+    keras.initializers.LecunUniform,
+    *GLOROT,
+)
 
 
 class Survey(Tree):
@@ -152,6 +162,11 @@ class Weight:
     def is_data(self) -> bool:
         """Whether it holds what the user gave and training does not change."""
         return self._origin.is_data
+
+    @property
+    def is_scale_chosen(self) -> bool:
+        """Whether its initializer has a scale of its own, which an author chose."""
+        return not isinstance(self.initializer, _DEFAULTS)
 
     @functools.cached_property
     def fans(self) -> Fans | None:

@@ -40,6 +40,7 @@ from keras_glorot._models.pairs import (
     through,
 )
 from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.gains import is_wave
 from keras_glorot.initializers import GlorotOrthogonal
 from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
 from keras_glorot.recipes._start import Start, Starts
@@ -47,6 +48,7 @@ from keras_glorot.recipes._start import Start, Starts
 __all__ = ["isometric"]
 
 YES = "yes"
+_SMALL_BIAS = 0.05  # the std of Keras's random initializers; that of z is about 1
 tree: Any = keras.tree
 
 
@@ -56,14 +58,17 @@ def isometric(survey: Survey) -> Starts:
     drawn = _drawn(survey)
     try:
         graph = trace(survey)
-        plans = _plan(graph, survey)
+        network = _Network(graph, survey)
+        plans, chosen = _plan(network), network.chosen
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
         unknown = f"the model can't be followed: {error_reason(error)}"
-        plans, depthwise = {}, set()
+        plans, chosen, depthwise = {}, set(), set()
     starts = {}
     for key, weight in drawn.items():
-        if key in plans:
+        if key in chosen:
+            starts[key] = _own(weight)
+        elif key in plans:
             starts[key] = plans[key].start()
         elif key in depthwise:
             starts[key] = _tap(weight)
@@ -90,6 +95,11 @@ def _plain(weight: Weight, reason: str) -> Start:
     distribution = weight.distribution_of(initializer)
     assert distribution is not None
     return Start(type(initializer).__name__, distribution, {"pairs": reason})
+
+
+def _own(weight: Weight) -> Start:
+    reason = "its author chose its scale for the periodic activation that follows"
+    return Start.own(weight)._replace(columns={"pairs": reason})
 
 
 def _tap(weight: Weight) -> Start:
@@ -161,9 +171,8 @@ def _flat(
     return np.where(partner < 0, -1, other).reshape(-1), slope.reshape(-1)
 
 
-def _plan(graph: Graph, survey: Survey) -> dict[int, _Plan]:
+def _plan(network: "_Network") -> dict[int, _Plan]:
     """By `id` of the kernel, how each is to be drawn that has a map."""
-    network = _Network(graph, survey)
     refused: dict[int, str] = {}
     while True:
         attempt = _Attempt(network, refused)
@@ -178,7 +187,7 @@ class _Network:
 
     def __init__(self, graph: Graph, survey: Survey):
         self.graph = graph
-        self.survey, self.drawn = survey, _drawn(survey).keys()
+        self.survey, self.drawn = survey, set(_drawn(survey))
         self.maps: list[tuple[Step, Map]] = []
         self.map_of: dict[int, Map] = {}  # by id of the step
         for step in graph.steps:
@@ -187,7 +196,28 @@ class _Network:
                 self.maps.append((step, found))
                 self.map_of[id(step)] = found
         self.effect = functools.cache(measure_effect)
+        self.is_wave = functools.cache(is_wave)
+        self.chosen = set(self._find_chosen())
+        self.drawn -= self.chosen
         self.used_elsewhere = self._find_used_elsewhere()
+
+    def _find_chosen(self) -> Iterator[int]:
+        """By `id`, the kernels that their author scaled for a periodic activation."""
+        weights = _drawn(self.survey)
+        for step, own in self.maps:
+            weight = weights.get(id(own.variable))
+            if weight and weight.is_scale_chosen and self._feeds_wave(step):
+                yield id(own.variable)
+
+    def _feeds_wave(self, step: Step) -> bool:
+        function = self.activation(step)
+        if function is not None:
+            return self.is_wave(function)
+        return any(
+            self._feeds_wave(consumer)
+            for consumer in self.graph.consumers(step.outputs[0])
+            if self.activation(consumer) or line(consumer, self.graph)
+        )
 
     def _find_used_elsewhere(self) -> set[int]:
         """By `id`, the variables that not only their own layer uses, in its own way."""
@@ -210,11 +240,11 @@ class _Network:
             raise Lost(f"{subject} is used by another operation, too")
 
     def check_bias(self, layer: Any) -> None:
-        """That it moves both units of a pair by the same."""
+        """That it moves both units of a pair by the same, or by little."""
         for weight in self.survey.weights:
             if weight.variable is getattr(layer, "bias", None):
                 drawn = self.survey.drawn_from(weight)
-                if drawn is None or drawn.form != "constant":
+                if drawn is None or drawn.std > _SMALL_BIAS:
                     raise Lost(f"the bias of {layer.name} is not the same for all units")
 
     def activation(self, step: Step) -> Callable[[Any], Any] | None:
@@ -386,7 +416,7 @@ class _Attempt:
     ) -> Pairs:
         effect = self.network.effect(function, float(np.abs(pairs.slope).max()))
         if effect is None:
-            raise Lost("its activation mixes units, or can't be measured")
+            raise Lost("its activation mixes units, is even, or can't be measured")
         if is_active:
             if effect.is_idempotent:
                 return pairs

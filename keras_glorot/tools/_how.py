@@ -77,12 +77,13 @@ def _elsewhere(
 
 
 def _kept(weight: Weight) -> Distribution | None:
-    """The one value that a bias keeps, if all of it is one."""
-    if len(weight.shape) == 1:
-        statistics = measure(weight.variable, 0.0)
-        if statistics.low == statistics.high:
-            return Distribution.constant(statistics.low)
-    return None
+    """As if a bias were drawn once more."""
+    if len(weight.shape) != 1:
+        return None
+    statistics = measure(weight.variable, 0.0)
+    if statistics.low == statistics.high:
+        return Distribution.constant(statistics.low)
+    return Distribution.from_std("normal", statistics.std)
 
 
 def _paths(survey: Survey) -> dict[int, str]:

@@ -26,7 +26,6 @@ from keras_glorot._models.passes import (
     moments,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.initializers import GLOROT
 
 __all__ = ["ScaledLayer", "ScalingPass", "ScalingPasses", "find_scaled_layers", "scaled"]
 
@@ -135,7 +134,7 @@ def _reason_to_leave(weight: Weight, survey: Survey, flow: Flow) -> str:
         return "its constraint sets its scale after each step of training"
     if owner is flow.stem:
         return "a learned table, such as of positions, is added to its output"
-    if flow.feeds_wave(loop or owner) and not isinstance(weight.initializer, _DEFAULTS):
+    if flow.feeds_wave(loop or owner) and weight.is_scale_chosen:
         return "its author chose its scale for the periodic activation that follows"
     if isinstance(loop, keras.layers.RNN) and _input_kernel(loop) is not weight.variable:
         return "it is used inside a loop, which can't be looked into"
@@ -143,18 +142,6 @@ def _reason_to_leave(weight: Weight, survey: Survey, flow: Flow) -> str:
 
 
 _CELLS = (keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
-
-
-# Initializers that look at the shape alone: nobody chose their scale for this layer.
-_DEFAULTS = (
-    keras.initializers.GlorotNormal,
-    keras.initializers.GlorotUniform,
-    keras.initializers.HeNormal,
-    keras.initializers.HeUniform,
-    keras.initializers.LecunNormal,
-    keras.initializers.LecunUniform,
-    *GLOROT,
-)
 
 
 def _input_kernel(layer: Any) -> keras.Variable | None:
