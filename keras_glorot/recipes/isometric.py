@@ -6,9 +6,9 @@ z, for leaky ReLU (1 + slope) z. Between the pairs stands an orthogonal matrix, 
 network at its start is a linear isometry, whatever its depth. Training breaks the pairs at
 once: their two units are active on different examples.
 
-For other activations it is nearly a multiple of z where z is large, as for ELU, or small, as
-for sigmoid. The kernel before gives z that level, and the next one takes it back. tanh and
-its like have no pairs, for f(-z) says nothing new, but they have a level.
+For other activations it is nearly a multiple of z where z is large, as for ELU, or small,
+as for sigmoid. The kernel before gives z that level, and the next one takes it back. tanh
+and its like have no pairs, for f(-z) says nothing new, but they have a level.
 
 A kernel makes pairs only if everything that its output reaches can take them. Saxe et al.
 (2014) and Pennington et al. (2017) say why an isometry trains at any depth; Balduzzi et al.
@@ -18,7 +18,7 @@ A kernel makes pairs only if everything that its output reaches can take them. S
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
