@@ -1,7 +1,7 @@
 """How many inputs an output sums over (fan_in), how many outputs an input reaches.
 
 Counted from a shape, or from axes of it. The rules of layers whose shape alone does not
-tell are in `layers.py`.
+tell are in `layer_rules.py`.
 """
 
 import math

@@ -434,15 +434,14 @@ class Nothing(layers.Layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("MobileNetV2", 17), ("ResNet50", 33)])
-def test_pairs_in_applications_without_normalization(name, count):
+def test_pairs_in_mobilenet_without_normalization():
     def build(layer):
         if is_normalization(layer):
             return Nothing(name=layer.name)
         return type(layer).from_config(layer.get_config())
 
-    model = getattr(keras.applications, name)(
+    model = keras.applications.MobileNetV2(
         weights=None, input_shape=(32, 32, 3), classes=10
     )
     model = keras.models.clone_model(model, clone_function=build)
-    check(model, noise(2, 32, 32, 3), count)
+    check(model, noise(2, 32, 32, 3), 18)

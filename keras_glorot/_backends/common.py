@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from keras_glorot._backends.signals import Differentiator, Run
+from keras_glorot._backends.signals import Differentiator, Run, to_numpy
 from keras_glorot._backends.traced import Program
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.stream import Bounds
@@ -27,10 +27,12 @@ __all__ = [
     "map_parts",
     "meta_tensor",
     "new_value",
+    "numpy",
     "outside_traces",
     "process_count",
     "program",
     "python_function",
+    "readable",
     "shares_new_variables",
     "symbols_beside_values",
     "to_array",
@@ -47,6 +49,7 @@ _Scope = contextlib.AbstractContextManager[Any]
 _Result = TypeVar("_Result")
 
 program = Program()  # draws in the program that the backend makes
+numpy: Any = np  # computes with `readable` values
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -189,6 +192,11 @@ def differentiator(run: Run) -> Differentiator:
         A function of the arguments: the signals of all taps, and the extras as arrays.
     """
     raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
+
+
+def readable(tensor: Any) -> Any:
+    """The values of a tensor in a pass, apart from its gradient, for use with `numpy`."""
+    return to_numpy(tensor)
 
 
 def unmoved_generators() -> _Scope:

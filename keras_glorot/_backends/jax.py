@@ -32,6 +32,7 @@ _CompiledFunction = type(jax.jit(len))
 
 process_count = jax.process_count
 to_tensor = jax.device_put
+numpy = jnp
 
 
 def to_sharded_tensor(
@@ -285,6 +286,10 @@ class _Program(Program):
 
 
 program = _Program()
+
+
+def readable(tensor: Any) -> Any:
+    return lax.stop_gradient(tensor).astype(jnp.promote_types(tensor.dtype, jnp.float32))
 
 
 def differentiator(run: Run) -> Differentiator:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -34,6 +34,8 @@ _MOST_CHANGE = math.log(2)
 _MOST_DRIFT = 0.2
 # A level is worth it if the cosine changes by no more than this part of what it did.
 _NEARER = 0.75
+# Lower ones are not tried where the cosine changes by more than this part of what it did.
+_SAME = 0.95
 # By how much more than before the cosine may change where signal and gradient become level:
 # in random kernels of 128 units, 50 layers change it by as much by chance.
 _SLACK = 0.3
@@ -295,39 +297,54 @@ def _measure(
     half, other = _halves(batch)
     advance(0.0, "as it is")
     run, before = _first_pass(survey, half, found, training)
-    layers, was = run.layers, _attempt(run.layers, 0.0, before)
+    was = _attempt(run.layers, 0.0, before)
     scaled, fresh, failed = None, None, None
+    most = max(_MOST_DRIFT, was.change.drift + _SLACK)
+    for attempt in _candidates(run, half, was, most, flow, advance):
+        factors, tests = attempt.seen.factors, []
+        if not _is_starved(run.layers, attempt) and attempt.change.is_held(most):
+            passes = [run(each, factors=factors) for each in (other, _grown(half))]
+            tests = [_attempt(run.layers, attempt.level, each) for each in passes]
+        bad = [each for each in (attempt, *tests) if not each.change.is_held(most)]
+        bad += [each for each in tests if _differ(run.layers, each.seen, attempt.seen)]
+        if tests and not bad:
+            scaled, fresh = attempt, tests[0]
+            break
+        failed = (bad or [attempt])[0]
+    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
+        scaled, fresh, failed = None, None, scaled  # it holds what can be held
+    unseen = [each for each in found if each not in run.layers]
+    return _Result(run.layers, unseen, was, scaled, fresh, failed, run.passes)
+
+
+def _candidates(
+    run: ScalingPasses,
+    half: Batch,
+    was: _Attempt,
+    most: float,
+    flow: Flow,
+    advance: Callable[[float, str], None],
+) -> Iterator[_Attempt]:
+    """Attempts in the order in which they are worth a test on other examples."""
+    later: list[_Attempt] = []
     is_sound = was.change.is_level and was.change.drift <= _MOST_DRIFT
     # Residual sums carry all three past the activations, whatever the level.
     levels = [] if is_sound else _LEVELS[:1] if flow.sums else _LEVELS
-    most = max(_MOST_DRIFT, was.change.drift + _SLACK)
     for i, level in enumerate(levels):
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
-        attempt = _scale(run, half, level, is_chain=not flow.sums)
-        _check_finite(survey.root, layers, before, attempt.seen)
-        if scaled and attempt.change.drift > _NEARER * scaled.change.drift:
+        attempt = _scale(run, half, level, most, is_chain=not flow.sums)
+        _check_finite(run.survey.root, run.layers, was.seen, attempt.seen)
+        drift = attempt.change.drift
+        if _is_starved(run.layers, attempt):
+            yield attempt
             break
-        if _is_starved(layers, attempt):
-            failed = attempt
+        if later and drift > _SAME * later[-1].change.drift:
             break
-        tests = [attempt]
-        if attempt.change.is_held(most):
-            factors = attempt.seen.factors
-            batches = (other, _grown(half))
-            passes = [run(each, factors=factors) for each in batches]
-            tests += [_attempt(layers, level, each) for each in passes]
-        bad = [each for each in tests if not each.change.is_held(most)]
-        bad += [each for each in tests if _differ(layers, each.seen, attempt.seen)]
-        if bad:
-            failed = bad[0]
-            continue
-        scaled, fresh = attempt, tests[1]
-        if scaled.change.drift <= _MOST_DRIFT:
-            break
-    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
-        scaled, fresh, failed = None, None, scaled  # it holds what can be held
-    unseen = [each for each in found if each not in layers]
-    return _Result(layers, unseen, was, scaled, fresh, failed, run.passes)
+        if drift <= _MOST_DRIFT or not attempt.change.is_held(most):
+            yield attempt
+        elif not later or drift <= _NEARER * later[-1].change.drift:
+            later.append(attempt)  # a lower level may be better still
+    yield from reversed(later)
 
 
 def _check_finite(
@@ -345,16 +362,19 @@ def _check_finite(
     )
 
 
-def _scale(run: ScalingPasses, half: Batch, level: float, is_chain: bool) -> _Attempt:
+def _scale(
+    run: ScalingPasses, half: Batch, level: float, most: float, is_chain: bool
+) -> _Attempt:
     """Scaled to a level; along a chain the signal takes half of the gradient's change.
 
-    A factor trades one for the other: signal times gradient is as the structure has it.
+    A factor changes both alike: their ratio is as the structure has it.
     """
     layers = run.layers
     aims = level * np.array([each.share or 1.0 for each in layers])
     attempt = _attempt(layers, level, run(half, level, aims))
     change = attempt.change.gradient
-    if is_chain and _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE:
+    is_near = _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE
+    if is_chain and is_near and attempt.change.drift <= most:
         path = _path(layers, attempt.seen)
         aims[path] *= np.exp(-change / 2 * np.linspace(-0.5, 0.5, len(path)))
         attempt = _attempt(layers, level, run(half, level, aims))
@@ -388,7 +408,7 @@ def _first_pass(
     """The pass before, over those layers of which each call is seen."""
     run = ScalingPasses(survey, found, training)
     first = run(half)
-    unseen = {id(layer) for layer in run.unseen}
+    unseen = {id(layer) for layer in run.recorder.unseen}
     seen = [each for each in found if id(each.layer) not in unseen]
     if len(seen) < len(found):
         run = ScalingPasses(survey, seen, training)

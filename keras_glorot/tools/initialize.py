@@ -77,17 +77,14 @@ def initialize(
     before its first step. If it never did, the learning rate stays: a finding says so, and
     a warning if a callback of the last `fit` logs learning rates.
 
-    Each variable has its own seed, made from `seed` and its place: the names of the layers
-    from the model down, and its own. A name that Keras made up, of the form `dense` or
-    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and
-    so does one of this form that you chose; a parent's name at the start of a layer's does
-    not count. So no two variables are alike, and two models get the same weights if their
-    layers have the same classes, the same order in their parents, and the same names where
-    these are not automatic: however and wherever they were built, cloned or loaded, and on
-    every backend. Exceptions are initializers that are neither Keras's nor ours, and values
-    that a layer draws itself in `build`. A layer added or removed changes no weight of a
-    layer that you named, nor of one with an automatic name unless it comes later in the
-    same parent and is of the same class.
+    Each variable has its own seed, made from `seed`, the names of the layers from the model
+    down, and its own name. A name of the form that Keras gives a Dense, `dense` or
+    `dense_7`, counts as the first, second, ... of its class in its parent; a parent's name
+    at the start of a layer's does not count. So no two variables are alike, and two models
+    get the same weights on every backend if their layers have the same classes, order and
+    chosen names. (Initializers that are neither Keras's nor ours may differ, and so may
+    values that a layer draws in `build`.) A layer added or removed changes no weight but
+    those of layers of its class that come later in its parent and that you did not name.
 
     If `fit` must repeat itself bit by bit, also shuffle the data yourself: Keras's
     shuffling, and on PyTorch its dropout without a seed, follow global generators, which
