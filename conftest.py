@@ -1,5 +1,6 @@
 """One process, one backend: TensorFlow unless KERAS_BACKEND says otherwise."""
 
+import gc
 import os
 import random
 
@@ -39,3 +40,9 @@ def pytest_collection_modifyitems(config, items):
         rng = random.Random(seed)
         place = {path: rng.random() for path in sorted({item.path for item in items})}
         items.sort(key=lambda item: (place[item.path], rng.random()))
+
+
+def pytest_collection_finish(session):
+    """What the imports made stays to the end: no garbage collection looks at it again."""
+    gc.collect()
+    gc.freeze()

@@ -245,20 +245,14 @@ class GlorotNormal(_Glorot):
     precision the largest is rounded, and can exceed it by half a unit in the last place.
 
     Args:
-        gain: Factor on the standard deviation: a positive float; the name of an
-            activation, for `calculate_gain(name)`; or `"auto"`, for the gain of the
-            `activation` of the layer being built: 1 where it has none, or SELU or
-            softmax. Defaults to 1.
-        seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has
-            it. The two distributions share no bits.
-        input_axes: Axes of the kernel that one output sums over, as in `GlorotUniform`.
-        output_axes: Axes of the kernel that one input is spread over.
-        mode: The connections that set the scale, as in `GlorotUniform`.
+        gain: As in `GlorotUniform`.
+        seed: As in `GlorotUniform`; the two distributions share no bits.
+        input_axes: As in `GlorotUniform`.
+        output_axes: As in `GlorotUniform`.
+        mode: As in `GlorotUniform`.
 
     Raises:
-        ValueError: If the gain is not positive and finite or not a known name, the mode is
-            none of the three, or axes are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type.
+        ValueError, TypeError: As `GlorotUniform`.
 
     Example:
 
@@ -293,22 +287,17 @@ class GlorotOrthogonal(_Glorot):
     a random sign.
 
     Args:
-        gain: Factor on the singular values: a positive float; the name of an activation,
-            for `calculate_gain(name)`; or `"auto"`, for the gain of the `activation` of the
-            layer being built: 1 where it has none, or SELU or softmax. Defaults to 1.
-        seed: An int, a `keras.random.SeedGenerator` or `None`: as `GlorotUniform` has it.
-            A traced program calls the host for the draw, with the same bits, so TensorFlow
-            can't have XLA compile it.
+        gain: As in `GlorotUniform`.
+        seed: As in `GlorotUniform`. A traced program calls the host for the draw, with the
+            same bits, so TensorFlow can't have XLA compile it.
         input_axes: Axes of the kernel that are rows of the matrix. With `output_axes` they
             decide, whatever the layer. An axis in both is one of the window, an axis in
             neither is a batch axis, of which each index has its own matrix (experts).
         output_axes: Axes of the kernel that are columns of the matrix.
-        mode: The connections that set the scale, as in `GlorotUniform`.
+        mode: As in `GlorotUniform`.
 
     Raises:
-        ValueError: If the gain is not positive and finite or not a known name, the mode is
-            none of the three, or axes are repeated or given on one side only.
-        TypeError: If the gain, the seed or the axes are of a wrong type.
+        ValueError, TypeError: As `GlorotUniform`.
 
     Example:
 

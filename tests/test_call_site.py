@@ -43,7 +43,7 @@ def test_layers_of_a_late_model_share_one_initializer(monkeypatch):
         layers.DepthwiseConv2D(3, depth_multiplier=1, depthwise_initializer=init),
         layers.Conv2DTranspose(1, 3, kernel_initializer=init),
     )
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.fit(np.zeros((2, 8, 8, 64)), np.zeros((2, 1)), verbose=0)
     conv, depthwise, transposed = model.parts
     final = {layer: (shape, pair) for shape, layer, pair in draws[-3:]}

@@ -6,8 +6,6 @@ import pytest
 
 from keras_glorot.tools._files import drafted
 
-NAME = ".keras-glorot-0123456789abcdef"
-
 
 def write(text):
     return lambda path: path.write_text(text)
@@ -39,18 +37,8 @@ def test_after_an_error_the_old_file_is_there(error, tmp_path):
     assert os.listdir(tmp_path) == ["page.html"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
-def test_the_folder_of_a_killed_process_is_removed(tmp_path):
-    left = tmp_path / NAME
-    left.mkdir()
-    (left / "draft.keras").write_text("half")
-    with drafted(tmp_path / "out.keras", "-o"):
-        assert not left.exists()
-    assert os.listdir(tmp_path) == []
-
-
 def test_folders_of_others_stay(tmp_path):
-    own = tmp_path / f"{NAME}-mine"
+    own = tmp_path / ".keras-glorot-0123456789abcdef"
     own.mkdir()
     with drafted(tmp_path / "out.keras", "-o") as put:
         with drafted(tmp_path / "other.keras", "-o") as put_other:

@@ -170,6 +170,56 @@ def test_images_of_unknown_size_can_be_halved():
     assert graph.closed == []
 
 
+class Attention(layers.Layer):
+    """Returns a value and None as well, as a layer does that can have a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = layers.EinsumDense("abc,cde->abde", (None, 2, 4))
+        self.out = layers.Dense(8)
+
+    def build(self, shape):
+        self.query.build(shape)
+        self.out.build(shape)
+
+    def call(self, x, cache=None):
+        query = self.query(x)
+        length = query.shape[1]
+        bias = ops.zeros((length, 1, 1)) + query  # a value, and a symbol
+        bias += ops.zeros((length - 1 + 1, 1, 1))
+        return self.out(ops.reshape(bias, (-1, length, 8))), ops.ones((length,)), cache
+
+
+class Encoder(layers.Layer):
+    """Takes what the layer in it returns apart, as KerasHub's decoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def build(self, shape):
+        self.attention.build(shape)
+
+    def call(self, x):
+        y, scale, cache = self.attention(x)
+        assert cache is None
+        return x + y * ops.expand_dims(scale, -1)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_layers_that_return_values_and_nothing_beside_tensors():
+    x = keras.Input((5, 8))
+    model = keras.Model(x, Encoder()(x))
+    node = keras.src.layers.layer.Node
+    graph = trace_of(model)
+    kinds = ["EinsumDense", "Add", "Add", "Reshape", "Dense", "Multiply", "Add"]
+    assert names(graph) == kinds
+    assert graph.closed == []
+    assert keras.src.layers.layer.Node is node
+
+
 def test_each_call_of_a_shared_layer_is_a_step():
     graph = trace_of(nested_twice())
     assert names(graph) == ["Dense", "Dense", "Dense", "Add"]

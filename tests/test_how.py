@@ -111,7 +111,7 @@ def test_each_weight_gets_what_the_first_pattern_says(make, seed):
 def test_only_the_head():
     """Neither statistics nor dropout's seed; optimizer and metrics are reset."""
     model = convnet()
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", run_eagerly=True)
     model.fit(np.ones((2, 8, 8, 3)), np.ones((2, 4)), verbose=0)
     assert changed(model, {"last": "xavier_normal"}) == {"last/kernel", "last/bias"}
     assert int(array(model.optimizer.iterations)) == 0

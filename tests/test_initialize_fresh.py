@@ -139,7 +139,7 @@ def test_several_optimizers_in_one():
     by_function = optimizers.MultiOptimizer(lambda variable: inner[".*/one/.*"])
     for optimizer in (both, by_function):
         model = small()
-        model.compile(optimizer, "mse")
+        model.compile(optimizer, "mse", run_eagerly=True)
         model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
         assert array(inner[".*/one/.*"].iterations) > 0
         initialize(model)
@@ -186,7 +186,7 @@ class Stubborn(optimizers.SGD):
 
 def test_an_optimizer_that_can_not_be_reset_is_a_finding_and_a_warning():
     model = small()
-    model.compile(Stubborn(0.1, momentum=0.9), "mse")
+    model.compile(Stubborn(0.1, momentum=0.9), "mse", run_eagerly=True)
     model.fit(np.ones((8, 4)), np.ones((8, 3)), verbose=0)
     with pytest.warns(UserWarning, match=r"did not reset .*: .*no config"):
         finding, _ = initialize(model).findings
@@ -898,7 +898,10 @@ def generated_block(rng):
     return type(class_name, (layers.Layer,), {"__init__": init, "call": call})
 
 
-@pytest.mark.parametrize("number", range(12))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=pytest.mark.slow if n > 3 else ()) for n in range(12)],
+)
 def test_a_block_gets_the_same_weights_whatever_its_number(number):
     """The first of a class is `encoder`, the second `encoder_1`, the twelfth `encoder_11`.
 

@@ -1,4 +1,4 @@
-"""What the package asks of a backend, as any backend of Keras can do it.
+"""The package's questions to a backend, as any backend of Keras can answer them.
 
 `__all__` has the names that a file of one backend may have, too.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from keras_glorot._backends.signals import Differentiator, Run
+from keras_glorot._backends.signals import Differentiator, Run, to_numpy
 from keras_glorot._backends.traced import Program
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.stream import Bounds
@@ -27,11 +27,14 @@ __all__ = [
     "map_parts",
     "meta_tensor",
     "new_value",
+    "numpy",
     "outside_traces",
     "process_count",
     "program",
     "python_function",
+    "readable",
     "shares_new_variables",
+    "symbols_beside_values",
     "to_array",
     "to_sharded_tensor",
     "to_tensor",
@@ -46,6 +49,7 @@ _Scope = contextlib.AbstractContextManager[Any]
 _Result = TypeVar("_Result")
 
 program = Program()  # draws in the program that the backend makes
+numpy: Any = np  # computes with `readable` values
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -86,7 +90,7 @@ def values(variable: keras.Variable) -> Values:
 
 
 def held_value(variable: keras.Variable) -> Any:
-    """What `assign` takes to give a variable back the value that it has now."""
+    """The present value, for `assign` to give it back to the variable."""
     return to_array(variable)
 
 
@@ -137,7 +141,7 @@ def is_symbolic(tensor: Any) -> bool:
 
 
 def current_trace() -> Any:
-    """What stays equal until the backend enters another trace, or leaves this one.
+    """A mark that stays equal until the backend enters another trace, or leaves this one.
 
     A traced loop, a vectorized function, a derivative on JAX, a compiled program and a call
     that is made again on the way back (remat) are traces of their own. Without the private
@@ -179,7 +183,7 @@ def python_function(value: Any) -> Callable | None:
 
 
 def differentiator(run: Run) -> Differentiator:
-    """What runs and differentiates `run`; on JAX compiled once for all calls.
+    """Runs and differentiates `run`; on JAX compiled once for all calls.
 
     `run(tap, *arguments)` is a context that gives the objective and extras. Eager backends
     differentiate in the context: there they may call layers again.
@@ -190,6 +194,16 @@ def differentiator(run: Run) -> Differentiator:
     raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
 
 
+def readable(tensor: Any) -> Any:
+    """The values of a tensor in a pass, apart from its gradient, for use with `numpy`."""
+    return to_numpy(tensor)
+
+
 def unmoved_generators() -> _Scope:
     """Puts back the backend's global generators of random numbers."""
+    return contextlib.nullcontext()
+
+
+def symbols_beside_values() -> _Scope:
+    """Where `value + symbol` is a symbol, as `symbol + value` is. One thread at a time."""
     return contextlib.nullcontext()

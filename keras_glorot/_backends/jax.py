@@ -1,9 +1,10 @@
 """JAX's own ways."""
 
+import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ _CompiledFunction = type(jax.jit(len))
 
 process_count = jax.process_count
 to_tensor = jax.device_put
+numpy = jnp
 
 
 def to_sharded_tensor(
@@ -171,8 +173,8 @@ def _stack_processes(array: np.ndarray) -> np.ndarray:
 def _with_all_processes(tensors: Any) -> tuple[Any, Any]:
     """Arguments of a program, and where each of its results is to be.
 
-    If one of them spans processes, the program runs in all of these: what only this one
-    has must be the same in each, and all results come back to each.
+    If one of them spans processes, the program runs in all of these: values that only this
+    one has must be the same in each, and all results come back to each.
 
     Raises:
         ValueError: If the processes have different values.
@@ -286,18 +288,22 @@ class _Program(Program):
 program = _Program()
 
 
+def readable(tensor: Any) -> Any:
+    return lax.stop_gradient(tensor).astype(jnp.promote_types(tensor.dtype, jnp.float32))
+
+
 def differentiator(run: Run) -> Differentiator:
     taps: list[tuple[Summary | None, Summary]] = []
 
     def objective(probes: Sequence[Any], *arguments: Any) -> Any:
-        """What a probe is added to has the gradient of the probe."""
-        left, values = iter(probes), []
+        """A tensor that a probe is added to has the gradient of the probe."""
+        rest, values = iter(probes), []
         taps.clear()
 
         def tap(tensor, of_value, of_gradient):
             taps.append((of_value, of_gradient))
             values.append(tensor if of_value else None)
-            return tensor + next(left), len(taps) - 1
+            return tensor + next(rest), len(taps) - 1
 
         with run(tap, *arguments) as (target, extras):
             return target, (values, extras)
@@ -341,3 +347,15 @@ def differentiator(run: Run) -> Differentiator:
         return signals, list(map(to_numpy, extras))
 
     return differentiate
+
+
+@contextlib.contextmanager
+def symbols_beside_values() -> Iterator[None]:
+    """JAX asks any operand for an array first, and a symbol answers with an error."""
+    symbol: Any = keras.KerasTensor
+    method = symbol.__jax_array__
+    del symbol.__jax_array__
+    try:
+        yield
+    finally:
+        symbol.__jax_array__ = method

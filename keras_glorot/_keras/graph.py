@@ -8,6 +8,7 @@ every operation between them, says what it takes and what it gives. No value is 
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ import keras
 from keras_glorot import _backends as backends
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import Tree
+
+try:
+    from keras.src.layers import layer as keras_layer
+except ImportError:  # then layers that also return None or values are not looked into
+    keras_layer = None
 
 __all__ = ["LOOPS", "Graph", "Step", "replaced_attribute", "trace"]
 
@@ -52,6 +58,8 @@ class Graph:
         tensors: By number: the shape and dtype of each tensor, a `KerasTensor`.
         inputs, outputs: The numbers of the tensors that the model takes and returns.
         closed: The layers with sublayers that could not be looked into.
+        read: By `id`, the variables whose values the `call` of a layer took from another
+            one, or turned before it used them.
     """
 
     steps: list[Step]
@@ -59,6 +67,7 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     closed: list[keras.Layer]
+    read: frozenset[int] = frozenset()
 
     @functools.cached_property
     def makers(self) -> dict[int, Step]:
@@ -102,10 +111,11 @@ def trace(walked: Tree, inputs: Any = None) -> Graph:
         Exception: Whatever the model raises.
     """
     arguments = inputs or _built_on(walked.root)
-    with unmoved_generators():  # layers may draw in their call
+    with _ONE_TRACE, unmoved_generators():  # layers may draw in their call
         return backends.outside_traces(_trace, walked, arguments)
 
 
+_ONE_TRACE = threading.Lock()
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -164,40 +174,70 @@ def _with_sizes(size: int | None, tensor: Any) -> Any:
     return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype))
 
 
+class _Reads(keras.StatelessScope):
+    """Notes whose values are asked for. Keras's own layers do that in scopes of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        self.ids.add(id(variable))
+        return super().get_current_value(variable)
+
+
 class _Tracer:
     def __init__(self, walked: Tree):
         self.walked = walked
         # Of each copy, by `id`, the tensor that it stands for. Kept alive, for their ids.
         self.originals: dict[int, tuple[Any, Any]] = {}
         self.closed: dict[int, keras.Layer] = {}
+        self.opened: set[int] = set()  # by `id`, those whose last call was looked into
+        self.reads = _Reads()
 
     def trace(self, arguments: Arguments) -> Graph:
         args, kwargs = arguments
-        with keras.StatelessScope(), contextlib.ExitStack() as stack:
+        with self.reads, backends.symbols_beside_values(), contextlib.ExitStack() as stack:
+            make_node = getattr(keras_layer, "Node", None)
+            if make_node is not None:
+                node = functools.partial(self._node, make_node)
+                stack.enter_context(replaced_attribute(keras_layer, "Node", node))
             for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
                 if _is_open(layer, self.walked.children(layer)):
-                    call = self._call_inside(layer, layer.symbolic_call)
-                    stack.enter_context(replaced_attribute(layer, "symbolic_call", call))
+                    name, own = "symbolic_call", self._call_inside(layer)
+                else:
+                    name, own = "compute_output_spec", _with_all_sizes(layer)
+                stack.enter_context(replaced_attribute(layer, name, own))
             outputs = self.walked.root(*args, **kwargs)
             return self._collect(tree.flatten(arguments), tree.flatten(outputs))
 
-    def _call_inside(self, layer: Any, original: Callable) -> Callable:
+    def _call_inside(self, layer: Any) -> Callable:
+        original = layer.symbolic_call
+
         def symbolic_call(*args: Any, **kwargs: Any) -> Any:
+            self.opened.discard(id(layer))
             try:
                 outputs = layer.call(*args, **kwargs)
             except Exception:  # it does what only values allow, or calls the backend
                 outputs = None
-            if not all(map(_is_symbol, tree.flatten(outputs))):
+            if not any(map(_is_symbol, tree.flatten(outputs))):
                 if self.walked.children(layer):
                     self.closed[id(layer)] = layer
                 return original(*args, **kwargs)
+            self.opened.add(id(layer))
             return tree.map_structure(self._copy, outputs)
 
         return symbolic_call
 
+    def _node(self, make: Callable, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keras notes calls that return tensors only: the steps in a layer are enough."""
+        return None if id(operation) in self.opened else make(operation, *args, **kwargs)
+
     def _copy(self, tensor: Any) -> Any:
         """Keras notes on a tensor who made it last: that would be the outer layer."""
+        if not _is_symbol(tensor):
+            return tensor
         copy = keras.KerasTensor(tensor.shape, tensor.dtype)
         self.originals[id(copy)] = copy, tensor
         return copy
@@ -239,7 +279,26 @@ class _Tracer:
             call = tensor._keras_history.node_index
             steps.append(Step(node.operation, arguments, ins, outs, call))
         ends = tuple(map(number, last))
-        return Graph(steps, tensors, first, ends, list(self.closed.values()))
+        closed, read = list(self.closed.values()), frozenset(self.reads.ids)
+        return Graph(steps, tensors, first, ends, closed, read)
+
+
+def _with_all_sizes(layer: Any) -> Callable:
+    """Sizes that the layer leaves open, as `EinsumDense` does, by way of its `call`."""
+    original = layer.compute_output_spec
+
+    def compute_output_spec(*args: Any, **kwargs: Any) -> Any:
+        outputs = original(*args, **kwargs)
+        if _has_open_size(outputs) and not _has_open_size((args, kwargs)):
+            with contextlib.suppress(Exception):  # it calls the backend by itself
+                return keras.Operation.compute_output_spec(layer, *args, **kwargs)
+        return outputs
+
+    return compute_output_spec
+
+
+def _has_open_size(values: Any) -> bool:
+    return any(None in each.shape for each in tree.flatten(values) if _is_symbol(each))
 
 
 def _is_symbol(value: Any) -> bool:

@@ -1,8 +1,7 @@
 """The singular values of a network's Jacobian, by one random direction back and forth."""
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -11,10 +10,9 @@ import numpy as np
 from keras_glorot._backends.signals import Outcome
 from keras_glorot._models.passes import (
     Batch,
+    Recorder,
     Tap,
     Tensor,
-    differentiator,
-    intercepted_call,
     is_float,
 )
 from keras_glorot._models.survey import Survey
@@ -57,27 +55,25 @@ def singular_spread(
     if not 0 < scale < math.inf:
         return None
 
-    @contextlib.contextmanager
-    def run(
-        tap: Tap, values: list[Tensor], x: Any, gradients: list[Tensor], step: Tensor
-    ) -> Iterator[Outcome]:
+    def move(
+        tap: Tap, scope: Any, x: Any, gradients: list[Tensor], step: Tensor
+    ) -> tuple[Any, dict[int, Callable]]:
         left = iter(gradients)
         moved = [
             each + ops.cast(step * next(left), each.dtype) if is_float(each) else each
             for each in tree.flatten(x)
         ]
-        x = tree.pack_sequence_as(batch.x, moved)
-        scope = keras.StatelessScope(zip(survey.root.variables, values, strict=True))
-        with scope, intercepted_call(batch, survey, x, {}, training) as (outputs, _):
-            yield ops.zeros(()), list(filter(is_float, tree.flatten(outputs)))
+        return tree.pack_sequence_as(batch.x, moved), {}
 
-    forward = differentiator(run)
-    values = [variable.value for variable in survey.root.variables]
+    def keep(batch: Batch, outputs: Any) -> Outcome:
+        return ops.zeros(()), list(filter(is_float, tree.flatten(outputs)))
+
+    recorder = Recorder(survey, training, move, keep)
     tensors = [ops.convert_to_tensor(np.float32(each)) for each in gradients]
 
     def outputs(step: float) -> list[np.ndarray]:
         step_size = ops.convert_to_tensor(np.float32(step))
-        return forward(values, batch.x, tensors, step_size)[1]
+        return recorder(batch, tensors, step_size)[1]
 
     here = outputs(0.0)
     c, center = _joined(batch.directions(here)), _joined(here)

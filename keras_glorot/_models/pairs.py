@@ -14,17 +14,20 @@ from keras_glorot._models.kernel_maps import channel_axis
 from keras_glorot.layer_rules import is_normalization, layer_activation
 
 __all__ = [
-    "LOW_LEVEL",
     "Effect",
     "Lost",
     "Pairs",
+    "is_sum",
+    "line",
     "measure_effect",
     "step_activation",
     "through",
 ]
 
-# The std at which smooth activations are all but linear.
-LOW_LEVEL = 0.1
+# The stds of z that an activation can be given where f(z) - f(-z) is no multiple of z, as
+# `benchmarks/evidence/depth.md` found them to train best. Far above its curve ELU is almost
+# a ReLU; far below, tanh is almost a line.
+LEVELS = 100.0, 0.3
 
 
 class Lost(Exception):
@@ -37,7 +40,8 @@ class Pairs(NamedTuple):
     Attributes:
         axis: The axis of the tensor on which the units stand.
         partner: Of each unit, the place of the one with the opposite weights; -1 for none.
-        slope: Of each unit, the a of f(z) - f(-z) = a z.
+        slope: Of each unit, the std of f(z) - f(-z), or of f(z) without a partner, for
+            inputs of the kernel with a std of 1; 0 where it is not known.
     """
 
     axis: int
@@ -52,11 +56,11 @@ class Pairs(NamedTuple):
         partner = partner + np.where(np.arange(size) % 2, -1, 1)
         if size % 2:
             partner[:, -1] = -1
-        return cls(axis, partner.reshape(-1), np.full(count, 2.0))
+        return cls(axis, partner.reshape(-1), np.ones(count))
 
     def merged(self, other: "Pairs") -> Self:
         """Both of them, where kernels have sent theirs to different units of a tensor."""
-        new = other.partner >= 0
+        new = other.slope != 0
         partner = np.where(new, other.partner, self.partner)
         return self._replace(partner=partner, slope=np.where(new, other.slope, self.slope))
 
@@ -67,8 +71,16 @@ class Pairs(NamedTuple):
         partner[np.repeat(self.partner < 0, copies)] = -1
         return self._replace(partner=partner, slope=np.repeat(self.slope, copies))
 
-    def with_slope(self, slope: float) -> Self:
-        return self._replace(slope=np.full(len(self.slope), slope))
+    def separated(self) -> Self:
+        """All units without a partner."""
+        return self._replace(partner=np.full_like(self.partner, -1))
+
+    def without_single(self) -> Self:
+        """Not knowing those that have no partner."""
+        return self._replace(slope=np.where(self.partner < 0, 0.0, self.slope))
+
+    def times(self, factor: float | np.ndarray) -> Self:
+        return self._replace(slope=self.slope * factor)
 
     def equals(self, other: "Pairs | None") -> bool:
         return other is not None and all(map(np.array_equal, self, other))
@@ -81,52 +93,73 @@ class Effect(NamedTuple):
     """What an activation f makes of a pair.
 
     Attributes:
-        slope: The a of f(z) - f(-z) = a z.
-        level: The std of z at which a network begins: 1, or less if the slope does not hold
-            up to there. 1 for an odd f, too: saturation cost less than a weak signal in
-            `benchmarks/evidence/depth.py` (50 layers of tanh).
+        level: The std of z: 1 if f(z) - f(-z) = a z holds there, else the one of `LEVELS`
+            where that is nearest.
+        slope: The a, by the root mean square over normal z; half of it for an odd f.
         gain: What makes up for f where a unit is alone: |z| / rms(f(z), f(-z)).
         is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
         is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
     """
 
-    slope: float
     level: float
+    slope: float
     gain: float
     is_odd: bool
     is_idempotent: bool
 
 
-def measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+def measure_effect(
+    activation: Callable[[Any], Any], level: float | None = None
+) -> Effect | None:
     """Measured, so that it holds for any activation; None if it mixes units or fails."""
     try:
         with unmoved_generators():
-            return backends.outside_traces(_measure_effect, activation)
+            return backends.outside_traces(_measure_effect, activation, level)
     except Exception:  # from a function of the user: anything
         return None
 
 
-def _measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+_SMALL = 0.1
+_POINTS = np.append(np.linspace(0.01, 4, 201), _SMALL)
+
+
+def _measure_effect(activation: Callable[[Any], Any], level: float | None) -> Effect | None:
     def f(values: np.ndarray) -> np.ndarray:
         tensor = activation(keras.ops.convert_to_tensor(values, "float32"))
         return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
 
-    points = np.append(np.linspace(0.01, 4, 201), LOW_LEVEL).astype(np.float32)
+    points = _POINTS.astype(np.float32)
     up, down = f(points), f(-points)
-    slopes = (up - down) / points
     mixes = not np.allclose(f(points[::2]), up[::2], atol=1e-6)
-    if mixes or not np.isfinite(slopes).all() or not slopes[-1]:
+    if mixes or not np.isfinite([up, down]).all() or not (up - down).any():
         return None
-    is_linear = np.allclose(slopes, slopes[-1], rtol=1e-3)
+    if level is None:
+        levels = [1.0] if _line(f, 1.0)[1] == 0 else LEVELS
+        level = min(levels, key=lambda each: _line(f, each)[1])
+    slope, _ = _line(f, level)
     is_odd = bool(np.allclose(up, -down, rtol=1e-4, atol=1e-6))
     rms = math.sqrt((up[-1] ** 2 + down[-1] ** 2) / 2)
     return Effect(
-        float(slopes[-1]),
-        1.0 if is_linear or is_odd else LOW_LEVEL,
-        LOW_LEVEL / rms,
+        level,
+        slope / 2 if is_odd else slope,
+        _SMALL / rms,
         is_odd,
-        bool(np.allclose(f(up), up, atol=1e-6)),
+        all(np.allclose(f(each), each, atol=1e-6) for each in (up, down)),
     )
+
+
+def _line(f: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, float]:
+    """The a of f(z) - f(-z) = a z at a std of z, and the error of that as a share."""
+    z = (level * _POINTS).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = f(z) - f(-z)
+    slopes = y / z
+    if np.allclose(slopes, slopes[-1], rtol=1e-3):
+        return float(slopes[-1]), 0.0
+    weights = np.exp(-(_POINTS**2) / 2)
+    yy, yz, zz = (float(np.sum(weights * each)) for each in (y * y, y * z, z * z))
+    error = 1 - yz**2 / (yy * zz) if 0 < yy < math.inf else math.inf
+    return math.sqrt(yy / zz), error
 
 
 def step_activation(operation: Any) -> Callable[[Any], Any] | None:
@@ -136,7 +169,8 @@ def step_activation(operation: Any) -> Callable[[Any], Any] | None:
         return None if found is keras.activations.linear else found
     name = type(operation).__name__
     spelled = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
-    return operation.call if hasattr(keras.activations, spelled) else None
+    is_known = hasattr(keras.activations, spelled) or name in _WAVES
+    return operation.call if is_known else None
 
 
 # What else stands between kernels --------------------------------------------------------
@@ -168,7 +202,23 @@ _KEEP_CHANNELS = (
     "UpSampling",
     "ZeroPadding",
 )
-_MOVE = {"ExpandDims", "Flatten", "Permute", "Ravel", "Reshape", "Squeeze", "Transpose"}
+_MOVE = {
+    "ExpandDims",
+    "Flatten",
+    "GetItem",
+    "Moveaxis",
+    "Permute",
+    "Ravel",
+    "Reshape",
+    "Squeeze",
+    "Swapaxes",
+    "Transpose",
+}
+_REDUCE = {"Max", "Mean", "Sum"}
+_WAVES = {"Cos", "Sin"}
+_SUMS = {"Add", "Average", "Subtract"}
+_PRODUCTS = {"Divide", "Multiply", "TrueDivide"}
+_LINES = {"Negative", "Rescaling", *_SUMS, *_PRODUCTS}
 
 
 def through(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
@@ -185,12 +235,18 @@ def through(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
         return _through_channels(step, graph, pairs)
     if name in _MOVE:
         return _through_move(step, graph, pairs)
+    if name in _REDUCE:
+        return _through_reduction(step, graph, pairs)
     if name == "Concatenate":
         return _through_concatenation(step, graph, number, pairs)
     if isinstance(operation, keras.Layer) and is_normalization(operation):
         raise Lost("a normalization layer follows")
-    if name == "Add":
+    if is_sum(step):
         raise Lost("its output is added to another one")
+    if name in _PRODUCTS and _has_two_inputs(step):
+        raise Lost("its output is multiplied by another one")
+    if name in _LINES:
+        return _through_line(step, graph, pairs)
     raise Lost(f"{operation.name} follows, which mixes units or is not known")
 
 
@@ -202,12 +258,74 @@ def _through_channels(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
     return pairs._replace(axis=len(target) - 1 if is_last else pairs.axis)
 
 
+def _through_reduction(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    """A mean, a sum or a maximum of positions, as pooling has it."""
+    rank, axis = len(graph.tensors[step.inputs[0]].shape), step.operation.axis
+    axes = range(rank) if axis is None else np.ravel(axis) % rank
+    if pairs.axis in axes or 0 in axes:
+        raise Lost(f"{step.operation.name} follows, which mixes units or examples")
+    gone = 0 if step.operation.keepdims else sum(each < pairs.axis for each in axes)
+    return pairs._replace(axis=pairs.axis - gone)
+
+
+def is_sum(step: Step) -> bool:
+    """Of two tensors that depend on the input, at least."""
+    return type(step.operation).__name__ in _SUMS and _has_two_inputs(step)
+
+
+def _has_two_inputs(step: Step) -> bool:
+    return len(set(step.inputs)) > 1
+
+
+def _through_line(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
+    name, found = step.operation.name, line(step, graph)
+    if found is None:
+        raise Lost(f"{name} follows, which is no multiple, or has a weight")
+    size = len(pairs.partner)
+    rows = [np.moveaxis(each, pairs.axis, -1).reshape(-1, size) for each in found]
+    for row in rows:
+        other = np.where(pairs.partner < 0, row[0], row[0][pairs.partner])
+        if (row != row[0]).any() or (row[0] != other).any():
+            raise Lost(f"{name} follows, with other numbers for other units or positions")
+    return pairs.times(rows[0][0])
+
+
+def line(step: Step, graph: Graph) -> tuple[np.ndarray, np.ndarray] | None:
+    """The factor and the constant by which a step makes a x + b of each value x.
+
+    None if it does anything else.
+    """
+    arguments = keras.tree.flatten(step.arguments)
+    has_weight = any(isinstance(each, keras.Variable) for each in arguments)
+    if type(step.operation).__name__ not in _LINES or _has_two_inputs(step) or has_weight:
+        return None
+    shape = graph.tensors[step.inputs[0]].shape
+    shape = (1, *(size or 1 for size in shape[1:]))
+
+    def at(value: float) -> np.ndarray:
+        def fill(each: Any) -> Any:
+            is_input = isinstance(each, keras.KerasTensor)
+            return keras.ops.full(shape, value, each.dtype) if is_input else each
+
+        args, kwargs = keras.tree.map_structure(fill, step.arguments)
+        filled = step.operation.call(*args, **kwargs)
+        return np.asarray(keras.ops.convert_to_numpy(filled), np.float64)
+
+    try:
+        none, one, two = (backends.outside_traces(at, value) for value in (0, 1, 2))
+    except Exception:  # a division of integers, say
+        return None
+    factor = one - none
+    is_line = np.allclose(two - one, factor) and np.isfinite(factor).all() and factor.all()
+    return (factor, none) if is_line and factor.shape == shape else None
+
+
 def _through_concatenation(step: Step, graph: Graph, number: int, pairs: Pairs) -> Pairs:
     shapes = [graph.tensors[each].shape for each in step.inputs]
     if step.operation.axis % len(shapes[0]) != pairs.axis:
         raise Lost(f"{step.operation.name} puts other positions beside its output")
     size = sum(shape[pairs.axis] for shape in shapes)
-    partner, slope, start = np.full(size, -1), np.ones(size), 0
+    partner, slope, start = np.full(size, -1), np.zeros(size), 0
     for each, shape in zip(step.inputs, shapes, strict=True):
         part = slice(start, start + shape[pairs.axis])
         if each == number:
@@ -235,13 +353,16 @@ def _through_move(step: Step, graph: Graph, pairs: Pairs) -> Pairs:
         came_from = backends.outside_traces(move)[0].reshape(target[1:])
     except Exception:  # it moves examples as well
         raise Lost(f"{name} follows, which mixes examples") from None
-    if not np.array_equal(np.sort(came_from, axis=None), places.reshape(-1)):
-        raise Lost(f"{name} follows, which mixes examples")
+    goes_to = np.full(places.size, -1)
+    goes_to[came_from] = np.arange(came_from.size).reshape(came_from.shape)
+    if np.count_nonzero(goes_to >= 0) < came_from.size:
+        raise Lost(f"{name} follows, which repeats units or mixes examples")
     axis = pairs.axis - 1
     steps = np.where(pairs.partner < 0, 0, pairs.partner - np.arange(sizes[axis]))
     ahead = _along(steps * math.prod(sizes[axis + 1 :]), axis, sizes)
-    goes_to = np.argsort(came_from, axis=None)
     partner = goes_to[came_from + ahead[came_from]]
+    if (partner < 0).any():
+        raise Lost(f"{name} follows, which leaves out one unit of a pair")
     partner[ahead[came_from] == 0] = -1
     return _on_one_axis(partner, _along(pairs.slope, axis, sizes)[came_from], name)
 
@@ -267,4 +388,4 @@ def _on_one_axis(partner: np.ndarray, slope: np.ndarray, name: str) -> Pairs:
         stays = np.array_equal(there[others], here[others])
         if stays and (rows == rows[0]).all() and (slopes == slopes[0]).all():
             return Pairs(axis + 1, rows[0], slopes[0])
-    raise Lost(f"{name} follows, which puts partners apart")
+    raise Lost(f"{name} follows, which puts partners apart, or units that differ together")

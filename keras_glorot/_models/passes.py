@@ -22,9 +22,8 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._backends.signals import (
-    Differentiator,
     Outcome,
-    Run,
+    Results,
     Signal,
     Summary,
     Tap,
@@ -42,14 +41,14 @@ __all__ = [
     "Batch",
     "Call",
     "Moments",
+    "Outcome",
     "Pass",
+    "Recorder",
     "Signal",
     "Tap",
     "Tensor",
     "arguments_of",
-    "differentiator",
     "gradient_std",
-    "intercepted_call",
     "is_float",
     "likeness",
     "lock",
@@ -327,13 +326,10 @@ def record(
         of_tensor: Summarizes all else.
         advance: Is told of progress.
     """
-    model = survey.root
     listener = _Listener(survey, of_output, of_gradient, of_tensor, advance)
-    unseen: list[keras.Layer] = []
     positions: list[int] = []
 
-    @contextlib.contextmanager
-    def run(tap: Tap, values: list[Tensor], x: Any) -> Iterator[Outcome]:
+    def start(tap: Tap, scope: Any, x: Any) -> tuple[Any, dict[int, Callable]]:
         def tap_input(tensor: Tensor) -> Tensor:
             if not is_float(tensor):
                 return tensor
@@ -341,25 +337,80 @@ def record(
             positions.append(position)
             return tensor
 
-        listener.start(tap)
-        state = dict(zip(map(id, model.variables), values, strict=True))
-        for layer, weight in listener.kernels.items():
-            key = id(weight.variable)
-            state[key], position = tap(state[key], None, of_tensor)
-            listener.kernel_positions[layer] = position
+        wrappers = listener.start(tap, scope)
         positions.clear()
-        x = tree.map_structure(tap_input, x)
-        # What the model would change, such as a random state, stays in the scope.
-        scope = keras.StatelessScope(zip(model.variables, state.values(), strict=True))
-        call = intercepted_call(batch, survey, x, listener.wrappers(), training)
-        with scope, call as (outputs, unseen[:]):
-            advance(0.5, "gradients")
-            yield batch.objective(outputs), []
+        return tree.map_structure(tap_input, x), wrappers
 
-    values = [variable.value for variable in model.variables]
-    signals, _ = differentiator(run)(values, batch.x)
+    def finish(batch: Batch, outputs: Any) -> Outcome:
+        advance(0.5, "gradients")
+        return batch.objective(outputs), []
+
+    recorder = Recorder(survey, training, start, finish)
+    signals, _ = recorder(batch)
     gradients = [signals[position].gradient for position in positions]
-    return Pass(listener.finish(signals), unseen, gradients)
+    return Pass(listener.finish(signals), recorder.unseen, gradients)
+
+
+class Recorder:
+    """Calls a model and differentiates it: several passes by one program.
+
+    Attributes:
+        unseen: The layers that the latest pass called where nothing is seen.
+    """
+
+    def __init__(
+        self,
+        survey: Survey,
+        training: bool,
+        start: Callable[..., tuple[Any, dict[int, Callable]]],
+        finish: Callable[[Batch, Any], Outcome],
+    ):
+        """From what happens before the model is called, and after.
+
+        Args:
+            survey: Of the model.
+            training: As in `record`.
+            start: From a tap, the scope that holds the variables, the inputs and the
+                arguments of the pass: the inputs to take, and what stands for `call` of
+                layers. On JAX it runs twice, first for shapes.
+            finish: From the batch and the outputs: the objective and extras.
+        """
+        self.survey, self.training = survey, training
+        self.start, self.finish = start, finish
+        self.unseen: list[keras.Layer] = []
+        self.is_called = False
+        self.differentiate = backends.differentiator(self._run)
+
+    def __call__(
+        self, batch: Batch, *arguments: Any, values: list[Tensor] | None = None
+    ) -> Results:
+        """One pass; `values` are those of the model's variables."""
+        self.batch, self.is_called = batch, False
+        values = values or [variable.value for variable in self.survey.root.variables]
+        try:
+            return self.differentiate(values, batch.x, batch.y, *arguments)
+        except Exception as error:
+            if not self.is_called:
+                raise
+            raise ValueError(
+                "Argument `model` must be differentiable. Differentiating it failed: "
+                f"{_first_line(error)}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _run(
+        self, tap: Tap, values: list[Tensor], x: Any, y: Any, *arguments: Any
+    ) -> Iterator[Outcome]:
+        self.is_called = False
+        batch = self.batch._replace(y=y)
+        # What the model would change, such as a random state, stays in the scope.
+        scope = keras.StatelessScope(zip(self.survey.root.variables, values, strict=True))
+        x, wrappers = self.start(tap, scope, x, *arguments)
+        call = _intercepted_call(batch, self.survey, x, wrappers, self.training)
+        with scope, call as (outputs, self.unseen):
+            outcome = self.finish(batch, outputs)
+            self.is_called = True
+            yield outcome
 
 
 class _Note(NamedTuple):
@@ -396,16 +447,19 @@ class _Listener:
                 self.kernels.setdefault(id(survey.loops.get(id(owner), owner)), weight)
         self.kernel_positions: dict[int, int] = {}
 
-    def start(self, tap: Tap) -> None:
-        """Forgets the run before: JAX runs twice, first for shapes."""
+    def start(self, tap: Tap, scope: Any) -> dict[int, Callable]:
+        """Forgets the run before, and says what replaces the `call` of layers."""
         self.tap_tensor = tap
         self.notes: list[_Note] = []
         # Which call made a tensor. Tensors are compared by `id`, so these must be alive.
         self.origins: dict[int, int] = {}
         self.alive = weakref.WeakValueDictionary()
-
-    def wrappers(self) -> dict[int, Callable]:
-        """What replaces the `call` of each layer that can be listened to."""
+        for layer, weight in self.kernels.items():
+            value, position = tap(
+                scope.get_current_value(weight.variable), None, self.of_tensor
+            )
+            scope.add_update((weight.variable, value))
+            self.kernel_positions[layer] = position
         layers = [
             layer
             for layer in self.survey.layers
@@ -547,7 +601,7 @@ class _Place:
 
 
 @contextlib.contextmanager
-def intercepted_call(
+def _intercepted_call(
     batch: Batch,
     survey: Survey,
     x: Any,
@@ -638,31 +692,3 @@ def _compiled_methods(layer: keras.Layer) -> dict[str, Callable]:
 
 def _first_line(error: Exception) -> str:
     return error_reason(error).splitlines()[0].removesuffix(".")
-
-
-def differentiator(run: Run) -> Differentiator:
-    """As that of the backend, with a reason if `run` can't be differentiated."""
-    has_run = False
-
-    @contextlib.contextmanager
-    def noted_run(tap: Tap, *arguments: Any) -> Iterator[Outcome]:
-        nonlocal has_run
-        has_run = False
-        with run(tap, *arguments) as outcome:
-            has_run = True
-            yield outcome
-
-    differentiate = backends.differentiator(noted_run)
-
-    def explained(*arguments: Any) -> tuple[list[Signal], list[np.ndarray]]:
-        try:
-            return differentiate(*arguments)
-        except Exception as error:
-            if not has_run:
-                raise
-            raise ValueError(
-                "Argument `model` must be differentiable. Differentiating it failed: "
-                f"{_first_line(error)}"
-            ) from error
-
-    return explained

@@ -4,8 +4,9 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import keras
 
@@ -38,10 +39,24 @@ Axes = tuple[Sequence[int], Sequence[int]]
 _KERNEL_ARGUMENTS = ("kernel", "depthwise", "pointwise")
 # Initializers that are meant for kernels: they look at the fans.
 _SCALED_BY_FANS = (keras.initializers.VarianceScaling, *GLOROT)
+# Those that look at the shape alone: nobody chose their scale for this layer.
+_DEFAULTS = (
+    keras.initializers.GlorotNormal,
+    keras.initializers.GlorotUniform,
+    keras.initializers.HeNormal,
+    keras.initializers.HeUniform,
+    keras.initializers.LecunNormal,
+    keras.initializers.LecunUniform,
+    *GLOROT,
+)
 
 
 class Survey(Tree):
     """A built layer or model, looked at once. Dear things are looked up when asked for.
+
+    Attributes:
+        elsewhere: By `id` of the variable, what the weights are drawn from that a recipe
+            does not draw; None where that is not known.
 
     Args:
         model: A built layer or model.
@@ -55,6 +70,17 @@ class Survey(Tree):
     def __init__(self, model: Any, argument: str = "model"):
         _check_built(model, argument)
         super().__init__(model)
+        self.elsewhere: Mapping[int, Distribution | None] = MappingProxyType({})
+
+    def for_recipe(self, elsewhere: Mapping[int, Distribution | None]) -> Self:
+        """The same, for a recipe that draws a part of the weights."""
+        part = copy.copy(self)
+        part.elsewhere = elsewhere
+        return part
+
+    def drawn_from(self, weight: "Weight") -> Distribution | None:
+        """Of a weight that a recipe does not draw: its own distribution, if no other."""
+        return self.elsewhere.get(id(weight.variable), weight.distribution)
 
     @functools.cached_property
     def weights(self) -> list["Weight"]:
@@ -124,7 +150,7 @@ class Weight:
 
     @property
     def initializer(self) -> Any:
-        """What it was made with; None if that is not known."""
+        """The one it was made with; None if that is not known."""
         return self._origin.initializer
 
     @property
@@ -137,13 +163,19 @@ class Weight:
         """Whether it holds what the user gave and training does not change."""
         return self._origin.is_data
 
+    @property
+    def is_scale_chosen(self) -> bool:
+        """Whether its initializer has a scale of its own, which an author chose."""
+        return not isinstance(self.initializer, _DEFAULTS)
+
     @functools.cached_property
     def fans(self) -> Fans | None:
         """Its connection counts; None if it connects nothing, as a bias.
 
         By a rule of `register_fans`, else by the axes that its initializer declares, else
-        by the rule of Keras's class, else by its shape. What was made constant, as a scale
-        or a slope, connects nothing either, unless its name says that it does.
+        by the rule of Keras's class, else by its shape. A weight that was
+        made constant, as a scale or a slope, connects nothing either, unless its name says
+        that it does.
         """
         if self.is_kernel or re.search("kernel|embedding", self.variable.name):
             return self._counts
@@ -153,11 +185,11 @@ class Weight:
 
     @functools.cached_property
     def distribution(self) -> Distribution | None:
-        """What its initializer draws from, with the layer's fans; None if not known."""
+        """That of its initializer, with the layer's fans; None if not known."""
         return self.distribution_of(self.initializer)
 
     def distribution_of(self, initializer: Any) -> Distribution | None:
-        """What another initializer would draw this weight from."""
+        """That of another initializer for this weight."""
         return distribution_of(initializer, self.shape, self._counts, self.site, self._axes)
 
     @functools.cached_property
@@ -252,7 +284,7 @@ def distribution_of(
     site: CallSite,
     axes: Axes | None = None,
 ) -> Distribution | None:
-    """What an initializer of Keras or of ours draws from; None for everyone else's.
+    """The distribution of an initializer of Keras or of ours; None for everyone else's.
 
     The axes that it declares come before `axes`, those that its weight is known to have.
     """
@@ -360,7 +392,7 @@ class _Origins:
             return
         self.rebuilt.add(id(layer))
         sources, error = rebuild_sources(layer)
-        # What an outer layer assigns comes last.
+        # An outer layer assigns after those in it.
         self.sources = sources | self.sources
         if error is not None:
             self.errors[id(layer)] = error

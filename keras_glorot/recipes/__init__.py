@@ -2,7 +2,8 @@
 
 A recipe is a function `survey → Starts` and one entry in `RECIPES`. One of your own takes
 the place of the name. The survey is the model, looked at once: each of its `weights` has a
-`path`, a `shape`, its `fans`, and says whether it `is_kernel`.
+`path`, a `shape`, its `fans`, and says whether it `is_kernel`. In a mapping, a recipe
+draws a part of them: those that it does not are in the survey's `elsewhere`.
 
 >>> from keras_glorot.recipes import Start, Starts
 >>> def fading(survey):

@@ -2,10 +2,13 @@
 
 Units come in pairs with opposite weights, z and -z. The next kernel takes the two with
 opposite signs, so that it sees f(z) - f(-z). For ReLU, GELU, SiLU and softplus that is just
-z, for leaky ReLU (1 + slope) z, for other smooth activations nearly a multiple of z where z
-is small. Between the pairs stands an orthogonal matrix, so the network at its start is a
-linear isometry, whatever its depth. Training breaks the pairs at once: their two units are
-active on different examples.
+z, for leaky ReLU (1 + slope) z. Between the pairs stands an orthogonal matrix, so the
+network at its start is a linear isometry, whatever its depth. Training breaks the pairs at
+once: their two units are active on different examples.
+
+For other activations it is nearly a multiple of z where z is large, as for ELU, or small,
+as for sigmoid. The kernel before gives z that level, and the next one takes it back. tanh
+and its like have no pairs, for f(-z) says nothing new, but they have a level.
 
 A kernel makes pairs only if everything that its output reaches can take them. Saxe et al.
 (2014) and Pennington et al. (2017) say why an isometry trains at any depth; Balduzzi et al.
@@ -28,14 +31,16 @@ from keras_glorot._keras.calls import error_reason
 from keras_glorot._keras.graph import Graph, Step, trace
 from keras_glorot._models.kernel_maps import Map, depthwise_kernel, kernel_map
 from keras_glorot._models.pairs import (
-    Effect,
     Lost,
     Pairs,
+    is_sum,
+    line,
     measure_effect,
     step_activation,
     through,
 )
 from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.gains import is_wave
 from keras_glorot.initializers import GlorotOrthogonal
 from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
 from keras_glorot.recipes._start import Start, Starts
@@ -43,32 +48,46 @@ from keras_glorot.recipes._start import Start, Starts
 __all__ = ["isometric"]
 
 YES = "yes"
+_SMALL_BIAS = 0.05  # the std of Keras's random initializers; that of z is about 1
+tree: Any = keras.tree
 
 
 def isometric(survey: Survey) -> Starts:
     """Mirrored and orthogonal kernels, as the graph of the model allows."""
     unknown = "how its layer uses it is not known"
+    drawn = _drawn(survey)
     try:
         graph = trace(survey)
-        plans = _plan(graph)
+        network = _Network(graph, survey)
+        plans, chosen = _plan(network), network.chosen
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
         unknown = f"the model can't be followed: {error_reason(error)}"
-        plans, depthwise = {}, set()
+        plans, chosen, depthwise = {}, set(), set()
     starts = {}
-    for weight in survey.weights:
-        if weight.is_kernel and not weight.reason:
-            plan = plans.get(id(weight.variable))
-            if plan is not None:
-                start = plan.start()
-            elif id(weight.variable) in depthwise:
-                start = _tap(weight)
-            else:
-                start = _plain(weight, unknown)
-            starts[id(weight.variable)] = start
+    for key, weight in drawn.items():
+        if key in chosen:
+            starts[key] = _own(weight)
+        elif key in plans:
+            starts[key] = plans[key].start()
+        elif key in depthwise:
+            starts[key] = _tap(weight)
+        else:
+            starts[key] = _plain(weight, unknown)
     counts = Counter(start.columns["pairs"] for start in starts.values())
     note = f"{counts[YES]} of {len(starts)} kernels make pairs."
     return Starts(starts, ("pairs",), note)
+
+
+def _drawn(survey: Survey) -> dict[int, Weight]:
+    """By `id` of the variable, the kernels that are drawn here."""
+    return {
+        id(weight.variable): weight
+        for weight in survey.weights
+        if weight.is_kernel
+        and not weight.reason
+        and id(weight.variable) not in survey.elsewhere
+    }
 
 
 def _plain(weight: Weight, reason: str) -> Start:
@@ -76,6 +95,11 @@ def _plain(weight: Weight, reason: str) -> Start:
     distribution = weight.distribution_of(initializer)
     assert distribution is not None
     return Start(type(initializer).__name__, distribution, {"pairs": reason})
+
+
+def _own(weight: Weight) -> Start:
+    reason = "its author chose its scale for the periodic activation that follows"
+    return Start.own(weight)._replace(columns={"pairs": reason})
 
 
 def _tap(weight: Weight) -> Start:
@@ -90,7 +114,8 @@ class _Plan(NamedTuple):
 
     Attributes:
         map: The kernel, and how it maps.
-        takes, makes: The pairs of its input and of its output; None where there are none.
+        takes, makes: The pairs of its input and of its output, or the units of an odd
+            activation; None where there are none.
         gain: The factor on inputs that are no pairs, for the activation that they went
             through.
         scale: A factor on all of it.
@@ -106,15 +131,23 @@ class _Plan(NamedTuple):
 
     def start(self) -> Start:
         m = self.map.matrices
-        partner, slope = _flat(self.takes, self.map.inputs, m, m.inputs)
-        inputs = Side.of(partner, m.parts)
-        factors = inputs.factors * np.where(partner < 0, self.gain, 1 / slope)
-        partner, _ = _flat(self.makes, self.map.outputs, m, m.outputs)
-        outputs = Side.of(partner, m.parts)
-        mirror = Mirror(m, self.map.taps, inputs._replace(factors=factors), outputs)
-        name = "MirroredOrthogonal" if self.takes or self.makes else "Orthogonal"
+        taken, slope = _flat(self.takes, self.map.inputs, m, m.inputs)
+        made, level = _flat(self.makes, self.map.outputs, m, m.outputs)
+        is_known = slope != 0
+        factors = np.where(is_known, 1 / np.where(is_known, slope, 1), self.gain)
+        inputs, outputs = (Side.of(partner, m.parts) for partner in (taken, made))
+        inputs = inputs._replace(factors=inputs.factors * factors)
+        outputs = outputs._replace(factors=outputs.factors * np.where(level, level, 1))
+        mirror = Mirror(m, self.map.taps, inputs, outputs)
+        has_pairs = (taken >= 0).any() or (made >= 0).any()
+        name = "MirroredOrthogonal" if has_pairs else "Orthogonal"
         distribution = Distribution.mirrored(self.scale, mirror)
-        return Start(name, distribution, {"pairs": self.reason or YES})
+        return Start(name, distribution, {"pairs": self._verdict()})
+
+    def _verdict(self) -> str:
+        if self.makes and (self.makes.partner < 0).all():
+            return "its activation is odd, so a pair is no more than one unit"
+        return self.reason or YES
 
 
 def _flat(
@@ -128,7 +161,7 @@ def _flat(
     if own == m.inputs:
         sizes[-1] *= m.parts  # a kernel has those of one group
     if pairs is None:
-        return np.full(math.prod(sizes), -1), np.ones(math.prod(sizes))
+        return np.full(math.prod(sizes), -1), np.zeros(math.prod(sizes))
     at = axes.index(pairs.axis)
     places = np.arange(math.prod(sizes)).reshape(sizes)
     wide = [-1 if axis == at else 1 for axis in range(len(sizes))]
@@ -138,9 +171,8 @@ def _flat(
     return np.where(partner < 0, -1, other).reshape(-1), slope.reshape(-1)
 
 
-def _plan(graph: Graph) -> dict[int, _Plan]:
+def _plan(network: "_Network") -> dict[int, _Plan]:
     """By `id` of the kernel, how each is to be drawn that has a map."""
-    network = _Network(graph)
     refused: dict[int, str] = {}
     while True:
         attempt = _Attempt(network, refused)
@@ -153,8 +185,9 @@ def _plan(graph: Graph) -> dict[int, _Plan]:
 class _Network:
     """A graph with what is asked of its steps again and again."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, survey: Survey):
         self.graph = graph
+        self.survey, self.drawn = survey, set(_drawn(survey))
         self.maps: list[tuple[Step, Map]] = []
         self.map_of: dict[int, Map] = {}  # by id of the step
         for step in graph.steps:
@@ -163,66 +196,108 @@ class _Network:
                 self.maps.append((step, found))
                 self.map_of[id(step)] = found
         self.effect = functools.cache(measure_effect)
+        self.is_wave = functools.cache(is_wave)
+        self.chosen = set(self._find_chosen())
+        self.drawn -= self.chosen
+        self.used_elsewhere = self._find_used_elsewhere()
+
+    def _find_chosen(self) -> Iterator[int]:
+        """By `id`, the kernels that their author scaled for a periodic activation."""
+        weights = _drawn(self.survey)
+        for step, own in self.maps:
+            weight = weights.get(id(own.variable))
+            if weight and weight.is_scale_chosen and self._feeds_wave(step):
+                yield id(own.variable)
+
+    def _feeds_wave(self, step: Step) -> bool:
+        function = self.activation(step)
+        if function is not None:
+            return self.is_wave(function)
+        return any(
+            self._feeds_wave(consumer)
+            for consumer in self.graph.consumers(step.outputs[0])
+            if self.activation(consumer) or line(consumer, self.graph)
+        )
+
+    def _find_used_elsewhere(self) -> set[int]:
+        """By `id`, the variables that not only their own layer uses, in its own way."""
+        found = set(self.graph.read)
+        for step in self.graph.steps:
+            used = [each for each in tree.flatten(step.arguments) if _is_variable(each)]
+            if isinstance(step.operation, keras.Layer):
+                own = self.map_of.get(id(step))
+                kernels = [own and own.variable, depthwise_kernel(step.operation)]
+                known = set(map(id, kernels))
+                used += [each for each in step.operation.weights if id(each) not in known]
+            found |= set(map(id, used))
+        return found
+
+    def check_kernel(self, kernel: keras.Variable, subject: str) -> None:
+        """That it can make pairs, or take them."""
+        if id(kernel) not in self.drawn:
+            raise Lost(f"{subject} is not drawn with it")
+        if id(kernel) in self.used_elsewhere:
+            raise Lost(f"{subject} is used by another operation, too")
+
+    def check_bias(self, layer: Any) -> None:
+        """That it moves both units of a pair by the same, or by little."""
+        for weight in self.survey.weights:
+            if weight.variable is getattr(layer, "bias", None):
+                drawn = self.survey.drawn_from(weight)
+                if drawn is None or drawn.std > _SMALL_BIAS:
+                    raise Lost(f"the bias of {layer.name} is not the same for all units")
 
     def activation(self, step: Step) -> Callable[[Any], Any] | None:
         """What its output goes through, in it or as the step itself."""
         return _own_activation(step.operation) or step_activation(step.operation)
 
     def gains(self) -> list[float]:
-        """Of each tensor, what makes up for the activation that it went through last."""
+        """Of each tensor, what makes up for the activation that it went through last, and
+        for the numbers that it was multiplied by since a kernel made it."""
         gains = [1.0] * len(self.graph.tensors)
+        factors: dict[int, float] = {}  # of what a kernel made
         for step in self.graph.steps:
             function = self.activation(step)
             effect = function and self.effect(function)
-            gain = 1.0
-            if effect:
-                gain = effect.gain
+            gain, factor = 1.0, None
+            if id(step) in self.map_of:
+                factor = 1.0
             elif step.inputs and not self._is_new(step):
                 gain = gains[step.inputs[0]]
+                factor = self._multiplied(factors.get(step.inputs[0]), step)
+            if effect:
+                gain = effect.gain
             for number in step.outputs:
                 gains[number] = gain
-        return gains
+                if factor is not None:
+                    factors[number] = factor
+        return [gain / factors.get(number, 1.0) for number, gain in enumerate(gains)]
+
+    def _multiplied(self, factor: float | None, step: Step) -> float | None:
+        found = line(step, self.graph) if factor is not None else None
+        return factor if found is None else factor * math.sqrt(np.mean(found[0] ** 2))
 
     def _is_new(self, step: Step) -> bool:
-        operation = step.operation
-        return (
-            id(step) in self.map_of
-            or is_normalization(operation)
-            or type(operation).__name__ == "Add"
-        )
+        return is_normalization(step.operation) or is_sum(step)
+
+    def level(self, step: Step) -> float:
+        """The std of its output with which the activation after it has the right one."""
+        factor = 1.0
+        while (function := self.activation(step)) is None:
+            consumers = self.graph.consumers(step.outputs[0])
+            if not consumers or id(consumers[0]) in self.map_of:
+                return 1.0
+            step = consumers[0]
+            factor = self._multiplied(factor, step) or factor
+        effect = self.effect(function)
+        return effect.level / factor if effect else 1.0
 
     def scales(self) -> dict[int, float]:
-        """By `id` of the step: the level where a signal starts, and that of branch ends."""
-        level = min((each.level for each in self._effects()), default=1.0)
+        """By `id` of the step, the factor on a kernel: on the ends of branches."""
         ends = self._branch_ends()
-        scales = {}
-        for step, _ in self.maps:
-            scale = level if self._starts(step) else 1.0
-            # Outputs of ReLU and the like have a mean, and means add up faster than noise.
-            power = {None: 0.0, False: 0.5, True: 1.0}[ends.get(id(step))]
-            scales[id(step)] = scale / len(ends) ** power if power else scale
-        return scales
-
-    def _effects(self) -> Iterator[Effect]:
-        """Those of the activations between kernels."""
-        for step in self.graph.steps:
-            function = self.activation(step)
-            if function and step.outputs[0] not in self.graph.outputs:
-                effect = self.effect(function)
-                if effect:
-                    yield effect
-
-    def _starts(self, step: Step) -> bool:
-        """Whether its input comes from outside, or from a normalization layer."""
-        number = step.inputs[0]
-        while number in self.graph.makers:
-            maker = self.graph.makers[number]
-            if id(maker) in self.map_of or not maker.inputs:
-                return False
-            if is_normalization(maker.operation):
-                return True
-            number = maker.inputs[0]
-        return True
+        # Outputs of ReLU and the like have a mean, and means add up faster than noise.
+        powers = {end: 1.0 if has_mean else 0.5 for end, has_mean in ends.items()}
+        return {end: len(ends) ** -power for end, power in powers.items()}
 
     def _branch_ends(self) -> dict[int, bool]:
         """By `id`, the kernels whose output is added to the input of their branch.
@@ -231,7 +306,7 @@ class _Network:
         """
         ends = {}
         for total in self.graph.steps:
-            if type(total.operation).__name__ == "Add":
+            if is_sum(total):
                 for number in total.inputs:
                     end, has_mean = self._last_kernel(number)
                     others = set(total.inputs) - {number}
@@ -273,12 +348,19 @@ class _Attempt:
         maker, m = id(own.variable), own.matrices
         count = m.shape[m.outputs[-1]]
         pairs = Pairs.neighbours(own.outputs[-1], count, m.parts)
+        pairs = pairs.times(self.network.level(step))
         try:
+            self.network.check_kernel(own.variable, "it")
+            self.network.check_bias(step.operation)
             if (pairs.partner < 0).all():
                 raise Lost("it has one unit")
-            for taker, sent in self._send(step, pairs):
+            arrived = self._send(step, pairs)
+            stays = {bool((sent.partner >= 0).any()) for _, sent in arrived}
+            made = pairs.without_single() if True in stays else pairs.separated()
+            if len(stays) > 1 or not made.equals(self.made.setdefault(maker, made)):
+                raise Lost("activations of two kinds follow")
+            for taker, sent in arrived:
                 self.arrived.setdefault(id(taker), []).append((maker, sent))
-            self.made[maker] = pairs
         except Lost as lost:
             self.reasons[maker] = str(lost)
 
@@ -312,14 +394,18 @@ class _Attempt:
             return self._activated(pairs, function, is_active), True
         kernel, own = depthwise_kernel(step.operation), self.network.map_of.get(id(step))
         if kernel is not None:
+            if id(kernel) not in self.network.drawn:
+                raise Lost("a depthwise kernel follows that is not drawn with it")
             pairs = pairs.repeated(kernel.shape[-1])
         if own is not None:
             if not is_active:
                 raise Lost("no activation follows")
+            self.network.check_kernel(own.variable, "the next kernel")
             _check_taken(own, pairs)
             return pairs, is_active
         if kernel is None:
             return through(step, self.graph, number, pairs), is_active
+        self.network.check_bias(step.operation)
         function = _own_activation(step.operation)
         if function is None:
             return pairs, is_active
@@ -328,16 +414,15 @@ class _Attempt:
     def _activated(
         self, pairs: Pairs, function: Callable[[Any], Any], is_active: bool
     ) -> Pairs:
-        effect = self.network.effect(function)
+        effect = self.network.effect(function, float(np.abs(pairs.slope).max()))
         if effect is None:
-            raise Lost("its activation mixes units, or can't be measured")
+            raise Lost("its activation mixes units, is even, or can't be measured")
         if is_active:
             if effect.is_idempotent:
                 return pairs
             raise Lost("a second activation follows")
-        if effect.is_odd:
-            raise Lost("its activation is odd, so a pair is no more than one unit")
-        return pairs.with_slope(effect.slope)
+        pairs = pairs.separated() if effect.is_odd else pairs.without_single()
+        return pairs.times(effect.slope)
 
     def refuse(self) -> dict[int, str]:
         """The kernels whose pairs not all calls of a shared kernel can send or take."""
@@ -370,10 +455,14 @@ class _Attempt:
                     self._taken(step),
                     self.made.get(key),
                     gains[step.inputs[0]],
-                    scales[id(step)],
+                    scales.get(id(step), 1.0),
                     self.reasons.get(key, ""),
                 )
         return plans
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, keras.Variable)
 
 
 def _own_activation(layer: Any) -> Callable[[Any], Any] | None:

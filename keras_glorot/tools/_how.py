@@ -2,15 +2,18 @@
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import keras
 
+from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
 from keras_glorot.initializers import find_initializer
 from keras_glorot.recipes import RECIPES, Start, Starts
+from keras_glorot.tools._fitting import measure
 
 __all__ = ["find_starts"]
 
@@ -26,26 +29,61 @@ def find_starts(survey: Survey, how: Any) -> Starts:
 
 def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
     """Each variable by the first pattern that is found in its path."""
-    paths, by_id, parts = _paths(survey), {}, []
-    left = dict(paths)
+    paths, by_id, recipes, parts = _paths(survey), {}, defaultdict(dict), {}
+    remaining = dict(paths)
     if not how:
         raise ValueError("Argument `how` must have a pattern. Received: how={}")
     for pattern, value in how.items():
         matched = _matched(pattern, paths)
-        mine = [key for key in matched if left.pop(key, None)]
+        mine = [key for key in matched if remaining.pop(key, None)]
         if not mine:
             raise ValueError(_explain_unmatched(pattern, matched, paths.values()))
+        recipe = _find_recipe(value)
         if value is None:
             by_id |= dict.fromkeys(mine, Start.left("its pattern has None"))
-            continue
-        drawn = _drawn(survey, matched)
-        part = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
-        by_id |= {key: part.by_id[key] for key in mine if key in part.by_id}
-        parts.append(part)
-    by_id |= dict.fromkeys(left, Start.left("no pattern matches it"))
-    columns = dict.fromkeys(key for part in parts for key in part.columns)
-    seeds = [part.seed for part in parts if part.seed is not None]
+        elif recipe is not None:
+            recipes[id(recipe)][pattern] = mine
+        else:
+            drawn = _drawn(survey, matched)
+            parts[pattern] = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
+            by_id |= _chosen(parts[pattern], mine)
+    by_id |= dict.fromkeys(remaining, Start.left("no pattern matches it"))
+    for entries in recipes.values():
+        (pattern, *_), drawn = entries, {key for mine in entries.values() for key in mine}
+        part = survey.for_recipe(_elsewhere(survey, by_id, drawn))
+        parts[pattern] = _starts_of(part, how[pattern], [], f"how[{pattern!r}]")
+        by_id |= _chosen(parts[pattern], drawn)
+    ordered = [parts[pattern] for pattern in how if pattern in parts]
+    columns = dict.fromkeys(key for part in ordered for key in part.columns)
+    seeds = [part.seed for part in ordered if part.seed is not None]
     return Starts(by_id, tuple(columns), seed=seeds[0] if seeds else None)
+
+
+def _chosen(part: Starts, keys: Iterable[int]) -> dict[int, Start]:
+    return {key: part.by_id[key] for key in keys if key in part.by_id}
+
+
+def _elsewhere(
+    survey: Survey, by_id: dict[int, Start], drawn: set[int]
+) -> dict[int, Distribution | None]:
+    """Of each weight that a recipe does not draw, by `id`, from what it is drawn."""
+    found = {}
+    for weight in survey.weights:
+        key = id(weight.variable)
+        if key not in drawn:
+            start = by_id.get(key) or Start.own(weight)
+            found[key] = _kept(weight) if start.is_left else start.distribution
+    return found
+
+
+def _kept(weight: Weight) -> Distribution | None:
+    """As if a bias were drawn once more."""
+    if len(weight.shape) != 1:
+        return None
+    statistics = measure(weight.variable, 0.0)
+    if statistics.low == statistics.high:
+        return Distribution.constant(statistics.low)
+    return Distribution.from_std("normal", statistics.std)
 
 
 def _paths(survey: Survey) -> dict[int, str]:
@@ -97,7 +135,7 @@ def _can_be_drawn(weight: Weight) -> bool:
 
 
 def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) -> Starts:
-    """What a recipe has, or an initializer for these weights. `place` is for errors."""
+    """The starts of a recipe, or of these weights by an initializer."""
     recipe = _find_recipe(value)
     if recipe is None:
         initializer = _find_initializer(value, place)

@@ -1,16 +1,17 @@
 """Whether a kernel is as the isometric start draws it, and what is wrong if it is not."""
 
 import math
+from itertools import product
 
 import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._drawing.mirrored import Mirror
+from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._models.survey import Weight
 from keras_glorot.tools._fitting import ONE_IN
 
-__all__ = ["find_fault", "has_pairs", "is_start"]
+__all__ = ["find_fault", "has_pairs", "is_part", "is_start"]
 
 # Float32 keeps orthogonality to 1e-6, half precision to its own rounding.
 _TOLERANCE = 1e-2
@@ -22,7 +23,7 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     if start.form == "tap":
         return _is_tapped(values, _tapped(values, start))
     mirror = start.mirror
-    if mirror is None or not values.any():
+    if mirror is None or not values.any() or not np.isfinite(values).all():
         return False
     folded = mirror.fold(values)
     least = sum(each.size for each in folded) / values.size  # of any values
@@ -33,6 +34,21 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     # What has pairs has them on purpose. Else the matrix alone can tell.
     scale = start.scale * _ratio(folded, start.scale)
     return least < 1 or _disorder(folded, scale) < 0.5
+
+
+def is_part(weight: Weight, start: Distribution) -> bool:
+    """Whether the values come from this start, perhaps without the pairs of a neighbour."""
+    mirror = start.mirror
+    if mirror is None:
+        return is_start(weight, start)
+    sides = [
+        (side, Side.of(np.full(len(side.places), -1), mirror.matrices.parts))
+        for side in (mirror.inputs, mirror.outputs)
+    ]
+    return any(
+        is_start(weight, start._replace(mirror=mirror._replace(inputs=one, outputs=other)))
+        for one, other in product(*sides)
+    )
 
 
 def has_pairs(start: Distribution) -> bool:

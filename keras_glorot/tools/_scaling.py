@@ -18,20 +18,23 @@ from keras_glorot._keras.graph import replaced_attribute
 from keras_glorot._models.kernels import Flow
 from keras_glorot._models.passes import (
     Batch,
+    Outcome,
+    Recorder,
+    Signal,
     Tap,
     Tensor,
-    differentiator,
-    intercepted_call,
     is_float,
+    likeness,
     moments,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.initializers import GLOROT
 
 __all__ = ["ScaledLayer", "ScalingPass", "ScalingPasses", "find_scaled_layers", "scaled"]
 
 ops: Any = keras.ops
 tree: Any = keras.tree
+numpy: Any = backends.numpy
+_linear = keras.activations.linear
 
 # No hidden kernel is scaled beyond this gain, the std of its output over the root mean
 # square of its input. Behind GELU and SiLU a low level needs 2; a kernel that would need
@@ -56,8 +59,10 @@ class ScaledLayer(NamedTuple):
         share: The std that its output is to have, in units of the level. None where its
             kernels keep their own scale, as far as its root mean square is at most 1.
         largest_gain: Beyond which they are not scaled.
+        is_told: Whether signal and gradient are told from it. Not where its output is what
+            branches are added to: its gradient is that of all of them.
+        leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
-        has_bias: Whether it has a bias that is not zero.
     """
 
     path: str
@@ -66,8 +71,9 @@ class ScaledLayer(NamedTuple):
     kernels: tuple[Weight, ...]
     share: float | None
     largest_gain: float
+    is_told: bool
+    leads_on: bool
     is_affine: bool
-    has_bias: bool
 
 
 def find_scaled_layers(
@@ -100,7 +106,6 @@ def _scaled_layer(
     is_bounded = isinstance(layer, keras.layers.RNN) or flow.feeds_gate(layer)
     if is_bounded or (flow.is_head(layer) and not is_end):
         share = None
-    bias = getattr(owner, "bias", None)
     return ScaledLayer(
         kernels[0].path.rpartition("/")[0],
         layer,
@@ -108,8 +113,9 @@ def _scaled_layer(
         tuple(kernels),
         share,
         (share or 1.0) * (_GAIN_OF_MEANS if flow.takes_means(layer) else _LARGEST_GAIN),
+        share is not None and (is_end or not flow.is_added(layer)),
+        flow.is_head(layer) and flow.leads_on(layer),
         layer is owner and _is_affine(owner),
-        bias is not None and bool(backends.values(bias).any()),
     )
 
 
@@ -135,7 +141,7 @@ def _reason_to_leave(weight: Weight, survey: Survey, flow: Flow) -> str:
         return "its constraint sets its scale after each step of training"
     if owner is flow.stem:
         return "a learned table, such as of positions, is added to its output"
-    if flow.feeds_wave(loop or owner) and not isinstance(weight.initializer, _DEFAULTS):
+    if flow.feeds_wave(loop or owner) and weight.is_scale_chosen:
         return "its author chose its scale for the periodic activation that follows"
     if isinstance(loop, keras.layers.RNN) and _input_kernel(loop) is not weight.variable:
         return "it is used inside a loop, which can't be looked into"
@@ -143,18 +149,6 @@ def _reason_to_leave(weight: Weight, survey: Survey, flow: Flow) -> str:
 
 
 _CELLS = (keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
-
-
-# Initializers that look at the shape alone: nobody chose their scale for this layer.
-_DEFAULTS = (
-    keras.initializers.GlorotNormal,
-    keras.initializers.GlorotUniform,
-    keras.initializers.HeNormal,
-    keras.initializers.HeUniform,
-    keras.initializers.LecunNormal,
-    keras.initializers.LecunUniform,
-    *GLOROT,
-)
 
 
 def _input_kernel(layer: Any) -> keras.Variable | None:
@@ -190,9 +184,8 @@ class ScalingPasses:
     """Passes over a model, all by one program: on a batch, at a level or with factors."""
 
     def __init__(self, survey: Survey, layers: list[ScaledLayer], training: bool):
-        self.survey, self.layers, self.training = survey, layers, training
-        self.differentiate = differentiator(self._run)
-        self.unseen: list[keras.Layer] = []
+        self.survey, self.layers = survey, layers
+        self.recorder = Recorder(survey, training, self._start, self._finish)
         self.passes = 0
 
     def __call__(
@@ -207,50 +200,41 @@ class ScalingPasses:
         The level is that of the hidden kernels, which heads need not make up for.
         """
         self.passes += 1
-        self.batch = batch
         wanted = np.zeros(len(self.layers)) if aims is None else aims
-        held = [wanted.astype(np.float32), np.float32(level)]
-        return self._collect(
-            *self.differentiate(
-                self._values(factors), batch.x, batch.y, *map(ops.convert_to_tensor, held)
-            )
-        )
+        held = [ops.convert_to_tensor(np.float32(each)) for each in (wanted, level)]
+        values = None if factors is None else self._values(factors)
+        return self._collect(*self.recorder(batch, *held, values=values))
 
-    def _values(self, factors: np.ndarray | None) -> list[Tensor]:
-        changed: dict[int, Tensor] = {}
-        factors = np.ones(len(self.layers)) if factors is None else factors
+    def _values(self, factors: np.ndarray) -> list[Tensor]:
+        variables = self.survey.root.variables
+        values: dict[int, Any] = {id(each): each.value for each in variables}
         for layer, factor in zip(self.layers, factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
-                value: Any = weight.variable.value
-                power = float(factor) ** (1 / len(layer.kernels))
-                changed[id(weight.variable)] = value * ops.cast(power, value.dtype)
-        variables = self.survey.root.variables
-        return [changed.get(id(each), each.value) for each in variables]
+                key = id(weight.variable)
+                values[key] = _product(values[key], factor ** (1 / len(layer.kernels)))
+        return [values[id(each)] for each in variables]
 
-    @contextlib.contextmanager
-    def _run(
-        self, tap: Tap, values: list[Tensor], x: Any, y: Any, aims: Tensor, level: Tensor
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        scope = keras.StatelessScope(zip(self.survey.root.variables, values, strict=True))
-        batch = self.batch._replace(x=x, y=y)
-        self.latest = _OnePass(scope, tap, aims, level, batch.size)
-        wrappers = self.latest.wrappers(self.layers)
-        call = intercepted_call(batch, self.survey, x, wrappers, self.training)
-        with scope, call as (outputs, self.unseen):
-            objective = batch.objective(outputs)
-            yield objective, self.latest.extras(objective, len(self.layers))
+    def _start(
+        self, tap: Tap, scope: Any, x: Any, aims: Tensor, level: Tensor
+    ) -> tuple[Any, dict[int, Callable]]:
+        describe = functools.partial(_std_and_likeness, self.recorder.batch.size)
+        tapped = functools.partial(tap, of_value=describe, of_gradient=_length)
+        held = backends.readable(aims), backends.readable(level)
+        self.latest = _Scaler(self.layers, tapped, scope, *held)
+        return x, self.latest.wrappers()
 
-    def _collect(self, signals: list[Any], extras: list[np.ndarray]) -> ScalingPass:
+    def _finish(self, batch: Batch, outputs: Any) -> Outcome:
+        objective = batch.objective(outputs)
+        return objective, self.latest.extras(objective)
+
+    def _collect(self, signals: list[Signal], extras: list[np.ndarray]) -> ScalingPass:
         """From calls to layers."""
-        stds, likenesses, factors, follows, objective = extras
-        calls = self.latest.calls
-        stds = stds.astype(np.float64)
-        lengths = np.array(
-            [
-                math.nan if c.position is None else signals[c.position].gradient * c.root
-                for c in calls
-            ]
-        )
+        factors, follows, objective = extras
+        calls = np.array([layer for layer, _ in self.latest.calls], int)
+        seen = [signals[position] for _, position in self.latest.calls]
+        stds = np.array([each.value[0] for each in seen])
+        likenesses = np.array([each.value[1] for each in seen], float)
+        lengths = np.nan_to_num([each.gradient for each in seen])
         # By Euler's theorem this is the same all along a chain, whatever the factors.
         passing = np.nan_to_num(stds * lengths)
         before = np.maximum.accumulate(passing)
@@ -259,12 +243,12 @@ class ScalingPasses:
         count = len(self.layers)
         signal, likeness = np.full(count, math.nan), np.full(count, math.nan)
         gradient, share = np.full(count, -math.inf), np.zeros(count)
-        order = list(dict.fromkeys(call.layer for call in calls))
+        order = list(dict.fromkeys(calls.tolist()))
         with np.errstate(divide="ignore", invalid="ignore"):
             for i in order:
-                mine = [k for k, call in enumerate(calls) if call.layer == i]
+                mine = calls == i
                 signal[i] = np.log(stds[mine]).mean()
-                gradient[i] = np.log(np.nan_to_num(lengths[mine])).mean()
+                gradient[i] = np.log(lengths[mine]).mean()
                 likeness[i] = likenesses[mine].mean()
                 share[i] = shares[mine].max()
         return ScalingPass(
@@ -279,39 +263,33 @@ class ScalingPasses:
         )
 
 
-class _LayerCall(NamedTuple):
-    layer: int
-    std: Tensor  # of the output
-    likeness: Tensor
-    position: int | None  # where its gradient is
-    root: float  # of the number of its values
+class _Scaler:
+    """Scales the kernels of one pass as their layers are called, and taps the outputs.
 
+    Numbers are NumPy's, or those of the program that JAX traces.
+    """
 
-class _OnePass:
-    """The calls of one pass."""
-
-    def __init__(self, scope: Any, tap: Tap, aims: Tensor, level: Tensor, examples: int):
-        self.scope, self.tap, self.examples = scope, tap, examples
+    def __init__(
+        self, layers: list[ScaledLayer], tap: Callable, scope: Any, aims: Any, level: Any
+    ):
+        self.layers, self.tap, self.scope = layers, tap, scope
         self.aims, self.level = aims, level
-        self.calls: list[_LayerCall] = []
-        self.factors: dict[int, Tensor] = {}
-        self.follows: dict[int, Tensor] = {}
+        self.calls: list[tuple[int, int]] = []  # of which layer, and where its signal is
+        self.factors: dict[int, Any] = {}
+        self.follows: dict[int, Any] = {}
 
-    def extras(self, objective: Tensor, count: int) -> list[Tensor]:
-        """The numbers of the pass: of the calls, of the layers, and the objective."""
-        one, calls = ops.ones(()), self.calls
-        return [
-            ops.stack([call.std for call in calls] or [one])[: len(calls)],
-            ops.stack([call.likeness for call in calls] or [one])[: len(calls)],
-            ops.stack([self.factors.get(i, one) for i in range(count)]),
-            ops.stack([self.follows.get(i, one) for i in range(count)]),
-            ops.cast(objective, "float32"),
+    def extras(self, objective: Tensor) -> list[Any]:
+        """The numbers of the pass: of the layers, and the objective."""
+        numbers = [
+            numpy.stack([numpy.float32(each.get(i, 1)) for i in range(len(self.layers))])
+            for each in (self.factors, self.follows)
         ]
+        return [*numbers, ops.cast(objective, "float32")]
 
-    def wrappers(self, layers: list[ScaledLayer]) -> dict[int, Callable]:
+    def wrappers(self) -> dict[int, Callable]:
         """What stands for `call` of each layer."""
         wrappers: dict[int, Callable] = {}
-        for i, each in enumerate(layers):
+        for i, each in enumerate(self.layers):
             is_loop = isinstance(each.layer, keras.layers.RNN)
             call = self._call_recurrent if is_loop else self._call_layer
             wrappers[id(each.layer)] = functools.partial(call, i, each)
@@ -320,121 +298,117 @@ class _OnePass:
     def _call_recurrent(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
         """Nothing inside the loop is seen, but what it multiplies its input with is."""
         inputs = _first_float((args, kwargs))
-        value: Any = self.scope.get_current_value(layer.kernels[0].variable)
-        z = ops.matmul(ops.cast(inputs, value.dtype), value)
-        is_first = i not in self.factors
-        factor = self._factor(i, layer, inputs, z)
-        z = z * ops.cast(factor, z.dtype) if is_first else z
-        self._note(i, z, None)
+        kernel: Any = self.scope.get_current_value(layer.kernels[0].variable)
+        z = ops.matmul(ops.cast(inputs, kernel.dtype), kernel)
+        self._tap(i, self._scale(i, layer, inputs, z))
         return call(*args, **kwargs)
 
     def _call_layer(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
-        activation = getattr(layer.owner, "activation", None)
-        activation = activation if callable(activation) else keras.activations.linear
         is_first = i not in self.factors
-        with self._bare(layer.owner):
+        with self._without_bias(layer.owner), _activation(layer.owner, _linear):
             z = _first_float(call(*args, **kwargs))
             if z is not None and is_first:
-                factor = self._factor(i, layer, _first_float((args, kwargs)), z)
-                if layer.is_affine:
-                    z = z * ops.cast(factor, z.dtype)
-                else:
-                    z = self._follow(i, layer, z, _first_float(call(*args, **kwargs)))
+                bare, z = z, self._scale(i, layer, _first_float((args, kwargs)), z)
+                if not layer.is_affine:
+                    self._check_follows(i, layer, bare, _first_float(call(*args, **kwargs)))
         if z is None:
             return call(*args, **kwargs)
-        if layer.is_affine and not layer.has_bias:
-            return activation(self._tap(i, z, z))  # no need to call the layer again
-        return self._call_again(i, layer, activation, z, call, *args, **kwargs)
+        if layer.is_affine:  # no need to call it again
+            return _activated(layer.owner, self._tap(i, z))
+        return self._call_tapped(i, layer, call, *args, **kwargs)
 
-    def _call_again(self, i, layer, activation, bare, call, *args: Any, **kwargs: Any):
-        """With the scaled kernels, tapping what goes into the activation.
-
-        `bare` is the output without bias and activation.
-        """
-        tapped: list[Tensor] = []
+    def _call_tapped(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
+        """Taps what goes into the activation or, where that is not seen, the output."""
+        activation: Any = getattr(layer.owner, "activation", None)
+        is_in_loop = layer.layer is not layer.owner
+        count = len(self.calls)
 
         def tapping(z: Tensor, *rest: Any, **options: Any) -> Tensor:
-            if not tapped:
-                tapped.append(z)
-                z = self._tap(i, z, bare)
+            z = z if is_in_loop or len(self.calls) > count else self._tap(i, z)
             return activation(z, *rest, **options)
 
-        with self._activation(layer.owner, tapping):
+        with _activation(layer.owner, tapping):
             outputs = call(*args, **kwargs)
-        if tapped:
+        if len(self.calls) > count:
             return outputs
         tensors = tree.flatten(outputs)
         position = next(k for k, tensor in enumerate(tensors) if is_float(tensor))
-        tensors[position] = self._tap(i, tensors[position], bare)
+        tensors[position] = self._tap(i, tensors[position])
         return tree.pack_sequence_as(outputs, tensors)
 
-    def _tap(self, i: int, z: Tensor, bare: Tensor) -> Tensor:
-        def size(gradient: np.ndarray) -> float:
-            return math.hypot(*moments(gradient))
-
-        tapped, position = self.tap(z, None, size)
-        self._note(i, bare, position)
+    def _tap(self, i: int, z: Tensor) -> Tensor:
+        tapped, position = self.tap(z)
+        self.calls.append((i, position))
         return tapped
 
-    def _note(self, i: int, z: Tensor, position: int | None) -> None:
-        root = math.sqrt(math.prod(z.shape))
-        likeness = _likeness(z, self.examples)
-        self.calls.append(_LayerCall(i, _std(z), likeness, position, root))
+    def _scale(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
+        """The output of the layer's first call, times the factor that it needs."""
+        if i not in self.factors:
+            with np.errstate(all="ignore"):
+                factor = self._factor(i, layer, inputs, z)
+            self._multiply(i, layer, factor)
+            z = _product(z, factor)
+        return z
 
-    def _factor(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
-        """The factor that the output of the layer's first call needs."""
-        if i in self.factors:
-            return self.factors[i]
-        std = _std(z)
-        safe = ops.where(std > 0, std, 1.0)
+    def _factor(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Any:
+        std, size = _std_and_size(z)
+        std_or_1 = numpy.where(std > 0, std, 1)
         if layer.share is None:
             # It makes up for a low level, and for nothing else.
-            size = _size(z)
-            wanted = ops.minimum(1 / self.level, 1 / ops.where(size > 0, size, 1.0))
+            most = self.aims[i] / numpy.where(size > 0, size, 1)
+            wanted = numpy.minimum(1 / self.level, most)
         else:
-            wanted = self.aims[i] / safe
+            wanted = self.aims[i] / std_or_1
             if inputs is not None:
-                most = ops.maximum(1.0, layer.largest_gain * _size(inputs) / safe)
-                wanted = ops.minimum(wanted, most)
-        is_scaled = ops.logical_and(std > 0, self.aims[i] > 0)
-        self._scale(i, layer, ops.where(is_scaled, wanted, 1.0))
-        return self.factors[i]
+                most = layer.largest_gain * _std_and_size(inputs)[1] / std_or_1
+                wanted = numpy.minimum(wanted, numpy.maximum(1, most))
+        return numpy.where((std > 0) & (self.aims[i] > 0), wanted, 1)
 
-    def _follow(self, i: int, layer: ScaledLayer, bare: Tensor, again: Any) -> Tensor:
-        """The output, with the factor taken back if the output did not follow it."""
+    def _check_follows(self, i: int, layer: ScaledLayer, bare: Tensor, again: Any) -> None:
+        """Takes the factor back if the output did not follow it."""
         factor = self.factors[i]
-        std, expected = _std(again), _std(bare) * factor
-        follows = ops.abs(std - expected) <= _FOLLOWS * expected
-        self._scale(i, layer, ops.where(follows, 1.0, 1 / factor))
-        self.factors[i] = ops.where(follows, factor, 1.0)
-        self.follows[i] = ops.cast(follows, "float32")
-        return ops.where(follows, again, bare)
+        expected = _std_and_size(bare)[0] * factor
+        follows = abs(_std_and_size(again)[0] - expected) <= _FOLLOWS * expected
+        self._multiply(i, layer, numpy.where(follows, 1, 1 / factor))
+        self.factors[i] = numpy.where(follows, factor, 1)
+        self.follows[i] = follows
 
-    def _scale(self, i: int, layer: ScaledLayer, factor: Tensor) -> None:
+    def _multiply(self, i: int, layer: ScaledLayer, factor: Any) -> None:
         self.factors[i] = factor
         for weight in layer.kernels:
             value: Any = self.scope.get_current_value(weight.variable)
-            power = ops.cast(factor ** (1 / len(layer.kernels)), value.dtype)
-            self.scope.add_update((weight.variable, value * power))
+            value = _product(value, factor ** (1 / len(layer.kernels)))
+            self.scope.add_update((weight.variable, value))
 
     @contextlib.contextmanager
-    def _bare(self, owner: Any) -> Iterator[None]:
-        """The layer without bias and activation."""
+    def _without_bias(self, owner: Any) -> Iterator[None]:
         biases = [weight for weight in owner.weights if weight.name == "bias"]
         held = [(bias, self.scope.get_current_value(bias)) for bias in biases]
         for bias, value in held:
             self.scope.add_update((bias, ops.zeros_like(value)))
         try:
-            with self._activation(owner, keras.activations.linear):
-                yield
+            yield
         finally:
             for update in held:
                 self.scope.add_update(update)
 
-    def _activation(self, owner: Any, function: Callable) -> Any:
-        if callable(getattr(owner, "activation", None)):
-            return replaced_attribute(owner, "activation", function)
-        return contextlib.nullcontext()
+
+def _activation(owner: Any, function: Callable) -> Any:
+    """Where the layer has another activation, if it has any."""
+    if callable(getattr(owner, "activation", None)):
+        return replaced_attribute(owner, "activation", function)
+    return contextlib.nullcontext()
+
+
+def _activated(owner: Any, z: Tensor) -> Tensor:
+    """An affine layer's output, from that without bias and activation."""
+    bias, activation = owner.bias, owner.activation
+    if bias is not None:
+        bias = ops.cast(bias, z.dtype)
+        if getattr(owner, "data_format", None) == "channels_first":
+            bias = ops.reshape(bias, (-1, *[1] * (len(z.shape) - 2)))
+        z = z + bias
+    return z if activation is None else activation(z)
 
 
 _AFFINE = (
@@ -464,34 +438,25 @@ def _first_float(structure: Any) -> Tensor | None:
     return next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
 
 
-def _std(tensor: Tensor) -> Tensor:
-    """In float32, and scaled so that squares neither vanish nor overflow."""
-    values, scale = _scaled_to_one(tensor)
-    return ops.std(values) * scale
+def _product(tensor: Tensor, factor: Any) -> Tensor:
+    return tensor * ops.cast(factor, tensor.dtype)
 
 
-def _size(tensor: Tensor) -> Tensor:
-    """The root mean square."""
-    values, scale = _scaled_to_one(tensor)
-    return ops.sqrt(ops.mean(values * values)) * scale
+def _std_and_size(tensor: Tensor) -> tuple[Any, Any]:
+    """Std and root mean square, scaled so that squares neither vanish nor overflow."""
+    values = backends.readable(tensor)
+    scale = abs(values).max()
+    scale = numpy.where(scale > 0, scale, 1)
+    values = values / scale
+    return values.std() * scale, numpy.sqrt((values * values).mean()) * scale
 
 
-def _likeness(tensor: Tensor, examples: int) -> Tensor:
-    """The mean cosine between two examples, as `passes.likeness` has it; nan if unknown."""
-    if tensor.shape[0] != examples:
-        return ops.ones(()) * math.nan
-    rows = ops.reshape(_scaled_to_one(tensor)[0], (examples, -1))
-    lengths = ops.sqrt(ops.sum(rows * rows, axis=1, keepdims=True))
-    total = ops.sum(rows / ops.where(lengths > 0, lengths, 1.0), axis=0)
-    count = ops.sum(ops.cast(lengths > 0, "float32"))
-    return (ops.sum(total * total) - count) / (count * (count - 1))
+def _std_and_likeness(examples: int, values: np.ndarray) -> tuple[float, float | None]:
+    return moments(values).std, likeness(values, examples)
 
 
-def _scaled_to_one(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    values = ops.cast(ops.stop_gradient(tensor), "float32")
-    scale = ops.max(ops.abs(values))
-    scale = ops.where(scale > 0, scale, 1.0)
-    return values / scale, scale
+def _length(gradient: np.ndarray) -> float:
+    return math.hypot(*moments(gradient)) * math.sqrt(gradient.size)
 
 
 def scaled(layer: ScaledLayer, factor: float, values: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import keras
@@ -34,12 +34,17 @@ _MOST_CHANGE = math.log(2)
 _MOST_DRIFT = 0.2
 # A level is worth it if the cosine changes by no more than this part of what it did.
 _NEARER = 0.75
+# Lower ones come later where the cosine changes by more than this part of what it did.
+_SAME = 0.95
 # By how much more than before the cosine may change where signal and gradient become level:
 # in random kernels of 128 units, 50 layers change it by as much by chance.
 _SLACK = 0.3
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
+# An output of the model that other kernels build on keeps its std if that is larger: else
+# the signal has vanished before it.
+_SMALLEST_OUTPUT = 0.1
 _FEWEST_EXAMPLES = 4
 _FEWEST_KERNELS = 4
 
@@ -73,7 +78,8 @@ def calibrate(
     - In a residual sum of n branches, their last kernels get 1 / (2 sqrt(n)).
     - Kernels before an output of the model, a softmax or a gate, and the input kernels of
       recurrent layers keep their scale, as far as the std stays below 1. At a low level
-      they make up for it.
+      they make up for it. An output of the model that other kernels take, as the mean of a
+      latent variable, is not made larger than it is (or 0.1).
     - No kernel gets a gain (std of its output over the root mean square of its input) above
       2.5, and above 1 behind a mean over positions: that makes a signal smaller on purpose.
 
@@ -295,39 +301,56 @@ def _measure(
     half, other = _halves(batch)
     advance(0.0, "as it is")
     run, before = _first_pass(survey, half, found, training)
-    layers, was = run.layers, _attempt(run.layers, 0.0, before)
+    was = _attempt(run.layers, 0.0, before)
     scaled, fresh, failed = None, None, None
+    most = max(_MOST_DRIFT, was.change.drift + _SLACK)
+    for attempt in _candidates(run, half, was, most, flow, advance):
+        factors, tests = attempt.seen.factors, []
+        if not _is_starved(run.layers, attempt) and attempt.change.is_held(most):
+            passes = [run(each, factors=factors) for each in (other, _grown(half))]
+            tests = [_attempt(run.layers, attempt.level, each) for each in passes]
+        bad = [each for each in (attempt, *tests) if not each.change.is_held(most)]
+        bad += [each for each in tests if _differ(run.layers, each.seen, attempt.seen)]
+        if tests and not bad:
+            scaled, fresh = attempt, tests[0]
+            break
+        failed = (bad or [attempt])[0]
+    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
+        scaled, fresh, failed = None, None, scaled  # it holds what can be held
+    unseen = [each for each in found if each not in run.layers]
+    return _Result(run.layers, unseen, was, scaled, fresh, failed, run.passes)
+
+
+def _candidates(
+    run: ScalingPasses,
+    half: Batch,
+    was: _Attempt,
+    most: float,
+    flow: Flow,
+    advance: Callable[[float, str], None],
+) -> Iterator[_Attempt]:
+    """Attempts in the order in which they are worth a test on other examples."""
+    later: list[_Attempt] = []
     is_sound = was.change.is_level and was.change.drift <= _MOST_DRIFT
     # Residual sums carry all three past the activations, whatever the level.
     levels = [] if is_sound else _LEVELS[:1] if flow.sums else _LEVELS
-    most = max(_MOST_DRIFT, was.change.drift + _SLACK)
     for i, level in enumerate(levels):
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
-        attempt = _scale(run, half, level, is_chain=not flow.sums)
-        _check_finite(survey.root, layers, before, attempt.seen)
-        if scaled and attempt.change.drift > _NEARER * scaled.change.drift:
+        aims = _aims(run.layers, was.seen, level)
+        attempt = _scale(run, half, level, aims, None if flow.sums else most)
+        _check_finite(run.survey.root, run.layers, was.seen, attempt.seen)
+        drift = attempt.change.drift
+        if _is_starved(run.layers, attempt):
+            yield attempt
             break
-        if _is_starved(layers, attempt):
-            failed = attempt
-            break
-        tests = [attempt]
-        if attempt.change.is_held(most):
-            factors = attempt.seen.factors
-            batches = (other, _grown(half))
-            passes = [run(each, factors=factors) for each in batches]
-            tests += [_attempt(layers, level, each) for each in passes]
-        bad = [each for each in tests if not each.change.is_held(most)]
-        bad += [each for each in tests if _differ(layers, each.seen, attempt.seen)]
-        if bad:
-            failed = bad[0]
-            continue
-        scaled, fresh = attempt, tests[1]
-        if scaled.change.drift <= _MOST_DRIFT:
-            break
-    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
-        scaled, fresh, failed = None, None, scaled  # it holds what can be held
-    unseen = [each for each in found if each not in layers]
-    return _Result(layers, unseen, was, scaled, fresh, failed, run.passes)
+        if later and drift > _SAME * later[-1].change.drift:
+            yield from reversed(later)
+            later.clear()
+        if drift <= _MOST_DRIFT or not attempt.change.is_held(most):
+            yield attempt
+        elif not later or drift <= _NEARER * later[-1].change.drift:
+            later.append(attempt)  # a lower level may be better still
+    yield from reversed(later)
 
 
 def _check_finite(
@@ -345,19 +368,35 @@ def _check_finite(
     )
 
 
-def _scale(run: ScalingPasses, half: Batch, level: float, is_chain: bool) -> _Attempt:
+def _aims(layers: list[ScaledLayer], was: ScalingPass, level: float) -> np.ndarray:
+    """The std that each output is to have or, of a bounded one, the largest size.
+
+    An output that other kernels build on keeps its own: these make up for it.
+    """
+    own = np.clip(np.exp(np.nan_to_num(was.signal)), _SMALLEST_OUTPUT, 1.0)
+    return np.array(
+        [
+            level * each.share if each.share else own[i] if each.leads_on else 1.0
+            for i, each in enumerate(layers)
+        ]
+    )
+
+
+def _scale(
+    run: ScalingPasses, half: Batch, level: float, aims: np.ndarray, most: float | None
+) -> _Attempt:
     """Scaled to a level; along a chain the signal takes half of the gradient's change.
 
-    A factor trades one for the other: signal times gradient is as the structure has it.
+    A factor changes both alike: their ratio is as the structure has it. `most` is the drift
+    of a chain up to which that is worth a pass.
     """
-    layers = run.layers
-    aims = level * np.array([each.share or 1.0 for each in layers])
-    attempt = _attempt(layers, level, run(half, level, aims))
+    attempt = _attempt(run.layers, level, run(half, level, aims))
     change = attempt.change.gradient
-    if is_chain and _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE:
-        path = _path(layers, attempt.seen)
+    is_near = _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE
+    if most is not None and is_near and attempt.change.drift <= most:
+        path = _path(run.layers, attempt.seen)
         aims[path] *= np.exp(-change / 2 * np.linspace(-0.5, 0.5, len(path)))
-        attempt = _attempt(layers, level, run(half, level, aims))
+        attempt = _attempt(run.layers, level, run(half, level, aims))
     return attempt
 
 
@@ -388,7 +427,7 @@ def _first_pass(
     """The pass before, over those layers of which each call is seen."""
     run = ScalingPasses(survey, found, training)
     first = run(half)
-    unseen = {id(layer) for layer in run.unseen}
+    unseen = {id(layer) for layer in run.recorder.unseen}
     seen = [each for each in found if id(each.layer) not in unseen]
     if len(seen) < len(found):
         run = ScalingPasses(survey, seen, training)
@@ -425,7 +464,7 @@ def _path(layers: list[ScaledLayer], seen: ScalingPass) -> list[int]:
     return [
         i
         for i in seen.order
-        if layers[i].share is not None
+        if layers[i].is_told
         and seen.share[i] > _SMALLEST_SHARE
         and math.isfinite(seen.signal[i] + seen.gradient[i])
     ]
@@ -468,7 +507,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
     ]
     findings += _unreached(result, flow)
     layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
-    return Table("calibrate", rows, findings, columns, _note(result), layout)
+    return Table("calibrate", rows, findings, columns, _note(result, flow), layout)
 
 
 def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
@@ -489,7 +528,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
     }
 
 
-def _note(result: _Result) -> str:
+def _note(result: _Result, flow: Flow) -> str:
     """The verdict: what was done, and what became of the three."""
     passes = f"Done in {result.passes} passes over half of the batch."
     ends = "From the first kernel to the last, and back"
@@ -498,6 +537,8 @@ def _note(result: _Result) -> str:
         return f"Nothing was scaled: {_TOO_FEW}. {passes}"
     if result.fresh is None:
         reason = "no scale holds more" if result.failed else "all three hold as they are"
+        if result.failed and _is_normalized(result, flow):
+            reason = "normalization layers undo the scale of the kernels"
         return f"Nothing was scaled: {reason}. {ends}: {result.was.change}. {passes}"
     return (
         f"Scaled to a std of {result.fresh.level:g}. {ends}, on examples that the factors "
@@ -513,6 +554,12 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
     if change.is_held(_MOST_DRIFT):
         return []
     path, cause, advice = _cause(result, flow)
+    if _is_normalized(result, flow):
+        message = (
+            f"No scale of the kernels changes this ({change}): a normalization layer "
+            "follows each of them and undoes it. All are as they were, which is sound."
+        )
+        return [Finding("info", "unreached", path, message, "")]
     if result.failed is not None and result.fresh is None and not change.is_level:
         message = (
             f"No scale of the kernels holds on other examples ({result.failed.change}), "
@@ -525,6 +572,12 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
         f"the scale of the kernels. The cause is {cause}."
     )
     return [Finding("info", "unreached", path, message, advice)]
+
+
+def _is_normalized(result: _Result, flow: Flow) -> bool:
+    """Whether normalization layers alone set the scale of the signal."""
+    told = [each.layer for each in result.layers if each.is_told]
+    return result.fresh is None and bool(told) and all(map(flow.is_normalized, told))
 
 
 def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:

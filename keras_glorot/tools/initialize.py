@@ -58,11 +58,11 @@ def initialize(
 
     Kernels, trainable or not, are drawn as `how` says, from our initializers with the fans
     of their layer. All other variables get what their own initializer gives: biases,
-    normalization and its statistics, recurrent kernels, embeddings, ... What a layer
-    assigns to a variable in `build` is assigned again, from the new weights. Seed
+    normalization and its statistics, recurrent kernels, embeddings, ... A value
+    that a layer assigns in `build` is assigned again, from the new weights. Seed
     generators, metrics, the states of recurrent layers and the state of every optimizer
-    among the attributes of the model and of its layers are reset too. What can't be reset
-    stays as it is: a finding in the result says why, and a warning points to it. Dtype,
+    among the attributes of the model and of its layers are reset too. The rest stays
+    as it is: a finding in the result says why, and a warning points to it. Dtype,
     sharding and device stay.
 
     A mapping says which weight gets what. Its keys are regular expressions; each weight
@@ -70,23 +70,21 @@ def initialize(
     and all else that it matches gets its own initializer. An entry that matches no kernel,
     such as `"bias$"`, draws all that it matches. `None` leaves weights as they are, and so
     does no entry at all. Optimizers and metrics are reset in any case. A weight gets the
-    same values as in a run that draws the whole model like this.
+    same values as in a run that draws the whole model like this; but `"isometric"` makes
+    pairs only of kernels that it draws both, so beside others its kernels are plain.
 
     A learning rate goes back to the one that the optimizer had when `initialize` saw it
     before its first step. If it never did, the learning rate stays: a finding says so, and
     a warning if a callback of the last `fit` logs learning rates.
 
-    Each variable has its own seed, made from `seed` and its place: the names of the layers
-    from the model down, and its own. A name that Keras made up, of the form `dense` or
-    `dense_7` for a Dense, counts as the first, second, ... of its kind in its parent, and
-    so does one of this form that you chose; a parent's name at the start of a layer's does
-    not count. So no two variables are alike, and two models get the same weights if their
-    layers have the same classes, the same order in their parents, and the same names where
-    these are not automatic: however and wherever they were built, cloned or loaded, and on
-    every backend. Exceptions are initializers that are neither Keras's nor ours, and values
-    that a layer draws itself in `build`. A layer added or removed changes no weight of a
-    layer that you named, nor of one with an automatic name unless it comes later in the
-    same parent and is of the same class.
+    Each variable has its own seed, made from `seed`, the names of the layers from the model
+    down, and its own name. A name of the form that Keras gives a Dense, `dense` or
+    `dense_7`, counts as the first, second, ... of its class in its parent; a parent's name
+    at the start of a layer's does not count. So no two variables are alike, and two models
+    get the same weights on every backend if their layers have the same classes, order and
+    chosen names. (Initializers that are neither Keras's nor ours may differ, and so may
+    values that a layer draws in `build`.) A layer added or removed changes no weight but
+    those of layers of its class that come later in its parent and that you did not name.
 
     If `fit` must repeat itself bit by bit, also shuffle the data yourself: Keras's
     shuffling, and on PyTorch its dropout without a seed, follow global generators, which
@@ -266,7 +264,7 @@ def _seed_deriver(
 
 
 def _plan_weight(weight: Weight, start: Start, seed: int) -> _Assignment:
-    """What is to be done with a weight; raises whatever there is to raise."""
+    """The assignment of a weight; raises whatever there is to raise."""
     row = _empty_row(weight.path, weight.owner, weight.variable)
     row |= {"done": start.name, **start.columns}
     if weight.is_kernel and weight.fans is not None:
@@ -287,7 +285,7 @@ def _left(variable: keras.Variable, start: Start, row: Row) -> _Assignment:
 
 
 def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
-    """First as declared: what the layer assigns can depend on it, or on other weights."""
+    """First as declared: the layer can assign a value that depends on it, or on others."""
     start = Start("", weight.distribution_of(built.declared), initializer=built.declared)
     new_value = _value_factory(start, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row, built)
@@ -304,7 +302,7 @@ def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -
 
 
 def _value_factory(start: Start, variable: keras.Variable, seed: int) -> Callable[[], Any]:
-    """What makes the variable's new value, later."""
+    """A function that makes the variable's new value, later."""
     shape, dtype = tuple(variable.shape), variable.dtype
     distribution, initializer = start.distribution, start.initializer
     if distribution is not None and (
