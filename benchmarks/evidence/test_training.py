@@ -163,8 +163,20 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_weights_that_calibrate_leaves_are_not_trained_again():
     one = Training("silu", "isometric", False, 1e-3, 0)
     again = Training("silu", "isometric", True, 1e-3, 0)
-    line = training.train(again, {one: record()}, trainer=None)
-    assert line == record(same_weights=True, seconds=0.0)
+    alone = record(weights=training_starts.checksum(*one.row, 0))
+    line = training.train(again, {one: alone}, trainer=None)
+    assert line == alone | {"same_weights": True, "seconds": 0.0}
+
+
+def test_what_would_start_otherwise_now_is_trained_again():
+    row, seed = ("silu", "isometric", False), 0
+    lines = {
+        Training(*row, 1e-3, seed): record(weights=training_starts.checksum(*row, seed)),
+        Training(*row, 3e-3, seed): record(weights="another"),
+        Training("relu", "isometric", False, 1e-3, seed): record(weights="another"),
+    }
+    kept, _, of_another_row = lines
+    assert [*training.renewed(lines, [row])] == [kept, of_another_row]
 
 
 def test_what_a_peer_can_t_do_is_a_line_and_not_tried_again(monkeypatch):

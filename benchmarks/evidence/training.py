@@ -5,10 +5,9 @@
     python benchmarks/evidence/training.py --report
 
 Every finished training is one line of the results file. Start the same command again after
-an interruption and it goes on where it was; `--report` only writes the tables. To measure a
-start again after its code has changed, delete its lines first. All of it takes an hour on
-one core. AnyInit is a peer to compare with: `pip install anyinit==0.4.0`; without it, it is
-left out.
+an interruption and it goes on where it was; `--report` only writes the tables, `--renew`
+trains again what would start from other weights now. All of it takes an hour on one core.
+AnyInit is a peer to compare with: `pip install anyinit==0.4.0`; without it, it is left out.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
 from training_nets import HEALTHY, NETS
-from training_starts import PARTS, STARTS, are_same, first_weights, load
+from training_starts import PARTS, STARTS, checksum, first_weights, load
 from training_steps import Trainer
 
 RATES = [10 ** (half / 2) for half in range(-14, 1)]  # two in each decade
@@ -92,11 +91,11 @@ HINT = """
 ## A hint for the learning rate?
 
 The learning rate at which one signed step moves the outputs by std 1, over the best rate
-above, of which neighbours are a factor of 3.2 apart. A line in `calibrate`'s note was to
-come if it is within a factor of {factor} in {bar:.0%} of the rows with `calibrate`. It is in
-{near} of the {rows} that learn ({share:.0%}); after `isometric`, in {near_isometric} of
-{nets} nets. Half of the ratios lie between {low:.2g} and {high:.2g}, all between {least:.2g}
-and {most:.2g}. {answer}
+above (neighbours are a factor of 3.2 apart). A line in `calibrate`'s note was to come if it
+is within a factor of {factor} in {bar:.0%} of the rows with `calibrate`. It is in {near} of
+the {rows} that learn ({share:.0%}); after `isometric`, in {near_isometric} of {nets} nets.
+Half of the ratios lie between {low:.2g} and {high:.2g}, all between {least:.2g} and
+{most:.2g}. {answer}
 """
 DETAILS = """
 ## Details
@@ -198,15 +197,16 @@ def train(training, results, trainer):
     """What came of one training, or of one from the same weights."""
     net, start, calibrated = training.row
     began = time.process_time()
-    alone = dataclasses.replace(training, calibrated=False)
+    alone = results.get(dataclasses.replace(training, calibrated=False), {})
     try:
         weights = first_weights(*training.row, training.seed)
     except Exception as error:
         if start != "AnyInit" or calibrated:
             raise
         return {"failure": f"{type(error).__name__}: {error}"}
-    if calibrated and are_same(net, start, training.seed) and alone in results:
-        return results[alone] | {"same_weights": True, "seconds": 0.0}
+    drawn = checksum(*training.row, training.seed)
+    if calibrated and alone.get("weights") == drawn:
+        return alone | {"same_weights": True, "seconds": 0.0}
     parts = load(net, training.seed)
     x, y = parts["train"]
     losses, scores, hint, seconds = trainer(
@@ -225,8 +225,20 @@ def train(training, results, trainer):
         "test": number(scores[1]),
         "losses": [round(float(mean), 5) for mean in means[:finite]],
         "hint": float(f"{hint:.3g}"),
+        "weights": drawn,
         "seconds": round(time.process_time() - began + seconds, 2),
         "versions": SETTINGS["versions"],
+    }
+
+
+def renewed(results, selected):
+    """Without the trainings of selected rows that would start from other weights now."""
+    return {
+        run: record
+        for run, record in results.items()
+        if run.row not in selected
+        or "failure" in record
+        or record["weights"] == checksum(*run.row, run.seed)
     }
 
 
@@ -511,6 +523,7 @@ def main(arguments=None):
     add("--starts", nargs="+", choices=STARTS, default=[*STARTS])
     add("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     add("--report", action="store_true", help="write the tables, train nothing")
+    add("--renew", action="store_true", help="train again what starts otherwise now")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     kind: Any = Training
@@ -518,8 +531,14 @@ def main(arguments=None):
     if not importlib.util.find_spec("anyinit"):
         console.print("AnyInit is not installed, so it is left out.")
         args.starts = [name for name in args.starts if name != "AnyInit"]
+    selected = [*rows(args.nets, args.starts)]
+    if args.renew:
+        results = renewed(results, selected)
+        args.results.unlink(missing_ok=True)
+        for training, record in results.items():
+            append(args.results, training, record)
     if not args.report:
-        run([*rows(args.nets, args.starts)], args.results, results, console)
+        run(selected, args.results, results, console)
     text = report(results)
     args.results.with_suffix(".md").write_text(text, encoding="utf-8")
     console.print(Markdown(text))
