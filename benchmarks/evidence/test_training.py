@@ -77,16 +77,13 @@ def test_the_program_computes_what_keras_does(name):
     assert first == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("size", "stride", "padding"),
-    [(3, 1, "same"), (3, 2, "same"), (3, 2, "valid"), (1, 1, "valid"), (1, 2, "same")],
-)
-def test_windows_are_what_a_convolution_sees(size, stride, padding):
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_windows_are_what_a_convolution_sees(size, stride):
     kernel = np.random.default_rng(0).normal(size=(size, size, 2, 3)).astype("float32")
     x = np.random.default_rng(1).normal(size=(4, 8, 8, 2)).astype("float32")
-    layer = layers.Conv2D(3, size, stride, padding)
+    layer = layers.Conv2D(3, size, stride, "same")
     seen = np.concatenate(window_layers.windows(x, layer), -1)
-    expected = keras.ops.conv(x, kernel, stride, padding).numpy()
+    expected = keras.ops.conv(x, kernel, stride, "same").numpy()
     np.testing.assert_allclose(seen @ kernel.reshape(-1, 3), expected, atol=1e-5)
 
 

@@ -108,30 +108,6 @@ def mobile_blocks(norm=None, blocks=8, width=16):
     return keras.Model(inputs, layers.Dense(CLASSES, name="head")(x))
 
 
-def mobilenet(norm=None):
-    """A third of MobileNetV2's channels; without `norm`, biases in its place."""
-    whole = keras.applications.MobileNetV2(
-        input_shape=(32, 32, 1),
-        alpha=0.35,
-        weights=None,
-        classes=CLASSES,
-        classifier_activation=None,
-    )
-
-    def remake(layer):
-        config = layer.get_config()
-        if "use_bias" in config:
-            config["use_bias"] |= norm is None
-        kinds = {"Conv2D": Conv2D, "DepthwiseConv2D": DepthwiseConv2D}
-        return kinds.get(type(layer).__name__, type(layer)).from_config(config)
-
-    def call(layer, x, *args, **kwargs):
-        is_norm = isinstance(layer, layers.BatchNormalization)
-        return x if is_norm and norm is None else layer(x, *args, **kwargs)
-
-    return keras.models.clone_model(whole, clone_function=remake, call_function=call)
-
-
 class Positions(layers.Layer):
     """Adds a learned vector to each place of a sequence."""
 
@@ -396,8 +372,6 @@ class Net:
         data: The name of a data set of images, or a function (generator, count) → (x, y).
         branch: How many kernels a residual branch has one after the other; 0: no sums.
         normalization: Of which net this is the one with normalization.
-        pixels: The side of such an image.
-        updates: How many of a training.
     """
 
     what: str
@@ -407,8 +381,6 @@ class Net:
     branch: int = 0
     is_bare: bool = False
     normalized_from: str | None = None
-    pixels: int = 8
-    updates: int = 192
 
     @property
     def has_accuracy(self):
@@ -447,19 +419,6 @@ NETS |= {
         normalized_from=name,
     )
     for name, (what, build, norm, branch) in BARE.items()
-}
-LARGE = Net(
-    "MobileNetV2(alpha=0.35) on 32 × 32", mobilenet, is_bare=True, pixels=32, updates=72
-)
-NETS |= {
-    "MobileNetV2": LARGE,
-    "MobileNetV2, normalized": dataclasses.replace(
-        LARGE,
-        what="the same with BatchNormalization",
-        build=functools.partial(mobilenet, BATCH_NORM),
-        is_bare=False,
-        normalized_from="MobileNetV2",
-    ),
 }
 HEALTHY = {
     "VAE": Net(

@@ -34,7 +34,7 @@ def load(net, seed):
             part: keras.tree.map_structure(lambda a, s=span: narrow(a[s]), (x, y))
             for part, span in zip(PARTS, spans, strict=True)
         }
-    x, labels = deep_nets.images("digits", NETS[net].pixels)
+    x, labels = deep_nets.images("digits", 8)
     parts = deep_nets.split(x.numpy(), labels, PARTS, seed)
     noise = np.random.default_rng(seed)
     kinds = {

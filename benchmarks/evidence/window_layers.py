@@ -11,19 +11,13 @@ def windows(x, layer):
     """Of each place, what the kernel sees there: k × k images, shifted."""
     (size, _), (stride, _) = layer.kernel_size, layer.strides
     _, height, width, _ = x.shape
-    sides = height, width
-    if layer.padding == "same":
-        counts = [-(-side // stride) for side in sides]
-    else:
-        counts = [(side - size) // stride + 1 for side in sides]
+    ends = [(-(-side // stride) - 1) * stride for side in (height, width)]
     missing = [
-        max((n - 1) * stride + size - side, 0)
-        for n, side in zip(counts, sides, strict=True)
+        max(end + size - side, 0) for end, side in zip(ends, (height, width), strict=True)
     ]
-    wide = jnp.pad(
-        x, [(0, 0), *((part // 2, part - part // 2) for part in missing), (0, 0)]
-    )
-    rows, columns = ((n - 1) * stride + 1 for n in counts)
+    padding = [(part // 2, part - part // 2) for part in missing]
+    wide = jnp.pad(x, [(0, 0), *padding, (0, 0)])
+    rows, columns = (end + 1 for end in ends)
     return [
         wide[:, i : i + rows : stride, j : j + columns : stride]
         for i in range(size)
@@ -44,8 +38,7 @@ class Conv2D(layers.Conv2D):
 
 class DepthwiseConv2D(layers.DepthwiseConv2D):
     def call(self, inputs):
-        bias = self.bias.value if self.use_bias else 0
-        return self.activation(depthwise(inputs, self, self.kernel) + bias)
+        return self.activation(depthwise(inputs, self, self.kernel) + self.bias.value)
 
 
 class SeparableConv2D(layers.SeparableConv2D):
