@@ -219,7 +219,8 @@ def test_tables_say_what_the_lines_say():
     differences = [one - other for one, other in zip(worse, ours, strict=True)]
     assert line["c(iso) − iso"] == expected(differences)
     assert line["c(stock) − stock"] == "="
-    assert "Of 2 differences between other weights, 1 are significantly below" in text
+    assert "same start without it, 1: 1 below zero (gelu), 0 above;" in text
+    assert "against stock, 1: 0 below zero, 1 above." in text
     assert cells(harm, "SIREN")[1].startswith(f"{math.exp(-1.02):.3g} ± ")
 
 

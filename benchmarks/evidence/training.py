@@ -86,9 +86,11 @@ HARM = """
 
 Test accuracy in %, or the loss ± %, from two starts. Then differences, paired by seed, in
 points or in % of the loss; above zero, `calibrate` is better. "c" is `calibrate`, "iso"
-`isometric`. Of {number} differences between other weights, {bad} are significantly below
-zero and {good} above, at a level of {level:.0%} after Holm's correction for {number}
-comparisons. {worse}
+`isometric`. {number} differences are between other weights. At a level of {level:.0%} after
+Holm's correction for all of them, there are significant ones among
+
+- those of `calibrate` against the same start without it, {own};
+- those of `calibrate` after `isometric` against stock, {stock}.
 """
 HINT = """
 ## A hint for the learning rate?
@@ -99,6 +101,21 @@ is within a factor of {factor} in {bar:.0%} of the rows with `calibrate`. It is 
 the {rows} that learn ({share:.0%}); after `isometric`, in {near_isometric} of {nets} nets.
 Half of the ratios lie between {low:.2g} and {high:.2g}, all between {least:.2g} and
 {most:.2g}. {answer}
+"""
+REASONS = """
+Seen in these tables:
+
+- **Deep chains** learn from the isometric start, and best from it of all starts alone. With
+  BatchNormalization in each layer, chains of 50 layers learn less than without.
+- **Residual nets** need a start where their sums grow: 24 dense blocks and the transformer.
+  12 blocks of convolutions do as well from stock.
+- **`calibrate` after `isometric`** leaves most nets as they are, and changes none beyond
+  chance. After stock, deep chains learn with it, less than from `isometric`. At one seed of
+  eight it refuses `gelu`: on fresh examples, signal times gradient misses the bound of 0.5
+  by 0.05, so the net stays where it was.
+- **Where `isometric` is not advised** it can be worse than stock: in SIREN, which has a
+  start of its own, and with BatchNormalization in each of 50 layers. `calibrate` changes
+  nothing there.
 """
 DETAILS = """
 ## Details
@@ -320,7 +337,7 @@ def report(results):
     lines += [f"| {net} | {NETS[net].what} |" for net in nets]
     lines += [ACCURACY, *table(accuracies(results, nets))]
     lines += [HARM.format(**significance(harms))]
-    lines += table(harm(results, net) for net in nets)
+    lines += [*table(harm(results, net) for net in nets), REASONS.rstrip()]
     lines += [HINT.format(**hints(results, rows)), DETAILS]
     lines += table(detail(results, row) for row in rows if not is_same(results, row))
     lines += [""]
@@ -403,9 +420,10 @@ def one_digit(text):
 
 
 # `calibrate` after a start against a start.
+STOCK = "c(iso) − stock"
 PAIRS = {
     "c(iso) − iso": (("isometric", True), ("isometric", False)),
-    "c(iso) − stock": (("isometric", True), ("stock", False)),
+    STOCK: (("isometric", True), ("stock", False)),
     "c(stock) − stock": (("stock", True), ("stock", False)),
 }
 
@@ -441,16 +459,21 @@ def holm(comparisons):
 
 
 def significance(comparisons):
+    """How many differences are beyond chance, by what they compare."""
     found = holm(comparisons)
-    bad = [line for line in found if line[2] < 0]
-    single = [line for line in comparisons if line[3] < LEVEL and line[2] < 0]
-    names = ", ".join(f"{net}, {pair}: {mean:.1f}" for net, pair, mean, _ in single)
+
+    def counts(pairs):
+        below = [line for line in found if line[1] in pairs and line[2] < 0]
+        above = [line for line in found if line[1] in pairs and line[2] > 0]
+        number = sum(line[1] in pairs for line in comparisons)
+        names = f" ({', '.join(line[0] for line in below)})" if below else ""
+        return f"{number}: {len(below)} below zero{names}, {len(above)} above"
+
     return {
-        "number": len(comparisons),
-        "bad": len(bad),
-        "good": len(found) - len(bad),
         "level": LEVEL,
-        "worse": f"Without the correction below zero: {names or 'none'}.",
+        "number": len(comparisons),
+        "own": counts(PAIRS.keys() - {STOCK}),
+        "stock": counts({STOCK}),
     }
 
 
