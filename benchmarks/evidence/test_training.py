@@ -105,6 +105,13 @@ def test_lsuv_gives_each_layer_a_std_of_1():
     assert seen.detach().numpy().std() == pytest.approx(1, rel=1e-4)
 
 
+def test_orthogonal_has_a_gain_before_a_rectifier():
+    model = training_starts.orthogonal(NETS["blocks"], 0, None)
+    for name, gain in (("block_0_inner", 2), ("block_0_end", 1)):
+        kernel = model.get_layer(name).kernel.detach().numpy()
+        np.testing.assert_allclose(kernel @ kernel.T, gain * np.eye(64), atol=1e-5)
+
+
 def test_fixup_starts_with_branches_of_nothing():
     model = training_starts.fixup(NETS["blocks"], 0, None)
     assert not model(np.ones((1, 8, 8, 1))).detach().numpy().any()

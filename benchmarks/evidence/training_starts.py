@@ -61,14 +61,16 @@ def orthogonal(net, seed, x):
     """Keras's in every layer, with a gain of √2 before a rectifier."""
     model = replaced(keras.initializers.Orthogonal, net.build)
     for layer in model.layers:
-        if getattr(getattr(layer, "activation", None), "__name__", "") in RECTIFIERS:
+        activation = getattr(layer, "activation", None)
+        if getattr(activation, "__name__", "") in RECTIFIERS and layer.weights:
             kernel = last_kernel(layer)
             kernel.assign(kernel * 2**0.5)
     return model
 
 
 def last_kernel(layer):
-    return getattr(layer, "pointwise_kernel", None) or layer.kernel
+    is_separable = hasattr(layer, "pointwise_kernel")
+    return layer.pointwise_kernel if is_separable else layer.kernel
 
 
 KINDS = (
