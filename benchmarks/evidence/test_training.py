@@ -108,7 +108,7 @@ def test_lsuv_gives_each_layer_a_std_of_1():
 def test_orthogonal_has_a_gain_before_a_rectifier():
     model = training_starts.orthogonal(NETS["blocks"], 0, None)
     for name, gain in (("block_0_inner", 2), ("block_0_end", 1)):
-        kernel = model.get_layer(name).kernel.detach().numpy()
+        kernel = model.get_layer(name).kernel.numpy()
         np.testing.assert_allclose(kernel @ kernel.T, gain * np.eye(64), atol=1e-5)
 
 

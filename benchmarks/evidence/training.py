@@ -54,9 +54,8 @@ HEADING = """\
   in {minutes:.0f} minutes of one core. Images are scikit-learn's digits, 8 × 8. {train} are
   trained on, {validation} choose the learning rate, {test} are the test. Other tasks are
   synthetic, with as many examples each.
-- Adam, {updates} updates on minibatches of {minibatch}. The learning rate:
-  1e-3 and 3e-4, then others, two in each decade, until both neighbours of the best were
-  tried. The best has the best mean score in validation over {search} seeds. {edges}
+- Adam, {updates} updates on minibatches of {minibatch}. The learning rate: 1e-3 and 3e-4,
+  then others, two in each decade, until both neighbours of the best were tried. The best has the best mean score in validation over {search} seeds. {edges}
 - Then {tests} other seeds train with it, and are tested: mean ± the half-width of the 95 %
   confidence interval (Student's t).
 - `stock` is Keras's default. `he_normal` and `orthogonal` are Keras's in every layer,
@@ -66,7 +65,7 @@ HEADING = """\
   of blocks, with zeros at the end of each branch and in the head. LSUV and AnyInit's
   empirical mode see {measured} training images before, as `calibrate` does.
 - "=": `calibrate` left the weights of all seeds as they were, bit by bit. "fails": the
-  start raises an error. "—": not measured.
+  start raises an error. "—": not measured yet, or (`Fixup-like`) without branches.
 - BatchNormalization takes its statistics from the batch at hand, also in the test.
 - `calibrate` had two modes before it held the likeness of examples. Training could not tell
   them apart (`git show 73f3326:benchmarks/evidence/training.md`).
