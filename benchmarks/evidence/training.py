@@ -55,7 +55,8 @@ HEADING = """\
   trained on, {validation} choose the learning rate, {test} are the test. Other tasks are
   synthetic, with as many examples each.
 - Adam, {updates} updates on minibatches of {minibatch}. The learning rate: 1e-3 and 3e-4,
-  then others, two in each decade, until both neighbours of the best were tried. The best has the best mean score in validation over {search} seeds. {edges}
+  then others, two in each decade, until both neighbours of the best were tried. The best
+  has the best mean score in validation over {search} seeds. {edges}
 - Then {tests} other seeds train with it, and are tested: mean ± the half-width of the 95 %
   confidence interval (Student's t).
 - `stock` is Keras's default. `he_normal` and `orthogonal` are Keras's in every layer,
