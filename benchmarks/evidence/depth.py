@@ -29,6 +29,7 @@ from depth_nets import (
     ACTIVATIONS,
     CHANNELS,
     LEVELS,
+    LONG,
     NETS,
     PARTS,
     UPDATES,
@@ -77,14 +78,18 @@ PLAN = [  # the most important first
     Block(("flipped",), ("dense",), ("elu", "selu"), ENDS, OWN),
     Block(("twice flipped",), ("dense",), ("tanh",), ENDS, OWN),
     Block(("flipped",), ("dense",), NOT_ODD, ENDS, OWN),
-    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
     Block(("digits",), ("dense",), ("tanh", "elu", "selu"), (100,)),
+    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
     Block(("flipped",), ("dense",), ("elu", "selu"), (100,), DRAWN),
+    Block(("digits",), ("separable",), ("relu",), (6, 24), OWN),
+    Block(("digits",), ("dense",), ("gelu",), (4, 200), (LONG,)),
+    Block(("flipped",), ("dense",), ("relu",), (4, 100), (LONG,)),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4, 200), (LONG,)),
     Block(("digits",), ("conv",), ("relu", "gelu"), (6, 24), OWN),
-    Block(("digits",), ("separable",), ("relu",), (6, 24), DRAWN),
     Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100), OWN),
     Block(("flipped",), ("dense",), ("elu",), (4, 100), AT_LEVELS),
     Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
+    Block(("digits",), ("separable",), ("relu",), (6, 24), DRAWN),
     Block(("digits",), ("dense",), ALL, (100,), (*PLAIN, *OTHERS)),
     Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
     Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
@@ -98,10 +103,11 @@ PLAN = [  # the most important first
     Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), ENDS, DRAWN),
     Block(("digits",), ("dense",), ("relu",), (1000,), OWN, 1),
 ]
-SECTIONS = [  # title, nets, starts
+SECTIONS = [  # title, nets, starts, and what is shown beside them
     ("Dense nets", ("dense",), PLAIN),
-    ("Other starts", ("dense",), OTHERS),
-    ("Other levels", ("dense",), (*AT_LEVELS, "isometric")),
+    ("Other starts", ("dense",), OTHERS, OWN),
+    ("Other levels", ("dense",), AT_LEVELS, OWN),
+    ("Twice as many updates", ("dense",), (LONG,), OWN),
     ("Convolutional nets", ("conv", "separable"), PLAIN),
     ("With normalization or sums", NORMALIZED, ("stock", "isometric")),
 ]
@@ -378,14 +384,15 @@ def place(row):
     )
 
 
-def section(cells, nets, starts):
+def section(cells, nets, starts, beside=()):
     """A line for each net for which one of these starts was measured."""
     rows = {
         row: cells[row] for row in cells if row[1] in nets and {*starts} & {*cells[row]}
     }
+    starts = *beside, *starts
     used = [start for start in starts if any(start in row for row in rows.values())]
     for (dataset, net, activation, depth), row in rows.items():
-        best = max(np.mean(scores) for scores in row.values())
+        best = max(np.mean(row[start]) for start in used if start in row)
         line = {"images": dataset, "net": net, "activation": activation, "depth": depth}
         for start in used:
             line[start] = cell(row[start], best) if start in row else "—"
@@ -428,7 +435,7 @@ def rival(starts):
     others = {
         start: float(np.mean(scores))
         for start, scores in starts.items()
-        if start not in ("isometric", "calibrated", *AT_LEVELS)
+        if start not in ("isometric", "calibrated", LONG, *AT_LEVELS)
     }
     if not others:
         return "—"
