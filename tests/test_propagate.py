@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -776,3 +777,16 @@ def test_blocks_that_add_in_their_own_call_are_no_plain_layers():
     blocks = [BareSum() for _ in range(16)]
     model = keras.Sequential([keras.Input((32,)), *blocks, layers.Dense(3)])
     assert "unstable-activation" not in codes(propagate(fill(model), data(16, 32)))
+
+
+def test_each_activation_is_integrated_once(monkeypatch):
+    """That takes longer than a pass over its layer."""
+    calls = []
+    module = sys.modules["keras_glorot.tools.propagate"]
+    monkeypatch.setattr(
+        module, "activation_growth", lambda *arguments: calls.append(arguments) or 1.2
+    )
+    hidden = [layers.Dense(8, "gelu") for _ in range(30)]
+    table = propagate(keras.Sequential([keras.Input((8,)), *hidden]), data(16, 8))
+    assert "unstable-activation" in {finding.code for finding in table.findings}
+    assert len(calls) == 1

@@ -380,5 +380,5 @@ def _activation_kind(activation: Any) -> str:
     name = getattr(activation, "__name__", "").replace("_", "")
     if activation is None or name == "linear":
         return ""
-    kind = _KIND_BY_NAME.get(name, "wave" if is_wave(activation) else "activation")
+    kind = _KIND_BY_NAME.get(name) or ("wave" if is_wave(activation) else "activation")
     return kind if kind in ("softmax", "gate", "wave") else "activation"

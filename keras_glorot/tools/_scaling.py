@@ -309,7 +309,7 @@ class _Scaler:
             z = _first_float(call(*args, **kwargs))
             if z is not None and is_first:
                 bare, z = z, self._scale(i, layer, _first_float((args, kwargs)), z)
-                if not layer.is_affine:
+                if not layer.is_affine and i in self.factors:
                     self._check_follows(i, layer, bare, _first_float(call(*args, **kwargs)))
         if z is None:
             return call(*args, **kwargs)
@@ -343,7 +343,8 @@ class _Scaler:
 
     def _scale(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
         """The output of the layer's first call, times the factor that it needs."""
-        if i not in self.factors:
+        is_free = not isinstance(self.aims, np.ndarray) or self.aims[i] > 0
+        if i not in self.factors and is_free:
             with np.errstate(all="ignore"):
                 factor = self._factor(i, layer, inputs, z)
             self._multiply(i, layer, factor)
