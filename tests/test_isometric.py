@@ -7,6 +7,7 @@ pairs the model is a linear function at its start, so differences of outputs are
 import hashlib
 import math
 import random
+import tracemalloc
 from typing import Any
 
 import keras
@@ -16,8 +17,13 @@ from keras import layers, ops
 from models import WITH_STATE, Late, attention, mobile, nested_twice
 
 from keras_glorot import audit, initialize, layer_fans
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._keras.tree import Tree
 from keras_glorot._models.pairs import Pairs, measure_effect
+from keras_glorot._models.survey import Survey
+from keras_glorot.recipes.isometric import isometric
 
 ACTIVATIONS = ["relu", "gelu", "silu", "leaky_relu", "softplus"]
 HEAD = "its output is one of the model's"
@@ -450,6 +456,45 @@ def test_the_same_bits_on_every_backend():
         start(model)
         assert digest(model) == found[-1]
     assert found == ["e2f0c8d47e9283e7", "34dc1e7861e5db6c", "784dee7755be8244"]
+
+
+def grouped():
+    parts = [conv(8, 3, groups=2), conv(12, 3, strides=2, groups=2), conv(8, groups=4)]
+    return images(*parts)
+
+
+@pytest.mark.parametrize("make", [concatenated, patches, mobile, grouped])
+def test_a_region_has_the_bits_of_the_whole(make):
+    """A process draws its own part of a kernel that is divided among several."""
+    survey, rng = Survey(make()), np.random.default_rng(0)
+    starts = isometric(survey).by_id
+    for weight in survey.weights:
+        start = starts.get(id(weight.variable))
+        if start is None or start.distribution.mirror is None:
+            continue
+        draw = start.distribution.region_drawer(weight.shape, "float32", (3,))
+        whole = draw(tuple((0, size) for size in weight.shape))
+        for _ in range(5):
+            cuts = [sorted(rng.integers(0, size + 1, 2)) for size in weight.shape]
+            bounds = tuple((int(a), int(b)) for a, b in cuts)
+            part = whole[tuple(slice(*each) for each in bounds)]
+            np.testing.assert_array_equal(draw(bounds), part)
+
+
+def test_a_mirrored_kernel_takes_half_of_itself_beside_it():
+    """The matrix between the pairs, in float64, and pieces."""
+    mirror = Mirror(
+        Matrices.from_shape((2048, 2048)),
+        (),
+        *2 * [Side.of(Pairs.neighbours(1, 2048, 1).partner, 1)],
+    )
+    distribution = Distribution.mirrored(1.0, mirror)
+    distribution.draw((2048, 2048), "float32", (1,), ((0, 1), (0, 1)))
+    tracemalloc.start()
+    kernel = distribution.draw((2048, 2048), "float32", (1,))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * kernel.nbytes
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

@@ -29,7 +29,7 @@ Form = Literal[
 ]
 
 # Of these a region costs what it holds.
-_REGIONAL = ("constant", "uniform", "triangular", "truncated_normal")
+_REGIONAL = ("constant", "uniform", "triangular", "truncated_normal", "mirrored")
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -202,10 +202,7 @@ def _draw_orthogonal(distribution, shape, dtype, seed, region) -> np.ndarray:
 
 
 def _draw_mirrored(distribution, shape, dtype, seed, region) -> np.ndarray:
-    values = distribution.mirror.draw(distribution.scale, seed)
-    if dtype != "float64":
-        values = values.astype(np.float32)
-    return _cut(values, dtype, region)
+    return distribution.mirror.draw(distribution.scale, dtype, seed, region)
 
 
 def _draw_tap(distribution, shape, dtype, seed, region) -> np.ndarray:
