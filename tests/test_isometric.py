@@ -762,7 +762,28 @@ def _negate_first(values):
     values[np.nonzero(values)[0][0], :, 0] *= -1
 
 
+def _scale_pair(values):
+    values[..., :2] *= 1.7
+
+
+def _roll_window(values):
+    values[...] = np.roll(values, 1, 0)
+
+
+def transposed():
+    parts = [layers.Conv2DTranspose(8, 3, activation="relu"), conv(8), conv(4)]
+    return images(*parts)
+
+
+def separable():
+    parts = [
+        layers.SeparableConv2D(8, 3, padding="same", activation="relu") for _ in range(2)
+    ]
+    return images(*parts, conv(4, activation=None))
+
+
 NOT_OPPOSITE = "is not the negative of its partner"
+NOT_ORTHOGONAL = "between its pairs is not orthogonal"
 
 
 @pytest.mark.parametrize(
@@ -776,6 +797,18 @@ NOT_OPPOSITE = "is not the negative of its partner"
         (words, 0, _negate_largest, NOT_OPPOSITE),
         (words, 0, _fill_a_zero, "Beside the tap"),
         (attention, 0, _negate_largest, "not an orthogonal matrix"),
+        (patches, 0, _negate_largest, NOT_OPPOSITE),
+        (patches, 1, _negate_largest, NOT_OPPOSITE),
+        (patches, 1, _scale_pair, NOT_ORTHOGONAL),
+        (grouped, 1, _negate_largest, NOT_OPPOSITE),
+        (grouped, 1, _scale_pair, NOT_ORTHOGONAL),
+        (grouped, 2, _roll_window, "Beside the tap"),
+        (transposed, 0, _negate_largest, NOT_OPPOSITE),
+        (transposed, 0, _roll_window, "Beside the tap"),
+        (separable, 1, _negate_largest, NOT_OPPOSITE),
+        (separable, 2, _roll_window, "not one value at the tap"),
+        (mobile_block, 1, _roll_window, "not one value at the tap"),
+        (mobile_block, 2, _scale_pair, NOT_ORTHOGONAL),
     ],
 )
 def test_audit_finds_a_fault_in_every_kind_of_kernel(make, number, fault, message):

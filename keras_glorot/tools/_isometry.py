@@ -73,10 +73,10 @@ def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
         return "form", _where(np.argwhere(~is_right), mirror, values)
     folded = mirror.fold(values)
     ratio = _ratio(folded, start.scale)
+    if _disorder(folded, ratio * start.scale) > _TOLERANCE:
+        return "form", "The matrix between its pairs is not orthogonal."
     if abs(ratio - 1) > 0.05:
         return "std", f"The values are {ratio:.3g} times as large as those of this start."
-    if _disorder(folded, start.scale) > _TOLERANCE:
-        return "form", "The matrix between its pairs is not orthogonal."
     return None
 
 
@@ -92,7 +92,9 @@ def _is_tapped(values: np.ndarray, tapped: np.ndarray) -> bool:
     taps = tapped != 0
     right = np.isclose(values[taps], tapped[taps], rtol=_TOLERANCE, atol=0)
     if not np.allclose(np.abs(values), tapped, rtol=_TOLERANCE, atol=0):
-        return bool(np.mean(right) > 3 / 4)
+        ordered = (np.sort(each, axis=None) for each in (np.abs(values), tapped))
+        is_moved = np.allclose(*ordered, rtol=_TOLERANCE, atol=0)
+        return is_moved or bool(np.mean(right) > 3 / 4)
     # Orthogonal matrices of one row and one column are 1 or -1 by chance.
     count, wrong = right.size, int(np.count_nonzero(~right))
     if not wrong or 4 * wrong > count:

@@ -234,8 +234,9 @@ def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
         return subject
     found = find_fault(weight, drawn)
     is_plain = is_sound or not has_pairs(drawn)
-    if found and is_plain and drawn.form != "tap":
-        return subject  # an orthogonal matrix, which it was judged as
+    is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
+    if found and is_plain and is_orthogonal and drawn.form != "tap":
+        return subject  # it was judged as that
     code, detail = found or (None, "")
     return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)
 
