@@ -50,5 +50,5 @@ __version__ = _version("keras-glorot")
 
 
 def __dir__() -> list[str]:
-    """What is public, and not the modules that it comes from."""
+    """The public names, without the modules that they come from."""
     return __all__

@@ -107,7 +107,7 @@ def fan_of(fans: Fans, mode: str) -> float:
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple of plain ints, or an error that says what is wrong."""
     if type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape):
-        return shape  # as Keras gives it; what follows costs as much as a small draw
+        return shape  # as Keras gives it; the rest costs as much as a small draw
     try:
         if isinstance(shape, _NO_SEQUENCES):
             raise TypeError

@@ -166,7 +166,7 @@ def is_wave(activation: Callable[[Any], Any]) -> bool:
     """Whether a function goes up and down again and again, as a sine does."""
 
     def turns() -> int:
-        steps = np.diff(_evaluate(activation)[:: _COUNT // 2048])
+        steps = np.diff(_evaluate(activation, _FEW))
         signs = np.sign(steps[np.abs(steps) > 1e-4 * np.abs(steps).max()])
         return int(np.count_nonzero(np.diff(signs)))
 
@@ -186,7 +186,7 @@ def _gain_by_name(name: str) -> float:
 
 def _integrated_gain(function: Callable[[Any], Any]) -> float:
     # Numbers are needed, not symbols.
-    moment = _mean(backends.outside_traces(_evaluate, function) ** 2)
+    moment = _mean(backends.outside_traces(_evaluate, function, _MANY) ** 2)
     if moment <= 0:
         raise ValueError(
             "Argument `nonlinearity` must not be zero wherever a standard normal input "
@@ -248,51 +248,53 @@ def _slope(name: str | None, param: float | None) -> float:
 
 
 def _growth(activation: Callable[[Any], Any], std: float) -> float:
+    """To two digits."""
     step = 2e-3
-    values = _evaluate(lambda z: activation(std * z))
-    above = _evaluate(lambda z: activation(std * (z + step)))
-    below = _evaluate(lambda z: activation(std * (z - step)))
+    values = _evaluate(lambda z: activation(std * z), _FEW)
+    above = _evaluate(lambda z: activation(std * (z + step)), _FEW)
+    below = _evaluate(lambda z: activation(std * (z - step)), _FEW)
     slopes = (above - below) / (2 * step)
-    moment = _mean(values**2)
-    return max(_mean(slopes**2), _mean(_points() * values * slopes)) / moment
+    scale = _mean(_points(_FEW) * values * slopes)
+    return max(_mean(slopes**2), scale) / _mean(values**2)
 
 
-# Beyond |z| = 16 the normal density is below 1e-55. Between two points a kink costs the
-# mean 1e-8, a step less than 1e-4.
-_REACH, _COUNT = 16.0, 1 << 18
+# Beyond |z| = 16 the normal density is below 1e-55. Between two of the many points a kink
+# costs the mean 1e-8, a step less than 1e-4.
+_REACH = 16.0
+_FEW, _MANY = 1 << 12, 1 << 18
 
 
 @functools.cache
-def _points() -> np.ndarray:
+def _points(count: int) -> np.ndarray:
     """Values of z, evenly spaced; the steps of Keras's activations lie between two."""
-    return (np.arange(_COUNT) + 0.5) * (2 * _REACH / _COUNT) - _REACH
+    return (np.arange(count) + 0.5) * (2 * _REACH / count) - _REACH
 
 
 @functools.cache
-def _density() -> np.ndarray:
-    return np.exp(-(_points() ** 2) / 2) / math.sqrt(2 * math.pi)
+def _density(count: int) -> np.ndarray:
+    return np.exp(-(_points(count) ** 2) / 2) / math.sqrt(2 * math.pi)
 
 
 def _mean(values: np.ndarray) -> float:
     """The mean of a function of a standard normal z, of which these are the values."""
-    return float(values @ _density()) * 2 * _REACH / _COUNT
+    return float(values @ _density(len(values))) * 2 * _REACH / len(values)
 
 
-def _evaluate(function: Callable[[Any], Any]) -> np.ndarray:
-    """A function's values at all points."""
+def _evaluate(function: Callable[[Any], Any], count: int) -> np.ndarray:
+    """A function's values at so many points."""
 
     def call(points: np.ndarray) -> np.ndarray:
         result = function(keras.ops.convert_to_tensor(points))
         return np.asarray(keras.ops.convert_to_numpy(result), np.float64)
 
-    values, some = call(_points()), slice(_COUNT // 4, None, _COUNT // 64)
+    values, some = call(_points(count)), slice(count // 4, None, count // 64)
     if not np.isfinite(values).all():
         raise ValueError(
             f"Argument `nonlinearity` must be finite on [-{_REACH:g}, {_REACH:g}], where a "
             f"standard normal input lies. Received: nonlinearity={function}"
         )
-    is_alone = values.shape == (_COUNT,)
-    if not is_alone or not np.allclose(values[some], call(_points()[some])):
+    is_alone = values.shape == (count,)
+    if not is_alone or not np.allclose(values[some], call(_points(count)[some])):
         raise ValueError(
             "Argument `nonlinearity` must act element by element: one number in, one "
             f"number out, whatever the others are. Received: nonlinearity={function}"

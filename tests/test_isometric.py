@@ -330,15 +330,44 @@ def test_a_weight_is_no_constant():
     assert "has a weight" in next(iter(start(model).values()))
 
 
+@pytest.mark.parametrize(
+    "activation", ["elu", "selu", "mish", "sigmoid", "tanh", "softsign", "tanh_shrink"]
+)
+def test_depth_keeps_the_std_where_pairs_are_no_line(activation):
+    """Each activation gets the std that suits it, and the head gives it back."""
+    is_odd = measure_effect(keras.activations.get(activation)).is_odd
+    model = dense(activation, 30, 16 if is_odd else 32)
+    pairs = start(model)
+    assert ("yes" in pairs.values()) is not is_odd
+    x = np.random.default_rng(0).normal(size=(500, 16))
+    assert np.std(call(model, x)) == pytest.approx(1, rel=0.05)
+    assert not audit(model).findings
+
+
+def test_units_of_all_kinds_side_by_side():
+    """Each with its own level, also the one without a partner."""
+    x = keras.Input((16,))
+    parts = [layers.Dense(16, name) for name in ("elu", "tanh", "relu", "sigmoid")]
+    y = layers.Concatenate()([part(x) for part in (*parts, layers.Dense(7, "selu"))])
+    model = keras.Model(x, layers.Dense(78)(y))
+    start(model)
+    stds = [4 * np.sqrt(np.mean(values(part.kernel) ** 2)) for part in parts]
+    # Glorot's factor, where 16 inputs meet 8 pairs or 16 units.
+    wide = math.sqrt(4 / 3)
+    np.testing.assert_allclose(stds, [100 * wide, 0.3, wide, 0.3 * wide], rtol=1e-5)
+    inputs = np.random.default_rng(0).normal(size=(2000, 16))
+    assert np.std(call(model, inputs)) == pytest.approx(1, abs=0.2)
+    assert not audit(model).findings
+
+
 def test_a_factor_before_the_first_kernel_stays():
     """As that of images, or of embeddings; one behind a kernel is made up for."""
     x = keras.Input((16,))
     y = layers.Activation("tanh")(layers.Dense(16)(x / 4) * 5.0)
     model = keras.Model(x, layers.Dense(16)(y * 7.0))
     start(model)
-    small = 1e-3 * np.eye(16)
-    found = np.linalg.svd(call(model, small) - call(model, 0 * small), compute_uv=False)
-    np.testing.assert_allclose(found, 1e-3 / 4, rtol=1e-2)
+    x = np.random.default_rng(0).normal(size=(2000, 16))
+    assert np.std(call(model, 4 * x)) == pytest.approx(1, rel=0.02)  # 5 standard errors
 
 
 def test_positions_are_taken_out_or_put_together():
@@ -371,12 +400,24 @@ def test_attention_and_sums_make_no_pairs():
         ([layers.Softmax()], "its activation mixes units"),
         ([], "no activation follows"),
         ([layers.Activation("gelu"), layers.Activation("silu")], "a second activation"),
+        ([layers.Activation("elu"), layers.Activation("elu")], "a second activation"),
     ],
 )
 def test_reasons(between, reason):
     parts = [keras.Input((8,)), layers.Dense(8), *between, layers.Dense(8)]
     first, _ = start(keras.Sequential(parts)).values()
     assert reason in first
+
+
+@pytest.mark.parametrize("other", ["relu", "elu"])
+def test_a_kernel_before_activations_of_two_kinds(other):
+    x = keras.Input((8,))
+    y = layers.Dense(8)(x)
+    parts = [layers.Activation(name)(y) for name in ("tanh", other)]
+    model = keras.Model(x, layers.Dense(4)(layers.Concatenate()(parts)))
+    first, _ = start(model).values()
+    assert "activations of two kinds" in first
+    np.testing.assert_allclose(np.linalg.svd(values(kernel(model)))[1], 1, rtol=1e-5)
 
 
 def test_odd_activations_get_orthogonal_kernels():
@@ -856,12 +897,24 @@ def test_audit_finds_a_depthwise_kernel_of_ones_sound():
 
 
 @pytest.mark.parametrize(
-    ("name", "slope", "is_odd"),
-    [("relu", 1, False), ("gelu", 1, False), ("elu", 1.95, False), ("tanh", 2, True)],
+    ("name", "level", "slope", "is_odd"),
+    [
+        ("relu", 1, 1, False),
+        ("gelu", 1, 1, False),
+        ("relu6", 1, 1, False),
+        ("elu", 100, 1 + 0.8 / 100, False),  # z + sign(z), and the mean of |z| is 80
+        ("selu", 100, 1.0507 * (1 + 0.8 * 1.673 / 100), False),
+        ("mish", 100, 1, False),
+        ("sigmoid", 0.3, 0.489, False),
+        ("exponential", 0.3, 2.093, False),  # e^400 is no number
+        ("tanh", 0.3, 0.925, True),
+        ("tanh_shrink", 100, 0.992, True),
+    ],
 )
-def test_effects_of_activations(name, slope, is_odd):
+def test_effects_of_activations(name, level, slope, is_odd):
     effect = measure_effect(keras.activations.get(name))
-    assert effect.slope == pytest.approx(slope, rel=0.01)
+    assert effect.level == level
+    assert effect.slope == pytest.approx(slope, rel=2e-3)
     assert effect.is_odd == is_odd
     assert measure_effect(keras.activations.softmax) is None
 

@@ -104,7 +104,7 @@ def test_a_look_moves_no_global_generator(make):
     assert drawn[0] == drawn[1]
 
 
-def untest_generators_also_in_this_thread():
+def test_generators_also_in_this_thread():
     drawn = []
     for inside in (lambda: None, draw_from_all):
         keras.utils.clear_session()
@@ -401,6 +401,15 @@ class BySetattr(OnClass):
         setattr(type(self), "latest", weight)  # noqa: B010
 
 
+class CountsOnClass(Holder):
+    count = 0
+
+    def keep(self, weight):
+        super().keep(weight)
+        type(self).count += 1
+        type(self).latest_count = self.count
+
+
 class OnFunction(Holder):
     def keep(self, weight):
         register.latest = weight  # type: ignore
@@ -491,7 +500,7 @@ TOOLS = {
     "initialize": initialize,
     "calibrate": calibrate,
 }
-if importlib.util.find_spec("itables"):
+if importlib.util.find_spec("matplotlib"):
     TOOLS["report"] = keras_glorot.report
 
 
@@ -543,8 +552,18 @@ def test_a_model_computes_with_the_same_variables_after_each_tool(
 RESET = (
     *(Holder, InNested, InDataclass, InSlots, InHelper, ByBoundMethod, InSequence),
     *(InListInDict, InArray, ByPartial, FromConfigToo, InInitializer),
-    *(InClosure, InCell, ByLambdaOfSelf, ByGenerator),
+    *(InClosure, InCell, ByLambdaOfSelf, ByGenerator, ByWeakReference),
+    CountsOnClass,
 )
+
+
+def test_attributes_of_classes_are_put_back():
+    layer = CountsOnClass()
+    layer.build((None, 3))
+    del CountsOnClass.latest_count
+    before = dict(vars(CountsOnClass))
+    keras_glorot.initialize(layer, seed=1)
+    assert dict(vars(CountsOnClass)) == before
 
 
 @pytest.mark.parametrize("kind", kinds_of_holders())

@@ -15,7 +15,7 @@ layers = keras.layers
 X = np.random.default_rng(0).normal(size=(18, 8)).astype("float32")
 
 
-def deep(depth=50):
+def deep(depth):
     hidden = [layers.Dense(8, activation="tanh") for _ in range(depth)]
     return keras.Sequential([keras.Input((8,)), *hidden])
 
@@ -38,7 +38,7 @@ def test_tools_walk_the_tree_of_a_model_twice_at_most(tool, monkeypatch):
         asked[id(layer)] += 1
         return ask(layer)
 
-    model = deep()
+    model = deep(50 if tool in ("initialize", "audit", "layer_fans") else 12)
     monkeypatch.setattr(tree, "direct_sublayers", count)
     TOOLS[tool](model)
     assert all(1 <= asked[id(layer)] <= 2 for layer in (model, *model.layers))

@@ -28,26 +28,32 @@ from deep_nets import MEASURED, MINIBATCH
 from depth_nets import (
     ACTIVATIONS,
     CHANNELS,
+    LEVELS,
     NETS,
     PARTS,
     UPDATES,
     WIDTH,
     Training,
+    load,
     train,
 )
 from paper_table1 import append, interval, read, table
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import Progress
+from sklearn.linear_model import LogisticRegression
 
 HERE = Path(__file__)
 ALL = (*ACTIVATIONS,)
-RATES = [10 ** (half / 2) for half in range(-14, 1)]  # two in each decade
-FIRST = 8, 6  # the rates that all try: 1e-3 and 1e-4
+RATES = [10 ** (quarter / 4) for quarter in range(-28, 1)]  # four in each decade
+FIRST = 16, 12  # the rates that all try: 1e-3 and 1e-4
+STEP = 2  # in the search by one seed, half a decade
+SEARCH = 0, 1, 2  # the seeds whose validation accuracies choose the rate
+TIE = 1.0  # of these accuracies, about the standard error of one
 PLAIN = ("stock", "he_normal", "orthogonal", "isometric")
 DRAWN = PLAIN[1:]
-LEVELS = ("level 3", "level 10")
 OTHERS = ("gain auto", "LSUV", "AnyInit", "calibrated")
+AT_LEVELS = tuple(f"level {each:g}" for each in LEVELS)
 NORMALIZED = tuple(name for name in NETS if name.startswith("dense, "))
 
 
@@ -62,23 +68,40 @@ class Block(NamedTuple):
     seeds: int = 5
 
 
+OWN = ("isometric",)
+NOT_ODD = tuple(name for name in ALL if name != "tanh")
+DEPTHS = (4, 16, 50, 100, 200)
+ENDS = (4, 100, 200)
 PLAN = [  # the most important first
-    Block(("digits",), ("dense",), ALL, (4, 100)),
-    Block(("flipped",), ("dense",), ALL, (4, 100), DRAWN),
+    Block(("digits",), ("dense",), ALL, DEPTHS, OWN),
+    Block(("flipped",), ("dense",), ("elu", "selu"), ENDS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), ENDS, OWN),
+    Block(("flipped",), ("dense",), NOT_ODD, ENDS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), (100,), DRAWN),
+    Block(("digits",), ("dense",), ("tanh", "elu", "selu"), (100,)),
+    Block(("flipped",), ("dense",), ("elu", "selu"), (100,), DRAWN),
+    Block(("digits",), ("conv",), ("relu", "gelu"), (6, 24), OWN),
+    Block(("digits",), ("separable",), ("relu",), (6, 24), DRAWN),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100), OWN),
+    Block(("flipped",), ("dense",), ("elu",), (4, 100), AT_LEVELS),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
+    Block(("digits",), ("dense",), ALL, (100,), (*PLAIN, *OTHERS)),
+    Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
     Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
-    Block(("digits",), ("dense",), ALL, (200,), ("isometric",)),
-    Block(("digits",), ("conv",), ("relu",), (6, 24), DRAWN, 3),
-    Block(("flipped",), ("dense",), ("elu", "selu"), (100,), LEVELS),
-    Block(("digits",), ("dense",), ("relu", "tanh"), (100,), OTHERS),
-    Block(("flipped",), ("dense",), ALL, (200,), ("isometric",)),
-    Block(("digits",), ("dense",), ("relu",), (1000,), ("isometric",), 1),
-    Block(("digits", "flipped"), ("dense",), ALL, (4, 16, 50, 100, 200)),
-    Block(("digits",), ("conv", "separable"), ("relu", "gelu"), (6, 12, 24)),
-    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), (4, 100, 200)),
+    Block(("flipped",), ("dense",), NOT_ODD, DEPTHS, OWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), DEPTHS, OWN),
+    Block(("digits",), ("conv", "separable"), ("relu", "gelu"), (6, 12, 24), DRAWN),
+    Block(("flipped",), ("dense",), ("selu",), (4, 100), AT_LEVELS),
+    Block(("digits",), ("dense",), ALL, DEPTHS),
+    Block(("flipped",), ("dense",), NOT_ODD, (4, 100), DRAWN),
+    Block(("twice flipped",), ("dense",), ("tanh",), (4,), DRAWN),
+    Block(("mnist",), ("dense",), ("relu", "gelu", "tanh"), ENDS, DRAWN),
+    Block(("digits",), ("dense",), ("relu",), (1000,), OWN, 1),
 ]
 SECTIONS = [  # title, nets, starts
     ("Dense nets", ("dense",), PLAIN),
-    ("Other starts", ("dense",), (*OTHERS, *LEVELS)),
+    ("Other starts", ("dense",), OTHERS),
+    ("Other levels", ("dense",), (*AT_LEVELS, "isometric")),
     ("Convolutional nets", ("conv", "separable"), PLAIN),
     ("With normalization or sums", NORMALIZED, ("stock", "isometric")),
 ]
@@ -99,22 +122,23 @@ accuracies compares. Guessing is right in 10 % of cases.
   head. No normalization, no sums, no dropout, but where the name says so: `residual` adds
   the input of each layer but the first to what its activation gives.
 - `digits` are scikit-learn's, 8 × 8. `flipped` are the same, the sign of each image at
-  random, so that no linear model can tell them. Dense nets get one more number, which is
-  always 8: without it, an odd net like that of tanh can't see a sign.
+  random; dense nets get one more number, which is always 8. An odd net like that of tanh
+  has `twice flipped`: each image times two signs, and both signs as two more numbers. A
+  linear model (scikit-learn's `LogisticRegression(C=0.01)`) tells {linear} right.
 - {updates} updates of Adam on minibatches of {minibatch} from {train} training images,
   {test} images to test. The seed picks the images, their order and the weights.
 - The learning rate: 1e-4 and 1e-3, then others, two in each decade, until the best is at
-  neither end, nor beside one that was not tried. The best has the highest accuracy on
-  {validation} further images at seed 0, which does not count for the tables. {edges}
+  neither end, by the accuracy on {validation} further images at seed 0. Then, four in each
+  decade, by three seeds, until both neighbours are known; of rates within {tie:g} point of
+  the best, about its standard error, the one with the least training loss. {edges}
 - `stock` is Keras's default. `he_normal` and `orthogonal` are Keras's initializers in every
   layer, `orthogonal` with a gain of √2 before a rectifier. `gain auto` is
   `initialize(model, GlorotUniform(gain="auto"))`, `isometric` is
   `initialize(model, "isometric")`, `calibrated` the same and then `calibrate`. `LSUV` and
   AnyInit's empirical mode see {measured} training images before, as `calibrate` does.
-  `level 3` is `isometric`, its first kernel times 3.
+  `level 10` is `isometric`, with a std of 10 before each activation whose pairs are not
+  exactly linear: ELU and SELU have 100 in `isometric`, tanh 0.3.
 - BatchNormalization takes its statistics from the images at hand, also in the test.
-- The plan in the command has more: MNIST, separable convolutions, other depths. What is not
-  below was not trained yet.
 - The {count} trainings took {minutes:.0f} minutes of CPU time, with {versions}.
 
 Test accuracy in %: mean over the seeds ± the half-width of its 95 % confidence interval
@@ -125,9 +149,8 @@ GOAL = """
 
 At every depth up to {deepest} the isometric start is to come within {points} points of the
 same net at its least depth ({wide} for ELU and SELU). `worst` is the depth where it is
-furthest below; where that misses the goal, the next column has it at the next lower
-learning rate. The last column is the best other start without normalization at depth
-{depth}.
+furthest below: the lowest of several noisy means. `points lower` compares the same seeds.
+The last column is the best other start without normalization at depth {depth}.
 """
 REASONS = """
 Seen in these tables:
@@ -169,33 +192,63 @@ def trainings(blocks, results):
     """Yield what is to be trained, while `results` grow."""
     for block in blocks:
         for row in itertools.product(*block[:5]):
-            for number in FIRST:
-                yield Training(*row, RATES[number], 0)
-            while (number := untried(results, row)) is not None:
-                yield Training(*row, RATES[number], 0)
+            while missing := untried(results, row):
+                for rate, seed in missing:
+                    yield Training(*row, rate, seed)
             for seed in range(1, block.seeds + 1):
                 yield Training(*row, best_rate(results, row), seed)
 
 
 def untried(results, row):
-    """The number of a rate beside the best one that was not tried; None if both were."""
-    tried = {each.learning_rate for each in results if each.row == row}
-    best = RATES.index(best_rate(results, row))
-    for number in (best + 1, best - 1):
-        if 0 <= number < len(RATES) and RATES[number] not in tried:
-            return number
-    return None
+    """The rates and seeds that are still to be tried before the best rate is known.
+
+    In large steps by one seed, then from the best in small ones by all seeds of the search,
+    each time until its neighbours are known to be no better.
+    """
+    coarse, fine = coarse_qualities(results, row), qualities(results, row, SEARCH)
+    top = best_of(coarse) if coarse else FIRST[0]
+    missing = absent(coarse, (*FIRST, top + STEP, top - STEP), SEARCH[:1])
+    start = best_of(fine, TIE) if fine else top
+    return missing or absent(fine, (start, start + 1, start - 1), SEARCH)
+
+
+def absent(known, numbers, seeds):
+    numbers = [each for each in numbers if 0 <= each < len(RATES) and each not in known]
+    return [(RATES[number], seed) for number in numbers for seed in seeds]
+
+
+def coarse_qualities(results, row):
+    known = qualities(results, row, SEARCH[:1])
+    return {number: known[number] for number in known if not number % STEP}
+
+
+def qualities(results, row, seeds):
+    """Number of a rate → validation accuracy and last loss, means over these seeds."""
+    found = defaultdict(dict)
+    for each, record in results.items():
+        if each.row == row and each.seed in seeds:
+            last = record["losses"][-1] if len(record["losses"]) == 8 else math.inf
+            number = RATES.index(each.learning_rate)
+            found[number][each.seed] = record["validation_accuracy"], last
+    return {
+        number: tuple(np.mean([*by_seed.values()], axis=0))
+        for number, by_seed in found.items()
+        if len(by_seed) == len(seeds)
+    }
+
+
+def best_of(known, tie=0.0):
+    """The most accurate rate; of those that tie with it, the one with the least loss."""
+    most = max(accuracy for accuracy, _ in known.values())
+    ties = [number for number in known if known[number][0] >= most - tie]
+    return min(ties, key=lambda number: known[number][1])
 
 
 def best_rate(results, row):
-    """The rate with the best validation accuracy at seed 0; if equal, loss."""
-
-    def quality(item):
-        losses = item[1]["losses"]
-        return item[1]["validation_accuracy"], -losses[-1] if losses else -math.inf
-
-    search = [each for each in results.items() if each[0].row == row and not each[0].seed]
-    return max(search, key=quality)[0].learning_rate
+    """By all seeds of the search; by one, as long as the others are not trained."""
+    if untried(results, row):
+        return RATES[best_of(coarse_qualities(results, row))]
+    return RATES[best_of(qualities(results, row, SEARCH), TIE)]
 
 
 def run(plan, total, path, results, console):
@@ -223,6 +276,8 @@ def report(results):
         "minibatch": MINIBATCH,
         "measured": MEASURED,
         **PARTS["digits"],
+        "linear": linear(),
+        "tie": TIE,
         "edges": edges(results),
         "count": len(results),
         "minutes": sum(each.get("seconds", 0) for each in results.values()) / 60,
@@ -241,7 +296,7 @@ def report(results):
         rows = list(section(cells, *which))
         lines += [f"## {title}", "", *table(rows), ""] if rows else []
     lines += [GOAL.format(points=POINTS, wide=WIDE, depth=DEEP, deepest=DEEPEST)]
-    lines += [*table(goal(results, cells)), REASONS.rstrip()]
+    lines += [*table(goal(cells)), REASONS.rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -263,28 +318,54 @@ def sentence(cells):
     )
 
 
+def linear():
+    """How many images a linear model tells right, by data set."""
+    parts = []
+    for dataset in ("digits", "flipped", "twice flipped"):
+        scores = []
+        for seed in range(1, 6):
+            data = load(Training(dataset, "dense", "tanh", 4, "stock", 0.0, seed))
+            model = LogisticRegression(C=0.01, max_iter=1000).fit(*data["train"])
+            scores.append(100 * model.score(*data["test"]))
+        parts.append(f"{np.mean(scores):.0f} % of `{dataset}`")
+    return f"{parts[0]}, {parts[1]} and {parts[2]}"
+
+
 def edges(results):
-    """Whether a best learning rate is at an end of those that can be tried."""
-    rows = {each.row for each in results if each.seed}
+    """Whether a best learning rate is at an end, and how many one seed has chosen."""
+    rows = measured(results)
     found = [row for row in rows if best_rate(results, row) in (RATES[0], RATES[-1])]
-    return f"At an end of all that can be tried: {len(found)} of {len(rows)}."
+    early = [row for row in rows if untried(results, row)]
+    text = f"At an end of all that can be tried: {len(found)} of {len(rows)}."
+    if early:
+        text += f" Only by seed 0: {len(early)}, of other starts than `isometric`."
+    return text
 
 
 def accuracies(results):
     """(data set, net, activation, depth) → start → test accuracies, without the search."""
     cells = defaultdict(dict)
-    for *row, start in dict.fromkeys(each.row for each in results if each.seed):
+    for *row, start in measured(results):
         scores = at_rate(results, (*row, start), best_rate(results, (*row, start)))
         cells[tuple(row)][start] = scores
     return dict(sorted(cells.items(), key=lambda item: place(item[0])))
 
 
+def measured(results):
+    """The rows whose nets were trained at the best rate that is known."""
+    rows = dict.fromkeys(each.row for each in results if each.seed)
+    counts = {row: len(at_rate(results, row, best_rate(results, row))) for row in rows}
+    return [row for row in rows if counts[row] > 2 or (counts[row] and row[3] > DEEPEST)]
+
+
 def at_rate(results, row, rate):
-    return [
-        record["test_accuracy"]
+    """Test accuracies, by seed."""
+    found = {
+        each.seed: record["test_accuracy"]
         for each, record in results.items()
         if each.row == row and each.learning_rate == rate and each.seed
-    ]
+    }
+    return [found[seed] for seed in sorted(found)]
 
 
 def place(row):
@@ -316,50 +397,39 @@ def cell(scores, best):
     return f"**{text}**" if np.mean(scores) == best else text
 
 
-def goal(results, cells):
+def goal(cells):
     """Of each plain net, how far the isometric start falls with depth."""
     groups = defaultdict(dict)
     for (*group, depth), row in cells.items():
         if group[1] not in NORMALIZED and "isometric" in row:
-            groups[tuple(group)][depth] = {s: float(np.mean(v)) for s, v in row.items()}
+            groups[tuple(group)][depth] = row
     for (dataset, net, activation), by_depth in groups.items():
         least, *others = sorted(depth for depth in by_depth if depth <= DEEPEST)
         if others:
-            worst = min(others, key=lambda depth: by_depth[depth]["isometric"])
+            worst = min(others, key=lambda depth: np.mean(by_depth[depth]["isometric"]))
             level, low = (by_depth[depth]["isometric"] for depth in (least, worst))
+            lower = [
+                a - b for a, b in zip(level, low, strict=False)
+            ]  # as many as both have
             allowed = WIDE if activation in ("elu", "selu") else POINTS
-            row = dataset, net, activation, worst, "isometric"
-            lower = at_rate(results, row, lower_rate(results, row))
             yield {
                 "images": dataset,
                 "net": net,
                 "activation": activation,
-                "at the least depth": f"{level:.1f} ({least} layers)",
-                "worst": f"{low:.1f} ({worst} layers)",
-                "points lower": f"{max(level - low, 0):.1f}",
-                "within the goal": "yes" if level - low <= allowed else "no",
-                "worst, lower rate": interval(lower) if lower else "—",
+                "at the least depth": f"{np.mean(level):.1f} ({least} layers)",
+                "worst": f"{np.mean(low):.1f} ({worst} layers)",
+                "points lower": interval(lower),
+                "within the goal": "yes" if np.mean(lower) <= allowed else "no",
                 f"best other, {DEEP} layers": rival(by_depth.get(DEEP, {})),
             }
 
 
-def lower_rate(results, row):
-    return RATES[RATES.index(best_rate(results, row)) - 1]
-
-
-def second_tries(results):
-    """Where the goal is missed: the next lower learning rate, with all seeds."""
-    for line in list(goal(results, accuracies(results))):
-        if line["within the goal"] == "no":
-            layers = int(line["worst"].split("(")[1].split()[0])
-            row = line["images"], line["net"], line["activation"], layers, "isometric"
-            seeds = {each.seed for each in results if each.row == row and each.seed}
-            for seed in sorted(seeds):
-                yield Training(*row, lower_rate(results, row), seed)
-
-
 def rival(starts):
-    others = {s: mean for s, mean in starts.items() if s not in ("isometric", "calibrated")}
+    others = {
+        start: float(np.mean(scores))
+        for start, scores in starts.items()
+        if start not in ("isometric", "calibrated", *AT_LEVELS)
+    }
     if not others:
         return "—"
     name = max(others, key=lambda start: others[start])
@@ -407,9 +477,8 @@ def main(arguments=None):
         sys.setrecursionlimit(20_000)  # Keras calls itself along a chain of 1,000 layers
         gc.freeze()  # the frameworks' own objects: else a third of the time goes to them
         blocks = list(selected(args))
-        total = sum((4 + b.seeds) * math.prod(map(len, b[:5])) for b in blocks)
-        plan = itertools.chain(trainings(blocks, results), second_tries(results))
-        run(plan, total, args.results, results, console)
+        total = sum((12 + b.seeds) * math.prod(map(len, b[:5])) for b in blocks)
+        run(trainings(blocks, results), total, args.results, results, console)
     text = report(results)
     args.results.with_suffix(".md").write_text(text, encoding="utf-8")
     picture(results, args.results.with_suffix(".png"))

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import deep_nets
 import jax
@@ -24,6 +25,7 @@ from deep_nets import CLASSES, METHODS, MINIBATCH, SETTINGS, replaced
 from keras import layers
 
 import keras_glorot
+from keras_glorot._models import pairs
 
 # On one core, as PyTorch's part. Read at the first computation.
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -36,6 +38,7 @@ CONSTANT = 8.0  # about as large as an image of 64 pixels
 PARTS = {  # images by data set
     "digits": {"train": 768, "validation": 256, "test": 500},
     "flipped": {"train": 768, "validation": 256, "test": 500},
+    "twice flipped": {"train": 768, "validation": 256, "test": 500},
     "mnist": {"train": 3072, "validation": 500, "test": 1000},
 }
 ACTIVATIONS = {
@@ -47,6 +50,7 @@ ACTIVATIONS = {
     "elu": jax.nn.elu,
     "selu": jax.nn.selu,
 }
+LEVELS = 0.1, 1.0, 10.0, 1000.0  # beside those of the package
 RECTIFIERS = "relu", "leaky_relu", "gelu", "silu"  # they pass on about half of z²
 
 
@@ -217,11 +221,9 @@ def calibrated(build, x, seed):
 
 
 def at_level(level, build, x, seed):
-    """As isometric, but for the size of the first kernel."""
-    model = isometric(build, x, seed)
-    kernel = model.trainable_variables[0]
-    kernel.assign(kernel * level)
-    return model
+    """As isometric, but for the std of what goes into each activation."""
+    with mock.patch.object(pairs, "LEVELS", (level,)):
+        return isometric(build, x, seed)
 
 
 def starts(activation):
@@ -234,7 +236,7 @@ def starts(activation):
         "AnyInit": METHODS["AnyInit empirical"],
         "isometric": isometric,
         "calibrated": calibrated,
-    } | {f"level {each}": functools.partial(at_level, each) for each in (3, 10)}
+    } | {f"level {each:g}": functools.partial(at_level, each) for each in LEVELS}
 
 
 # --- Training
@@ -242,21 +244,34 @@ def starts(activation):
 
 def load(training):
     """(images, labels) by part; the seed picks which image is in which."""
-    is_flipped = training.dataset == "flipped"
     name, pixels = ("mnist", 16) if training.dataset == "mnist" else ("digits", 8)
     x, labels = deep_nets.images(name, pixels)
     x = x.numpy()
-    if is_flipped:
-        signs = np.random.default_rng(training.seed).choice([-1, 1], len(x))
-        x = x * signs.astype("float32")[:, None, None, None]
     if NETS[training.net].is_flat:
         x = x.reshape(len(x), -1)
-        if is_flipped:
-            x = np.concatenate([x, np.full_like(x[:, :1], CONSTANT)], 1)
+    if "flipped" in training.dataset:
+        x = flipped(x, training)
     return deep_nets.split(x, labels, PARTS[training.dataset], training.seed)
 
 
-@functools.lru_cache(maxsize=1)
+def flipped(x, training):
+    """Each image times a random sign, and for dense nets a number that helps to tell it.
+
+    Twice flipped: times two signs, each of which is given, too.
+    """
+    random, count = np.random.default_rng(training.seed), len(x)
+    times = 2 if training.dataset == "twice flipped" else 1
+    signs = random.choice([-1, 1], (times, count)).astype("float32")
+    x = x * signs.prod(0).reshape(-1, *[1] * (x.ndim - 1))
+    if not NETS[training.net].is_flat:
+        return x
+    given = np.full((1, count), CONSTANT, "float32")
+    if times == 2:
+        given = signs * np.float32(CONSTANT / math.sqrt(2))
+    return np.concatenate([x, given.T], 1)
+
+
+@functools.lru_cache(maxsize=8)
 def first_weights(training):
     """And the seconds that they took. `training` is without its learning rate."""
     x, _ = load(training)["train"]

@@ -1,10 +1,12 @@
-"""Time and memory of `initialize` and `audit` on whole models.
+"""Time and memory of `initialize` and `audit` on whole models, time of `calibrate`.
 
     KERAS_BACKEND=jax python benchmarks/speed/whole_models.py EfficientNetB0 MobileNetV2
     KERAS_BACKEND=jax python benchmarks/speed/whole_models.py --parameters 1e9
+    KERAS_BACKEND=jax python benchmarks/speed/whole_models.py --passes
 
 The second builds one Dense layer of that size, and measures the resident memory, sampled
-every millisecond, beyond what the model itself holds.
+every millisecond, beyond what the model itself holds. The third one tells the passes and
+the CPU time of `calibrate` beside that of `propagate`, on three models, twice.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 
 import keras
 import numpy as np
+from keras import layers
 
 import keras_glorot
 
@@ -54,12 +57,58 @@ def wide(parameters: int) -> keras.Layer:
     return layer
 
 
+def mobile_net() -> keras.Model:
+    return keras.applications.MobileNetV2(weights=None, input_shape=(64, 64, 3))
+
+
+def chain() -> keras.Model:
+    hidden = [layers.Dense(128, "gelu") for _ in range(50)]
+    return keras.Sequential([keras.Input((128,)), *hidden, layers.Dense(10)])
+
+
+def transformer() -> keras.Model:
+    inputs = keras.Input((16, 64))
+    x = layers.Dense(64)(inputs)
+    for _ in range(6):
+        h = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(4, 16)(h, h)
+        h = layers.Dense(256, "gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(64)(h)
+    outputs = layers.Dense(10)(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(inputs, outputs)
+
+
+def tell_passes() -> None:
+    for build in (mobile_net, chain, transformer):
+        keras.utils.set_random_seed(0)
+        model = build()
+        shape = (64, *model.input_shape[1:])
+        x = np.random.default_rng(1).standard_normal(shape).astype("float32")
+        weights = model.get_weights()
+        for _ in range(2):
+            model.set_weights(weights)
+            begin = time.process_time()
+            keras_glorot.propagate(model, x, verbose=False)
+            middle = time.process_time()
+            table = keras_glorot.calibrate(model, x, verbose=False)
+            seconds, other = time.process_time() - middle, middle - begin
+            passes = table.note.split("Done in ")[1].split()[0]
+            print(
+                f"{build.__name__}: calibrate {seconds:.2f} s of CPU in {passes} passes, "
+                f"propagate {other:.2f} s: {seconds / other:.2f} times"
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", default=["EfficientNetB0"])
     parser.add_argument("--parameters", type=float)
+    parser.add_argument("--passes", action="store_true")
     options = parser.parse_args()
     print(f"{keras.backend.backend()}, Keras {keras.__version__}, {os.cpu_count()} cores")
+    if options.passes:
+        tell_passes()
+        return
     for name in ["Dense"] if options.parameters else options.names:
         if options.parameters:
             model = wide(int(options.parameters))

@@ -111,32 +111,56 @@ function arithmetic() {
   function makeIsometric(layers, gain) {
     const branches = layers.filter((layer) => layer.skip).length;
     let before = null; // the effect of the activation that the input went through
-    let takes = false; // whether the input is in pairs
+    let [takes, stays] = [false, false]; // whether it is in pairs; has the effect's level
     layers.forEach((layer, index) => {
       const next = layers[index + 1];
       const effect = measureEffect(layer.activation.value);
-      const makes = !effect.isOdd && !layer.skip && next !== undefined && !next.skip;
-      let factor = index === 0 ? gain * effect.level : gain;
-      if (before) factor *= takes ? 1 / before.slope : before.gain;
+      let factor = gain;
+      if (before) factor *= stays ? 1 / (before.level * before.slope) : before.gain;
+      stays = !layer.skip && next !== undefined && !next.skip;
+      if (stays) factor *= effect.level;
       // Outputs of ReLU and the like have a mean, and means add up faster than noise.
       if (layer.skip) factor /= effect.isOdd ? Math.sqrt(branches) : branches;
+      const makes = stays && !effect.isOdd;
       mirror(layer, takes, makes, factor);
       before = layer.skip ? null : effect;
       takes = makes;
     });
   }
 
-  const LOW_LEVEL = 0.1; // where smooth activations are all but linear
+  // Where f(z) - f(-z) is no multiple of z at a std of 1, it is nearly one far above the
+  // curve of f, or far below.
+  const [SMALL, LEVELS] = [0.1, [100, 0.3]];
+  const POINTS = [...Array.from({ length: 201 }, (_, i) => 0.01 + (i * 3.99) / 200), SMALL];
 
-  // The a of f(z) - f(-z) = a z; the std of z to begin with; for a unit without a partner,
-  // the factor that makes up for f; whether a pair would be no more than one unit.
+  // The a of f(z) - f(-z) = a z, half of it for an odd f; the std of z at which it holds
+  // best; for a unit without a partner, the factor that makes up for f; whether a pair
+  // would be no more than one unit.
   function measureEffect(f) {
-    const [up, down] = [f(LOW_LEVEL), f(-LOW_LEVEL)];
-    const slope = (up - down) / LOW_LEVEL;
-    const isLinear = Math.abs((f(4) - f(-4)) / 4 / slope - 1) < 1e-3;
+    const lines = LEVELS.map((level) => line(f, level));
+    const own = line(f, 1);
+    const best = own.error === 0 ? own : lines[0].error < lines[1].error ? lines[0] : lines[1];
+    const [up, down] = [f(SMALL), f(-SMALL)];
     const isOdd = Math.abs(up + down) < 1e-6;
-    const gain = LOW_LEVEL / Math.sqrt((up * up + down * down) / 2);
-    return { slope, level: isLinear || isOdd ? 1 : LOW_LEVEL, gain, isOdd };
+    const gain = SMALL / Math.sqrt((up * up + down * down) / 2);
+    return { slope: best.slope / (isOdd ? 2 : 1), level: best.level, gain, isOdd };
+  }
+
+  // The a of f(z) - f(-z) = a z at a std of z, and the error of that.
+  function line(f, level) {
+    const of = (z) => f(z) - f(-z);
+    const slope = of(level * SMALL) / (level * SMALL);
+    const isExact = POINTS.every((point) =>
+      Math.abs(of(level * point) / (level * point) / slope - 1) < 1e-3);
+    if (isExact) return { level, slope, error: 0 };
+    let [yy, yz, zz] = [0, 0, 0];
+    for (const point of POINTS) {
+      const [weight, z] = [Math.exp(-point * point / 2), level * point];
+      yy += weight * of(z) ** 2;
+      yz += weight * of(z) * z;
+      zz += weight * z * z;
+    }
+    return { level, slope: Math.sqrt(yy / zz), error: 1 - (yz * yz) / (yy * zz) };
   }
 
   // Makes a kernel of normal values one of an orthogonal matrix.

@@ -1,4 +1,4 @@
-"""What the package asks of a backend, as any backend of Keras can do it.
+"""The package's questions to a backend, as any backend of Keras can answer them.
 
 `__all__` has the names that a file of one backend may have, too.
 """
@@ -90,7 +90,7 @@ def values(variable: keras.Variable) -> Values:
 
 
 def held_value(variable: keras.Variable) -> Any:
-    """What `assign` takes to give a variable back the value that it has now."""
+    """The present value, for `assign` to give it back to the variable."""
     return to_array(variable)
 
 
@@ -141,7 +141,7 @@ def is_symbolic(tensor: Any) -> bool:
 
 
 def current_trace() -> Any:
-    """What stays equal until the backend enters another trace, or leaves this one.
+    """A mark that stays equal until the backend enters another trace, or leaves this one.
 
     A traced loop, a vectorized function, a derivative on JAX, a compiled program and a call
     that is made again on the way back (remat) are traces of their own. Without the private
@@ -183,7 +183,7 @@ def python_function(value: Any) -> Callable | None:
 
 
 def differentiator(run: Run) -> Differentiator:
-    """What runs and differentiates `run`; on JAX compiled once for all calls.
+    """Runs and differentiates `run`; on JAX compiled once for all calls.
 
     `run(tap, *arguments)` is a context that gives the objective and extras. Eager backends
     differentiate in the context: there they may call layers again.

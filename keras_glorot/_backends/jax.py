@@ -173,8 +173,8 @@ def _stack_processes(array: np.ndarray) -> np.ndarray:
 def _with_all_processes(tensors: Any) -> tuple[Any, Any]:
     """Arguments of a program, and where each of its results is to be.
 
-    If one of them spans processes, the program runs in all of these: what only this one
-    has must be the same in each, and all results come back to each.
+    If one of them spans processes, the program runs in all of these: values that only this
+    one has must be the same in each, and all results come back to each.
 
     Raises:
         ValueError: If the processes have different values.
@@ -296,14 +296,14 @@ def differentiator(run: Run) -> Differentiator:
     taps: list[tuple[Summary | None, Summary]] = []
 
     def objective(probes: Sequence[Any], *arguments: Any) -> Any:
-        """What a probe is added to has the gradient of the probe."""
-        left, values = iter(probes), []
+        """A tensor that a probe is added to has the gradient of the probe."""
+        rest, values = iter(probes), []
         taps.clear()
 
         def tap(tensor, of_value, of_gradient):
             taps.append((of_value, of_gradient))
             values.append(tensor if of_value else None)
-            return tensor + next(left), len(taps) - 1
+            return tensor + next(rest), len(taps) - 1
 
         with run(tap, *arguments) as (target, extras):
             return target, (values, extras)

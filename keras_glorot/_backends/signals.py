@@ -1,4 +1,4 @@
-"""What differentiators take and give: tensors are tapped on their way forward and back."""
+"""Arguments and results of differentiators, which tap tensors on their way and back."""
 
 import contextlib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Summary = Callable[[np.ndarray], Any]
 
 
 class Signal(NamedTuple):
-    """What was seen of one tensor: a summary of its values and of its gradient."""
+    """Summaries of one tensor's values and of its gradient."""
 
     value: Any
     gradient: Any

@@ -173,7 +173,7 @@ class Program:
     def host_call(
         self, function: Callable, states: list[Any], shape: tuple[int, ...], dtype: str
     ) -> Any:
-        """What a function of the host makes of symbols: an array of a shape and dtype."""
+        """An array of a shape and dtype that a function of the host makes of symbols."""
         raise NotImplementedError
 
     def halves(self, word: Any) -> tuple[Any, Any]:

@@ -101,10 +101,10 @@ class Values:
                 sums: Any = part[index].astype(np.float64)
                 axes = list(range(part.ndim))
                 for axis in reversed(free):
-                    left = [each for each in axes if each != axis]
+                    rest = [each for each in axes if each != axis]
                     # Not `@`: starting BLAS threads costs more than the sum.
-                    sums = np.einsum(sums, axes, weights[axis][places[axis]], [axis], left)
-                    axes = left
+                    sums = np.einsum(sums, axes, weights[axis][places[axis]], [axis], rest)
+                    axes = rest
                 total[tuple(places[axis] for axis in fixed)] += sums
         return self.stack(total).sum(axis=0)
 

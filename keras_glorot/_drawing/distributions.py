@@ -1,9 +1,9 @@
-"""What a weight is drawn from: the form of its distribution, and how wide it is."""
+"""Distributions of weights: the form, and how wide it is."""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import ml_dtypes
@@ -15,21 +15,8 @@ from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
 from keras_glorot.fans import Fans, compute_fans, fan_of
 
-__all__ = ["WEIGHT_DTYPES", "Distribution", "Form", "keras_distribution"]
+__all__ = ["WEIGHT_DTYPES", "Distribution", "keras_distribution"]
 
-Form = Literal[
-    "constant",
-    "uniform",
-    "triangular",
-    "truncated_normal",
-    "normal",
-    "orthogonal",
-    "mirrored",
-    "tap",
-]
-
-# Of these a region costs what it holds.
-_REGIONAL = ("constant", "uniform", "triangular", "truncated_normal", "mirrored")
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -37,18 +24,18 @@ class Distribution(NamedTuple):
     """A distribution, symmetric about its mean.
 
     Attributes:
-        form: Its name.
-        scale: What a draw of the standard form is multiplied by: the limit of a uniform
+        form: Its name, a key of `_FORMS`.
+        scale: The factor on a draw of the standard form: the limit of a uniform
             distribution, half that of a triangular one, the std of a normal one before
             truncation, the singular values of orthogonal matrices.
         std: The standard deviation of what comes out: of all values together, where some
             are always zero.
         mean: The mean of what comes out.
-        matrices: What an orthogonal one is made of; None for one that Keras draws.
+        matrices: Those of an orthogonal one; None for one that Keras draws.
         mirror: How a mirrored one repeats its orthogonal matrices.
     """
 
-    form: Form
+    form: str
     scale: float
     std: float
     mean: float = 0.0
@@ -56,12 +43,12 @@ class Distribution(NamedTuple):
     mirror: Mirror | None = None
 
     @classmethod
-    def from_std(cls, form: Form, std: float, mean: float = 0.0) -> "Distribution":
+    def from_std(cls, form: str, std: float, mean: float = 0.0) -> "Distribution":
         """The distribution of this form that has this std."""
         return cls(form, std / _FORMS[form].std, std, mean)
 
     @classmethod
-    def from_scale(cls, form: Form, scale: float) -> "Distribution":
+    def from_scale(cls, form: str, scale: float) -> "Distribution":
         """The distribution of this form that has this scale."""
         return cls(form, scale, scale * _FORMS[form].std)
 
@@ -88,7 +75,7 @@ class Distribution(NamedTuple):
         return cls("tap", value, std, value / size, matrices)
 
     def matrices_of(self, shape: tuple[int, ...]) -> Matrices | None:
-        """What a weight of this shape is made of; None if it is not orthogonal."""
+        """The matrices of a weight of this shape; None if it is not orthogonal."""
         if self.mirror is not None:
             return Matrices.from_shape(self.mirror.shapes[0])
         if self.form != "orthogonal" or self.matrices is not None:
@@ -110,6 +97,16 @@ class Distribution(NamedTuple):
     def kurtosis(self) -> float:
         """The fourth central moment over the squared variance."""
         return _FORMS[self.form].kurtosis
+
+    @property
+    def kurtosis_variance(self) -> float | None:
+        """The variance of a sample's kurtosis, times its size; None if it can't judge."""
+        return _FORMS[self.form].kurtosis_variance
+
+    @property
+    def words(self) -> str:
+        """How its values are, in words."""
+        return _FORMS[self.form].words
 
     def range_fault(self, dtype: str) -> str | None:
         """How the values must be instead, if a dtype can't hold them: not nan, nor
@@ -146,8 +143,8 @@ class Distribution(NamedTuple):
     def region_drawer(
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
-        """Draws one region after the other; what is no stream is drawn whole, once."""
-        if self.matrices is not None or self.form in _REGIONAL:
+        """Draws one region after the other; a form without a stream whole, once."""
+        if self.matrices is not None or _FORMS[self.form].is_regional:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
 
@@ -229,27 +226,48 @@ def _cut(values, dtype, region) -> np.ndarray:
 
 
 class _Form(NamedTuple):
-    """What belongs to a form: its std, bound and kurtosis at scale 1; how to draw it."""
+    """A form of distributions.
+
+    Attributes:
+        std, bound, kurtosis: Those at scale 1.
+        draw: Draws a tensor.
+        kurtosis_variance, words: As `Distribution` has them.
+        is_regional: Whether a region costs what it holds.
+    """
 
     std: float
     bound: float
     kurtosis: float
     draw: Callable[..., np.ndarray]
+    kurtosis_variance: float | None = None
+    words: str = ""
+    is_regional: bool = False
 
 
-# A new form is one entry here and, if Keras draws from it, one case below.
-_FORMS: dict[Form, _Form] = {
-    "constant": _Form(0.0, 0.0, 1.0, _draw_constant),
-    "uniform": _Form(1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream),
-    "triangular": _Form(math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular),
-    # The kurtosis of a normal distribution truncated at two, by integration.
-    "truncated_normal": _Form(TRUNCATED_STD, 2.0, 2.366, _draw_from_stream),
+# A new form is one entry here and, if Keras draws from it, one case below. The kurtosis's
+# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; where there is no
+# bound, the estimate is too wild to judge by. Those of a truncated normal are integrated.
+_FORMS = {
+    "constant": _Form(0.0, 0.0, 1.0, _draw_constant, is_regional=True),
+    "uniform": _Form(
+        1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream, 1.32, "uniform", is_regional=True
+    ),
+    "triangular": _Form(
+        math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular, 4.28, "the sum of two uniform draws",
+        is_regional=True,
+    ),
+    "truncated_normal": _Form(
+        TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal",
+        is_regional=True,
+    ),
     "normal": _Form(1.0, math.inf, 3.0, _draw_normal),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
-    "orthogonal": _Form(math.nan, 1.0, 3.0, _draw_orthogonal),
-    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored),
+    "orthogonal": _Form(
+        math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix"
+    ),
+    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored, is_regional=True),
     "tap": _Form(math.nan, math.inf, 3.0, _draw_tap),
-}
+}  # fmt: skip
 
 
 # Where Keras's name for a form is another one.
@@ -259,7 +277,7 @@ _KERAS_FORMS: dict[str, Any] = {"untruncated_normal": "normal"}
 def keras_distribution(
     initializer: Any, shape: Sequence[int], fans: Fans | None
 ) -> Distribution | None:
-    """What an initializer of Keras draws from; None for everyone else's.
+    """The distribution of an initializer of Keras; None for everyone else's.
 
     Args:
         initializer: Anything that makes weights.

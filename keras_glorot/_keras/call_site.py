@@ -41,7 +41,7 @@ __all__ = [
 
 
 class CallSite(NamedTuple):
-    """What an initializer is called for: None is what can't be known.
+    """The layer and the variable that an initializer is called for; None if not known.
 
     The variable is known when Keras fills it late, not while it is being created.
     """
@@ -81,7 +81,7 @@ def owned_weights(
 
 
 class _Deferred(threading.local):
-    """What symbolic calls in this thread saw of models that are built late."""
+    """Models that are built late, as symbolic calls in this thread saw them."""
 
     def __init__(self) -> None:
         # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
@@ -144,8 +144,8 @@ def _is_keras_as_expected() -> bool:
             "weight belongs to, so it takes fan_in and fan_out from the weight's shape "
             "alone. That is wrong for depthwise, grouped, transposed and einsum "
             "kernels: give those `input_axes` and `output_axes`, or install a Keras "
-            "version that this version of keras_glorot was tested with. What it says "
-            "about whole models is not complete either.",
+            "version that this version of keras_glorot was tested with. Tables "
+            "of whole models are not complete either.",
             stacklevel=2,
         )
     return as_expected

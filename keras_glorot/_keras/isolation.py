@@ -1,8 +1,9 @@
 """Whether code can reach what is outside of a copy, and copies of objects.
 
 To see how a layer makes its weights, a copy of it is built. That must touch nothing else.
-It can't be undone, so it is decided before, from the code: a function may run if no name
-in it, and in what it calls, leads to an object that can change.
+Attributes of classes, functions and modules are put back. A change inside an object can't
+be undone, so it is decided before, from the code: a function may run if no name in it, and
+in what it calls, leads to an object that can change.
 """
 
 import dis
@@ -11,7 +12,7 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -73,71 +74,40 @@ def is_immutable(value: Any) -> bool:
 
 
 class _Uses(NamedTuple):
-    """What the code of a function names."""
+    """The names in the code of a function."""
 
     variables: frozenset[str]  # global ones
     attributes: frozenset[str]  # also methods, and what it imports from a module
     modules: frozenset[str]
-    # Attributes that it sets, but on `self`; each after the attribute that it is set on.
-    stored: frozenset[tuple[str, str]]
     rebound: frozenset[str]  # global variables, and those of an outer function
 
 
 @functools.lru_cache(4096)
-def _uses(code: types.CodeType, owner: str | None, cells: frozenset[str]) -> _Uses:
-    variables, attributes, modules = set(), set(code.co_names), set()
-    stored, rebound = set(), set()
-    strings = {each for each in code.co_consts if isinstance(each, str)}
-    before = None
+def _uses(code: types.CodeType, cells: frozenset[str]) -> _Uses:
+    variables, attributes, modules, rebound = set(), set(code.co_names), set(), set()
     for instruction in dis.get_instructions(code):
         name, operation = instruction.argval, instruction.opname
-        if _loads_setter(before) and not _is_own(instruction, owner, first=True):
-            stored |= {("", each) for each in strings}
         if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
             variables.add(name)
         elif operation == "IMPORT_NAME":
             modules.add(name)
-        elif operation in ("STORE_ATTR", "DELETE_ATTR") and not _is_own(before, owner):
-            stored.add((_attribute_before(before), name))
         elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             operation in ("STORE_DEREF", "DELETE_DEREF") and name in cells
         ):
             rebound.add(name)
-        before = instruction
     if variables & {"getattr", "setattr", "delattr", "vars", "attrgetter"}:
-        attributes |= strings
-    parts: tuple[Any, ...] = (variables, attributes, modules, stored, rebound)
+        attributes |= {each for each in code.co_consts if isinstance(each, str)}
+    parts: tuple[Any, ...] = (variables, attributes, modules, rebound)
     inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    uses = [parts, *(_uses(each, owner, cells) for each in inner)]
+    uses = [parts, *(_uses(each, cells) for each in inner)]
     return _Uses(*(frozenset().union(*each) for each in zip(*uses, strict=True)))
-
-
-def _loads_setter(loaded: dis.Instruction | None) -> bool:
-    if loaded is None or loaded.opname not in ("LOAD_GLOBAL", "LOAD_NAME"):
-        return False
-    return loaded.argval in ("setattr", "delattr")
-
-
-def _is_own(loaded: dis.Instruction | None, owner: str | None, first: bool = False) -> bool:
-    """Whether an instruction loads `self`, as the last or the first of two variables."""
-    if loaded is None or owner is None or "LOAD_" not in loaded.opname:
-        return False
-    names = loaded.argval if isinstance(loaded.argval, tuple) else (loaded.argval,)
-    is_variable = "LOAD_FAST" in loaded.opname or loaded.opname == "LOAD_DEREF"
-    return is_variable and names[0 if first else -1] == owner
-
-
-def _attribute_before(loaded: dis.Instruction | None) -> str:
-    """Of `self.place.weight = w`: `place`. Empty if it could be a class of any name."""
-    if loaded is None or loaded.opname != "LOAD_ATTR" or loaded.argval == "__class__":
-        return ""
-    return loaded.argval
 
 
 class Reach:
     """Follows names from functions and classes to functions and classes.
 
-    Methods called `call` are left out, unless something names them: they run later.
+    Methods called `call` are left out, unless something names them: they run later. Inside
+    of `with` the code may run; its end puts back the attributes that it has set.
 
     Raises:
         NotIsolatedError: Of `add`, if something leads to an object that can change.
@@ -145,9 +115,7 @@ class Reach:
 
     def __init__(self):
         self.names: set[str] = set()
-        self.stored: set[tuple[str, str]] = set()
-        self.holds_classes = False  # whether any attribute of an object can be a class
-        self.spaces: list[tuple[str, Mapping[str, Any]]] = []
+        self.spaces: list[tuple[str, Any, dict[str, Any]]] = []  # with what was in them
         self.seen: dict[int, Any] = {}
         self.looked_up: set[tuple[int, str]] = set()
 
@@ -159,26 +127,28 @@ class Reach:
             waiting = self._named()
 
     def _named(self) -> list[tuple[str, Any]]:
-        """What the names lead to in classes and modules that were not looked at yet."""
+        """Where the names lead in classes and modules that were not looked at yet."""
         found = []
-        shared = {
-            name
-            for place, name in self.stored
-            if not place or self.holds_classes or self._leads_to_class(place)
-        }
-        for label, space in self.spaces:
-            for name in shared & space.keys():
-                if not hasattr(type(space[name]), "__set__"):
-                    raise NotIsolatedError(f"its code sets `{label}.{name}`")
+        for label, holder, _ in self.spaces:
+            space = vars(holder)
             for name in self.names & space.keys():
-                if (id(space), name) not in self.looked_up:
-                    self.looked_up.add((id(space), name))
+                if (id(holder), name) not in self.looked_up:
+                    self.looked_up.add((id(holder), name))
                     found.append((f"{label}.{name}", space[name]))
         return found
 
-    def _leads_to_class(self, name: str) -> bool:
-        values = [space.get(name) for _, space in self.spaces]
-        return any(isinstance(value, type | types.ModuleType) for value in values)
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for _, holder, before in self.spaces:
+            own: Any = type if isinstance(holder, type) else object
+            now = dict(vars(holder))
+            for name in self.names & (now.keys() | before.keys()):
+                if name not in before:
+                    own.__delattr__(holder, name)
+                elif now.get(name, self) is not before[name]:
+                    own.__setattr__(holder, name, before[name])
 
     def _add(self, label: str, value: Any) -> None:
         if id(value) in self.seen:
@@ -186,14 +156,14 @@ class Reach:
         self.seen[id(value)] = value
         match value:
             case types.FunctionType():
-                self._add_function(label, value, owner=None)
+                self._add_function(label, value)
             case type():
                 self._add_class(value)
             case types.ModuleType():
                 if value.__name__ in _LOOKUP_MODULES:
                     raise NotIsolatedError(f"its code uses `{label}`")
                 if not is_library(value.__name__):
-                    self._add_space(label, vars(value))
+                    self._add_space(label, value)
             case property():
                 for function in (value.fget, value.fset, value.fdel):
                     self._add(label, function)
@@ -223,27 +193,18 @@ class Reach:
     def _add_class(self, cls: type) -> None:
         if is_library(cls.__module__):
             return
-        own = {name: value for name, value in vars(cls).items() if name != "call"}
-        for name, value in own.items():
-            label = f"{cls.__name__}.{name}"
-            if isinstance(value, types.FunctionType) and id(value) not in self.seen:
-                self.seen[id(value)] = value
-                first = value.__code__.co_varnames[:1]
-                # `__new__` and the like get a class there.
-                is_method = name not in ("__new__", "__init_subclass__")
-                self._add_function(label, value, first[0] if first and is_method else None)
-            elif isinstance(value, property | classmethod | staticmethod):
-                self._add(label, value)
-        self._add_space(cls.__name__, vars(cls))
+        for name, value in vars(cls).items():
+            kinds = types.FunctionType | property | classmethod | staticmethod
+            if name != "call" and isinstance(value, kinds):
+                self._add(f"{cls.__name__}.{name}", value)
+        self._add_space(cls.__name__, cls)
         for base in (*cls.__mro__[1:], type(cls)):
             self._add(base.__name__, base)
 
-    def _add_space(self, label: str, space: Mapping[str, Any]) -> None:
-        self.spaces.append((label, space))
+    def _add_space(self, label: str, holder: Any) -> None:
+        self.spaces.append((label, holder, dict(vars(holder))))
 
-    def _add_function(
-        self, label: str, function: types.FunctionType, owner: str | None
-    ) -> None:
+    def _add_function(self, label: str, function: types.FunctionType) -> None:
         code, variables = function.__code__, function.__globals__
         cells = _cells(function)
         # Not by `__module__`: a decorator's function takes over that of yours.
@@ -251,14 +212,13 @@ class Reach:
             for each in filter(callable, cells.values()):
                 self._add(label, each)
             return
-        uses = _uses(code, owner, frozenset(code.co_freevars))
+        uses = _uses(code, frozenset(code.co_freevars))
         if uses.rebound:
             raise NotIsolatedError(f"its code sets `{min(uses.rebound)}` outside of it")
         if lookups := uses.attributes & _LOOKUPS:
             raise NotIsolatedError(f"its code uses `{min(lookups)}`")
         self.names |= uses.attributes
-        self.stored |= uses.stored
-        self._add_space(label, vars(function))
+        self._add_space(label, function)
         for name in sorted(uses.variables & variables.keys()):
             self._add(name, variables[name])
         for name in uses.modules:
@@ -286,7 +246,7 @@ def _cells(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _modules(name: str, package: str) -> list[types.ModuleType]:
-    """What `import name` can mean: relative to the package, or to one above it."""
+    """The modules of `import name`: relative to the package, or to one above it."""
     parts = package.split(".") if package else []
     above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     names = [name, *(f"{each}.{name}".rstrip(".") for each in above)]

@@ -1,4 +1,4 @@
-"""What optimizers start from: their state and their learning rates."""
+"""The first state and the first learning rates of optimizers."""
 
 import contextlib
 import functools

@@ -18,7 +18,6 @@ from keras_glorot._keras.isolation import (
     Reach,
     copy_object,
     is_immutable,
-    is_library,
 )
 from keras_glorot._keras.state import (
     get_global_attribute,
@@ -44,7 +43,7 @@ __all__ = [
 
 
 class BuildValue:
-    """What a layer assigns to a variable in `build`, or makes it of.
+    """The value that a layer assigns to a variable in `build`, or makes it of.
 
     Called as an initializer, it gives what `build` would assign if each weight of the
     layer had been made with its present value.
@@ -52,7 +51,7 @@ class BuildValue:
     Attributes:
         declared: The initializer that the variable was made with before.
         variable: The variable.
-        rebuild: What builds a copy of the layer.
+        rebuild: The `_Rebuild` that builds a copy of the layer.
     """
 
     def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
@@ -175,9 +174,9 @@ class _Rebuild:
 
     def _build(self, scope: "_ReplayScope"):
         replica = _Replica(self.original)
-        # What the layer warns of, it has said of the original.
+        # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
-        with unmoved_generators(), scope, ignored:
+        with unmoved_generators(), scope, ignored, replica.reach:
             copy, build = self.copy(self.original, replica)
             with scope.values_allowed():
                 try:
@@ -206,7 +205,7 @@ class _ReplayScope(keras.StatelessScope):
         self.made_of_values: list[keras.Variable] = []
 
     def final_value(self, variable: keras.Variable) -> Any:
-        """What `build` assigns to a variable or makes it of; None if it does neither."""
+        """The value that `build` gives a variable; None if it gives none."""
         assigned = super().get_current_value(variable)
         return variable._value if assigned is None else assigned
 
@@ -240,7 +239,7 @@ class _ReplayScope(keras.StatelessScope):
         pending = get_global_attribute("uninitialized_variables") or ()
         for made, original in zip(pending, self.created, strict=False):
             if made is variable:
-                # What changes it in place must not reach the original.
+                # A change in place must not reach the original.
                 return None if original is None else keras.ops.copy(original._value)
         return None
 
@@ -297,8 +296,8 @@ def _copy_beside_built(original: keras.Layer, replica: "_Replica"):
 class _Replica:
     """Copies a layer as it was before `build`, with the objects in it.
 
-    That is, without its variables: what `build` reads must not be what it made. No object
-    that can change is shared. An attribute that can't be copied is left out.
+    That is, without its variables: `build` must not read those that it made. No object that
+    can change is shared. An attribute that can't be copied is left out.
     """
 
     def __init__(self, original: keras.Layer):
@@ -342,7 +341,6 @@ class _Replica:
         if _is_of_keras(value) or is_immutable(value):
             return value
         if isinstance(value, types.FunctionType | type | types.ModuleType):
-            self.reach.holds_classes |= _is_users_class(value)
             return self._checked(value)
         self._checked(type(value))
         return copy_object(
@@ -350,7 +348,7 @@ class _Replica:
         )
 
     def _checked(self, code: Any) -> Any:
-        """Code stays as it is; by itself first: what it reaches can go, the layer stay."""
+        """Code stays as it is. Alone first: if it reaches too far, only its object goes."""
         if not any(code is checked for _, checked in self.code):
             named = (getattr(code, "__name__", "code"), code)
             Reach().add([named])
@@ -424,10 +422,6 @@ def _is_plain(container: Any) -> bool:
     """Whether it is Python's own, or one in its place that tracks what is put into it."""
     root = type(container).__module__.partition(".")[0]
     return root in ("builtins", "keras", "tensorflow", "wrapt")
-
-
-def _is_users_class(value: Any) -> bool:
-    return isinstance(value, type) and not is_library(value.__module__)
 
 
 def _is_of_keras(value: Any) -> bool:

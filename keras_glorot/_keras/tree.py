@@ -232,7 +232,7 @@ def signature(variable: keras.Variable) -> tuple[Any, ...]:
 
 
 def _maker_likelihood(holder: keras.Layer, variable: keras.Variable) -> int:
-    """A path ends in the maker's name; what comes before depends on when it was made."""
+    """A path ends in the maker's name; its beginning depends on when it was made."""
     if variable.path == f"{holder.path}/{variable.name}":
         return 2
     return int(f"/{variable.path}".endswith(f"/{holder.name}/{variable.name}"))
@@ -262,7 +262,7 @@ def initial_state(layer: keras.Layer, variable: keras.Variable) -> Any:
 
 
 def downstream_operations(layer: keras.Layer) -> list[keras.Operation]:
-    """What takes the layer's outputs where Keras knows the graph, else nothing."""
+    """The operations on the layer's outputs, where Keras knows the graph."""
     return [node.operation for node in getattr(layer, "_outbound_nodes", ())]
 
 

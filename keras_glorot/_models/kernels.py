@@ -1,4 +1,4 @@
-"""What the graph of a model says about its kernels: what feeds them, and what they feed.
+"""The kernels of a model in its graph: what feeds each of them, and what it feeds.
 
 All of it is derived here, once for a model: from the graph, which is known without data, or
 from the calls of one pass where the model can't be called on symbolic tensors.
@@ -113,6 +113,19 @@ class Flow(NamedTuple):
     def is_head(self, layer: Any) -> bool:
         """Whether the outputs of the model, or some of them, are the layer's."""
         return any(kernel.is_head for kernel in self.of_layer(layer))
+
+    def leads_on(self, layer: Any) -> bool:
+        """Whether other kernels take its output."""
+        sources = {i for kernel in self.kernels for i in kernel.sources}
+        return any(self.kernels[i].layer is layer for i in sources)
+
+    def is_added(self, layer: Any) -> bool:
+        """Whether its output is a term of a sum."""
+        return any("addition" in kernel.kinds for kernel in self.of_layer(layer))
+
+    def is_normalized(self, layer: Any) -> bool:
+        """Whether a normalization follows, which gives its output a scale of its own."""
+        return all("normalization" in kernel.kinds for kernel in self.of_layer(layer))
 
     def feeds_gate(self, layer: Any) -> bool:
         """Whether a softmax follows, or a sigmoid that is a gate or an output.
@@ -367,5 +380,5 @@ def _activation_kind(activation: Any) -> str:
     name = getattr(activation, "__name__", "").replace("_", "")
     if activation is None or name == "linear":
         return ""
-    kind = _KIND_BY_NAME.get(name, "wave" if is_wave(activation) else "activation")
+    kind = _KIND_BY_NAME.get(name) or ("wave" if is_wave(activation) else "activation")
     return kind if kind in ("softmax", "gate", "wave") else "activation"

@@ -14,7 +14,6 @@ from keras_glorot._models.kernel_maps import channel_axis
 from keras_glorot.layer_rules import is_normalization, layer_activation
 
 __all__ = [
-    "LOW_LEVEL",
     "Effect",
     "Lost",
     "Pairs",
@@ -25,8 +24,10 @@ __all__ = [
     "through",
 ]
 
-# The std at which smooth activations are all but linear.
-LOW_LEVEL = 0.1
+# The stds of z that an activation can be given where f(z) - f(-z) is no multiple of z, as
+# `benchmarks/evidence/depth.md` found them to train best. Far above its curve ELU is almost
+# a ReLU; far below, tanh is almost a line.
+LEVELS = 100.0, 0.3
 
 
 class Lost(Exception):
@@ -39,7 +40,8 @@ class Pairs(NamedTuple):
     Attributes:
         axis: The axis of the tensor on which the units stand.
         partner: Of each unit, the place of the one with the opposite weights; -1 for none.
-        slope: Of each unit, the a of f(z) - f(-z) = a z.
+        slope: Of each unit, the std of f(z) - f(-z), or of f(z) without a partner, for
+            inputs of the kernel with a std of 1; 0 where it is not known.
     """
 
     axis: int
@@ -58,7 +60,7 @@ class Pairs(NamedTuple):
 
     def merged(self, other: "Pairs") -> Self:
         """Both of them, where kernels have sent theirs to different units of a tensor."""
-        new = other.partner >= 0
+        new = other.slope != 0
         partner = np.where(new, other.partner, self.partner)
         return self._replace(partner=partner, slope=np.where(new, other.slope, self.slope))
 
@@ -68,6 +70,14 @@ class Pairs(NamedTuple):
         partner += np.tile(np.arange(copies), len(self.partner))
         partner[np.repeat(self.partner < 0, copies)] = -1
         return self._replace(partner=partner, slope=np.repeat(self.slope, copies))
+
+    def separated(self) -> Self:
+        """All units without a partner."""
+        return self._replace(partner=np.full_like(self.partner, -1))
+
+    def without_single(self) -> Self:
+        """Not knowing those that have no partner."""
+        return self._replace(slope=np.where(self.partner < 0, 0.0, self.slope))
 
     def times(self, factor: float | np.ndarray) -> Self:
         return self._replace(slope=self.slope * factor)
@@ -83,52 +93,73 @@ class Effect(NamedTuple):
     """What an activation f makes of a pair.
 
     Attributes:
-        slope: The a of f(z) - f(-z) = a z.
-        level: The std of z at which a network begins: 1, or less if the slope does not hold
-            up to there. 1 for an odd f, too: saturation cost less than a weak signal in
-            `benchmarks/evidence/depth.py` (50 layers of tanh).
+        level: The std of z: 1 if f(z) - f(-z) = a z holds there, else the one of `LEVELS`
+            where that is nearest.
+        slope: The a, by the root mean square over normal z; half of it for an odd f.
         gain: What makes up for f where a unit is alone: |z| / rms(f(z), f(-z)).
         is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
         is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
     """
 
-    slope: float
     level: float
+    slope: float
     gain: float
     is_odd: bool
     is_idempotent: bool
 
 
-def measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+def measure_effect(
+    activation: Callable[[Any], Any], level: float | None = None
+) -> Effect | None:
     """Measured, so that it holds for any activation; None if it mixes units or fails."""
     try:
         with unmoved_generators():
-            return backends.outside_traces(_measure_effect, activation)
+            return backends.outside_traces(_measure_effect, activation, level)
     except Exception:  # from a function of the user: anything
         return None
 
 
-def _measure_effect(activation: Callable[[Any], Any]) -> Effect | None:
+_SMALL = 0.1
+_POINTS = np.append(np.linspace(0.01, 4, 201), _SMALL)
+
+
+def _measure_effect(activation: Callable[[Any], Any], level: float | None) -> Effect | None:
     def f(values: np.ndarray) -> np.ndarray:
         tensor = activation(keras.ops.convert_to_tensor(values, "float32"))
         return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
 
-    points = np.append(np.linspace(0.01, 4, 201), LOW_LEVEL).astype(np.float32)
+    points = _POINTS.astype(np.float32)
     up, down = f(points), f(-points)
-    slopes = (up - down) / points
     mixes = not np.allclose(f(points[::2]), up[::2], atol=1e-6)
-    if mixes or not np.isfinite(slopes).all() or not slopes[-1]:
+    if mixes or not np.isfinite([up, down]).all() or not (up - down).any():
         return None
-    is_linear = np.allclose(slopes, slopes[-1], rtol=1e-3)
+    if level is None:
+        levels = [1.0] if _line(f, 1.0)[1] == 0 else LEVELS
+        level = min(levels, key=lambda each: _line(f, each)[1])
+    slope, _ = _line(f, level)
     is_odd = bool(np.allclose(up, -down, rtol=1e-4, atol=1e-6))
     rms = math.sqrt((up[-1] ** 2 + down[-1] ** 2) / 2)
     return Effect(
-        float(slopes[-1]),
-        1.0 if is_linear or is_odd else LOW_LEVEL,
-        LOW_LEVEL / rms,
+        level,
+        slope / 2 if is_odd else slope,
+        _SMALL / rms,
         is_odd,
-        bool(np.allclose(f(up), up, atol=1e-6)),
+        all(np.allclose(f(each), each, atol=1e-6) for each in (up, down)),
     )
+
+
+def _line(f: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, float]:
+    """The a of f(z) - f(-z) = a z at a std of z, and the error of that as a share."""
+    z = (level * _POINTS).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = f(z) - f(-z)
+    slopes = y / z
+    if np.allclose(slopes, slopes[-1], rtol=1e-3):
+        return float(slopes[-1]), 0.0
+    weights = np.exp(-(_POINTS**2) / 2)
+    yy, yz, zz = (float(np.sum(weights * each)) for each in (y * y, y * z, z * z))
+    error = 1 - yz**2 / (yy * zz) if 0 < yy < math.inf else math.inf
+    return math.sqrt(yy / zz), error
 
 
 def step_activation(operation: Any) -> Callable[[Any], Any] | None:
@@ -294,7 +325,7 @@ def _through_concatenation(step: Step, graph: Graph, number: int, pairs: Pairs) 
     if step.operation.axis % len(shapes[0]) != pairs.axis:
         raise Lost(f"{step.operation.name} puts other positions beside its output")
     size = sum(shape[pairs.axis] for shape in shapes)
-    partner, slope, start = np.full(size, -1), np.ones(size), 0
+    partner, slope, start = np.full(size, -1), np.zeros(size), 0
     for each, shape in zip(step.inputs, shapes, strict=True):
         part = slice(start, start + shape[pairs.axis])
         if each == number:

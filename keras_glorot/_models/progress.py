@@ -19,7 +19,7 @@ Advance = Callable[..., None]
 def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[Advance]:
     """Yields `advance(fraction, text)`, which sets what is done (0 to 1) and says what.
 
-    `verbose="auto"`: on a terminal, after a second. What goes wrong while drawing, such as
+    `verbose="auto"`: on a terminal, after a second. Trouble while drawing, such as
     another live display that is open, ends the display and nothing else.
     """
     check_choice("verbose", verbose, ["auto", True, False])

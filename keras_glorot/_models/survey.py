@@ -150,7 +150,7 @@ class Weight:
 
     @property
     def initializer(self) -> Any:
-        """What it was made with; None if that is not known."""
+        """The one it was made with; None if that is not known."""
         return self._origin.initializer
 
     @property
@@ -173,8 +173,9 @@ class Weight:
         """Its connection counts; None if it connects nothing, as a bias.
 
         By a rule of `register_fans`, else by the axes that its initializer declares, else
-        by the rule of Keras's class, else by its shape. What was made constant, as a scale
-        or a slope, connects nothing either, unless its name says that it does.
+        by the rule of Keras's class, else by its shape. A weight that was
+        made constant, as a scale or a slope, connects nothing either, unless its name says
+        that it does.
         """
         if self.is_kernel or re.search("kernel|embedding", self.variable.name):
             return self._counts
@@ -184,11 +185,11 @@ class Weight:
 
     @functools.cached_property
     def distribution(self) -> Distribution | None:
-        """What its initializer draws from, with the layer's fans; None if not known."""
+        """That of its initializer, with the layer's fans; None if not known."""
         return self.distribution_of(self.initializer)
 
     def distribution_of(self, initializer: Any) -> Distribution | None:
-        """What another initializer would draw this weight from."""
+        """That of another initializer for this weight."""
         return distribution_of(initializer, self.shape, self._counts, self.site, self._axes)
 
     @functools.cached_property
@@ -283,7 +284,7 @@ def distribution_of(
     site: CallSite,
     axes: Axes | None = None,
 ) -> Distribution | None:
-    """What an initializer of Keras or of ours draws from; None for everyone else's.
+    """The distribution of an initializer of Keras or of ours; None for everyone else's.
 
     The axes that it declares come before `axes`, those that its weight is known to have.
     """
@@ -391,7 +392,7 @@ class _Origins:
             return
         self.rebuilt.add(id(layer))
         sources, error = rebuild_sources(layer)
-        # What an outer layer assigns comes last.
+        # An outer layer assigns after those in it.
         self.sources = sources | self.sources
         if error is not None:
             self.errors[id(layer)] = error

@@ -19,9 +19,9 @@ class Start(NamedTuple):
 
     Attributes:
         name: For the table: the initializer, or the reason.
-        distribution: What it is drawn from; None if only the initializer knows.
-        columns: What else its row says, by key.
-        initializer: What makes it, if that is an object. Without it and without a
+        distribution: That of its values; None if only the initializer knows.
+        columns: More that its row says, by key.
+        initializer: The object that makes it, if one does. Without it and without a
             distribution the weight is left.
         severity: How bad it is that it is left; None if that was chosen.
     """
@@ -69,7 +69,7 @@ class Starts(NamedTuple):
         by_id: A start for each weight that is not made by its own initializer, by the `id`
             of the variable.
         columns: The keys that these starts add to rows.
-        note: What was done, in a sentence.
+        note: A sentence about what was done.
         seed: An integer or a `keras.random.SeedGenerator` that came with the initializers.
     """
 

@@ -2,10 +2,13 @@
 
 Units come in pairs with opposite weights, z and -z. The next kernel takes the two with
 opposite signs, so that it sees f(z) - f(-z). For ReLU, GELU, SiLU and softplus that is just
-z, for leaky ReLU (1 + slope) z, for other smooth activations nearly a multiple of z where z
-is small. Between the pairs stands an orthogonal matrix, so the network at its start is a
-linear isometry, whatever its depth. Training breaks the pairs at once: their two units are
-active on different examples.
+z, for leaky ReLU (1 + slope) z. Between the pairs stands an orthogonal matrix, so the
+network at its start is a linear isometry, whatever its depth. Training breaks the pairs at
+once: their two units are active on different examples.
+
+For other activations it is nearly a multiple of z where z is large, as for ELU, or small,
+as for sigmoid. The kernel before gives z that level, and the next one takes it back. tanh
+and its like have no pairs, for f(-z) says nothing new, but they have a level.
 
 A kernel makes pairs only if everything that its output reaches can take them. Saxe et al.
 (2014) and Pennington et al. (2017) say why an isometry trains at any depth; Balduzzi et al.
@@ -28,7 +31,6 @@ from keras_glorot._keras.calls import error_reason
 from keras_glorot._keras.graph import Graph, Step, trace
 from keras_glorot._models.kernel_maps import Map, depthwise_kernel, kernel_map
 from keras_glorot._models.pairs import (
-    Effect,
     Lost,
     Pairs,
     is_sum,
@@ -112,7 +114,8 @@ class _Plan(NamedTuple):
 
     Attributes:
         map: The kernel, and how it maps.
-        takes, makes: The pairs of its input and of its output; None where there are none.
+        takes, makes: The pairs of its input and of its output, or the units of an odd
+            activation; None where there are none.
         gain: The factor on inputs that are no pairs, for the activation that they went
             through.
         scale: A factor on all of it.
@@ -128,15 +131,23 @@ class _Plan(NamedTuple):
 
     def start(self) -> Start:
         m = self.map.matrices
-        partner, slope = _flat(self.takes, self.map.inputs, m, m.inputs)
-        inputs = Side.of(partner, m.parts)
-        factors = inputs.factors * np.where(partner < 0, self.gain, 1 / slope)
-        partner, _ = _flat(self.makes, self.map.outputs, m, m.outputs)
-        outputs = Side.of(partner, m.parts)
-        mirror = Mirror(m, self.map.taps, inputs._replace(factors=factors), outputs)
-        name = "MirroredOrthogonal" if self.takes or self.makes else "Orthogonal"
+        taken, slope = _flat(self.takes, self.map.inputs, m, m.inputs)
+        made, level = _flat(self.makes, self.map.outputs, m, m.outputs)
+        is_known = slope != 0
+        factors = np.where(is_known, 1 / np.where(is_known, slope, 1), self.gain)
+        inputs, outputs = (Side.of(partner, m.parts) for partner in (taken, made))
+        inputs = inputs._replace(factors=inputs.factors * factors)
+        outputs = outputs._replace(factors=outputs.factors * np.where(level, level, 1))
+        mirror = Mirror(m, self.map.taps, inputs, outputs)
+        has_pairs = (taken >= 0).any() or (made >= 0).any()
+        name = "MirroredOrthogonal" if has_pairs else "Orthogonal"
         distribution = Distribution.mirrored(self.scale, mirror)
-        return Start(name, distribution, {"pairs": self.reason or YES})
+        return Start(name, distribution, {"pairs": self._verdict()})
+
+    def _verdict(self) -> str:
+        if self.makes and (self.makes.partner < 0).all():
+            return "its activation is odd, so a pair is no more than one unit"
+        return self.reason or YES
 
 
 def _flat(
@@ -150,7 +161,7 @@ def _flat(
     if own == m.inputs:
         sizes[-1] *= m.parts  # a kernel has those of one group
     if pairs is None:
-        return np.full(math.prod(sizes), -1), np.ones(math.prod(sizes))
+        return np.full(math.prod(sizes), -1), np.zeros(math.prod(sizes))
     at = axes.index(pairs.axis)
     places = np.arange(math.prod(sizes)).reshape(sizes)
     wide = [-1 if axis == at else 1 for axis in range(len(sizes))]
@@ -269,40 +280,24 @@ class _Network:
     def _is_new(self, step: Step) -> bool:
         return is_normalization(step.operation) or is_sum(step)
 
+    def level(self, step: Step) -> float:
+        """The std of its output with which the activation after it has the right one."""
+        factor = 1.0
+        while (function := self.activation(step)) is None:
+            consumers = self.graph.consumers(step.outputs[0])
+            if not consumers or id(consumers[0]) in self.map_of:
+                return 1.0
+            step = consumers[0]
+            factor = self._multiplied(factor, step) or factor
+        effect = self.effect(function)
+        return effect.level / factor if effect else 1.0
+
     def scales(self) -> dict[int, float]:
-        """By `id` of the step: the level where a signal starts, and that of branch ends."""
-        level = min((each.level for each in self._effects()), default=1.0)
+        """By `id` of the step, the factor on a kernel: on the ends of branches."""
         ends = self._branch_ends()
-        scales = {}
-        for step, _ in self.maps:
-            scale = level if self._starts(step) else 1.0
-            # Outputs of ReLU and the like have a mean, and means add up faster than noise.
-            power = {None: 0.0, False: 0.5, True: 1.0}[ends.get(id(step))]
-            scales[id(step)] = scale / len(ends) ** power if power else scale
-        return scales
-
-    def _effects(self) -> Iterator[Effect]:
-        """Those of the activations between kernels."""
-        for step in self.graph.steps:
-            function = self.activation(step)
-            if function and step.outputs[0] not in self.graph.outputs:
-                effect = self.effect(function)
-                if effect:
-                    yield effect
-
-    def _starts(self, step: Step) -> bool:
-        """Whether its input comes from outside, or from a normalization layer."""
-        number = step.inputs[0]
-        while number in self.graph.makers:
-            maker = self.graph.makers[number]
-            if id(maker) in self.map_of:
-                return id(self.map_of[id(maker)].variable) not in self.drawn
-            if not maker.inputs:
-                return False
-            if is_normalization(maker.operation):
-                return True
-            number = maker.inputs[0]
-        return True
+        # Outputs of ReLU and the like have a mean, and means add up faster than noise.
+        powers = {end: 1.0 if has_mean else 0.5 for end, has_mean in ends.items()}
+        return {end: len(ends) ** -power for end, power in powers.items()}
 
     def _branch_ends(self) -> dict[int, bool]:
         """By `id`, the kernels whose output is added to the input of their branch.
@@ -353,14 +348,19 @@ class _Attempt:
         maker, m = id(own.variable), own.matrices
         count = m.shape[m.outputs[-1]]
         pairs = Pairs.neighbours(own.outputs[-1], count, m.parts)
+        pairs = pairs.times(self.network.level(step))
         try:
             self.network.check_kernel(own.variable, "it")
             self.network.check_bias(step.operation)
             if (pairs.partner < 0).all():
                 raise Lost("it has one unit")
-            for taker, sent in self._send(step, pairs):
+            arrived = self._send(step, pairs)
+            stays = {bool((sent.partner >= 0).any()) for _, sent in arrived}
+            made = pairs.without_single() if True in stays else pairs.separated()
+            if len(stays) > 1 or not made.equals(self.made.setdefault(maker, made)):
+                raise Lost("activations of two kinds follow")
+            for taker, sent in arrived:
                 self.arrived.setdefault(id(taker), []).append((maker, sent))
-            self.made[maker] = pairs
         except Lost as lost:
             self.reasons[maker] = str(lost)
 
@@ -414,15 +414,14 @@ class _Attempt:
     def _activated(
         self, pairs: Pairs, function: Callable[[Any], Any], is_active: bool
     ) -> Pairs:
-        effect = self.network.effect(function)
+        effect = self.network.effect(function, float(np.abs(pairs.slope).max()))
         if effect is None:
             raise Lost("its activation mixes units, is even, or can't be measured")
         if is_active:
             if effect.is_idempotent:
                 return pairs
             raise Lost("a second activation follows")
-        if effect.is_odd:
-            raise Lost("its activation is odd, so a pair is no more than one unit")
+        pairs = pairs.separated() if effect.is_odd else pairs.without_single()
         return pairs.times(effect.slope)
 
     def refuse(self) -> dict[int, str]:
@@ -456,7 +455,7 @@ class _Attempt:
                     self._taken(step),
                     self.made.get(key),
                     gains[step.inputs[0]],
-                    scales[id(step)],
+                    scales.get(id(step), 1.0),
                     self.reasons.get(key, ""),
                 )
         return plans

@@ -1,8 +1,8 @@
 """The start of `torch.nn`: each layer as its counterpart there draws it by default.
 
 PyTorch 2.13, `torch/nn/modules`: `reset_parameters` in `linear.py`, `conv.py`, `rnn.py`
-and `sparse.py`, `_reset_parameters` of attention in `activation.py`. What stands there as
-He's uniform initializer with a slope of sqrt(5) is uniform on ±1 / sqrt(fan_in).
+and `sparse.py`, `_reset_parameters` of attention in `activation.py`. He's uniform
+initializer with a slope of sqrt(5), as they have it, is uniform on ±1 / sqrt(fan_in).
 """
 
 import math
@@ -26,7 +26,7 @@ _Rule = Callable[[keras.Layer, _Weights], _Drawn]
 
 
 def pytorch(survey: Survey) -> Starts:
-    """What PyTorch draws; layers that it does not have keep their own initializers."""
+    """As PyTorch draws; layers that it does not have keep their own initializers."""
     weights: _Weights = defaultdict(dict)
     for weight in survey.weights:
         is_own = not weight.reason and not isinstance(weight.initializer, BuildValue)

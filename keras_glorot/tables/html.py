@@ -36,8 +36,8 @@ STYLE = """\
 .keras-glorot .info { border-left-color: #2a6fbb; }
 """
 
-# Runs on a click, and on each letter of the filter. What is empty, or no number in a column
-# of numbers, comes last in either order.
+# Runs on a click, and on each letter of the filter. Empty cells, and words in a column of
+# numbers, come last in either order.
 _SCRIPT = """\
 const body = this.querySelector("tbody"), rows = [...body.rows];
 const head = event.target.closest("th"), input = this.querySelector("input");

@@ -53,7 +53,7 @@ class Subject(NamedTuple):
         fault: The code of what speaks against it; None if nothing does.
         repeats: Slices of it that are zero or repeated; looked for in random weights.
         gain: That of its activation; None where it can't be computed.
-        detail: What is at fault in a kernel of the isometric start.
+        detail: The fault of a kernel of the isometric start, in a sentence.
     """
 
     weight: Weight
@@ -151,7 +151,7 @@ def _check_constant_kernel(subject: Subject) -> _Verdict | None:
 
 
 def _check_fault(code: str, tell: "_Tell", subject: Subject) -> _Verdict | None:
-    """What speaks against the expected distribution. A constant kernel is told as such."""
+    """A fault, unless the kernel is constant, which is told as such."""
     if subject.expected is None or subject.fault != code or subject.is_constant_kernel:
         return None
     return tell(subject, subject.expected)
@@ -227,17 +227,10 @@ def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict | None:
 
 def _tell_form(subject: Subject, expected: Distribution) -> _Verdict:
     message = subject.detail or (
-        f"Mean and std are right, but the values are not {_FORM_NAMES[expected.form]}."
+        f"Mean and std are right, but the values are not {expected.words}."
     )
     return _Verdict("warning", message, _REINITIALIZE)
 
-
-_FORM_NAMES = {
-    "uniform": "uniform",
-    "triangular": "the sum of two uniform draws",
-    "truncated_normal": "truncated normal",
-    "orthogonal": "an orthogonal matrix",
-}
 
 # How a fault that `best_fit` or `find_fault` names is told.
 _FAULTS: dict[str, _Tell] = {

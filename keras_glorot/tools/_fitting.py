@@ -31,9 +31,6 @@ _SIGMAS = 6.0
 _TOLERANCE = 0.05
 # That of the kurtosis: uniform and truncated normal values differ by 24 %.
 _KURTOSIS_TOLERANCE = 0.1
-# The variance of a sample's kurtosis, times its size: m8 - 4 m4 m6 + 4 m4**3 - m4**2 of
-# the standardized moments. Where there is no bound, the estimate is too wild to judge by.
-_KURTOSIS_VARIANCE = {"uniform": 1.32, "triangular": 4.28, "truncated_normal": 3.86}
 _FEWEST_FOR_KURTOSIS = 100
 
 
@@ -262,7 +259,7 @@ def _is_other_form(
 
 def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None:
     """Whether the kurtosis is that of a distribution, at any scale; None: it can't tell."""
-    variance = _KURTOSIS_VARIANCE.get(distribution.form)
+    variance = distribution.kurtosis_variance
     if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
         return None
     # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.

@@ -30,12 +30,12 @@ def find_starts(survey: Survey, how: Any) -> Starts:
 def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
     """Each variable by the first pattern that is found in its path."""
     paths, by_id, recipes, parts = _paths(survey), {}, defaultdict(dict), {}
-    left = dict(paths)
+    remaining = dict(paths)
     if not how:
         raise ValueError("Argument `how` must have a pattern. Received: how={}")
     for pattern, value in how.items():
         matched = _matched(pattern, paths)
-        mine = [key for key in matched if left.pop(key, None)]
+        mine = [key for key in matched if remaining.pop(key, None)]
         if not mine:
             raise ValueError(_explain_unmatched(pattern, matched, paths.values()))
         recipe = _find_recipe(value)
@@ -47,7 +47,7 @@ def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
             drawn = _drawn(survey, matched)
             parts[pattern] = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
             by_id |= _chosen(parts[pattern], mine)
-    by_id |= dict.fromkeys(left, Start.left("no pattern matches it"))
+    by_id |= dict.fromkeys(remaining, Start.left("no pattern matches it"))
     for entries in recipes.values():
         (pattern, *_), drawn = entries, {key for mine in entries.values() for key in mine}
         part = survey.for_recipe(_elsewhere(survey, by_id, drawn))
@@ -135,7 +135,7 @@ def _can_be_drawn(weight: Weight) -> bool:
 
 
 def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) -> Starts:
-    """What a recipe has, or an initializer for these weights. `place` is for errors."""
+    """The starts of a recipe, or of these weights by an initializer."""
     recipe = _find_recipe(value)
     if recipe is None:
         initializer = _find_initializer(value, place)

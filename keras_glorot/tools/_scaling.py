@@ -59,6 +59,9 @@ class ScaledLayer(NamedTuple):
         share: The std that its output is to have, in units of the level. None where its
             kernels keep their own scale, as far as its root mean square is at most 1.
         largest_gain: Beyond which they are not scaled.
+        is_told: Whether signal and gradient are told from it. Not where its output is what
+            branches are added to: its gradient is that of all of them.
+        leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
     """
 
@@ -68,6 +71,8 @@ class ScaledLayer(NamedTuple):
     kernels: tuple[Weight, ...]
     share: float | None
     largest_gain: float
+    is_told: bool
+    leads_on: bool
     is_affine: bool
 
 
@@ -108,6 +113,8 @@ def _scaled_layer(
         tuple(kernels),
         share,
         (share or 1.0) * (_GAIN_OF_MEANS if flow.takes_means(layer) else _LARGEST_GAIN),
+        share is not None and (is_end or not flow.is_added(layer)),
+        flow.is_head(layer) and flow.leads_on(layer),
         layer is owner and _is_affine(owner),
     )
 
@@ -302,7 +309,7 @@ class _Scaler:
             z = _first_float(call(*args, **kwargs))
             if z is not None and is_first:
                 bare, z = z, self._scale(i, layer, _first_float((args, kwargs)), z)
-                if not layer.is_affine:
+                if not layer.is_affine and i in self.factors:
                     self._check_follows(i, layer, bare, _first_float(call(*args, **kwargs)))
         if z is None:
             return call(*args, **kwargs)
@@ -336,7 +343,8 @@ class _Scaler:
 
     def _scale(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
         """The output of the layer's first call, times the factor that it needs."""
-        if i not in self.factors:
+        is_free = not isinstance(self.aims, np.ndarray) or self.aims[i] > 0
+        if i not in self.factors and is_free:
             with np.errstate(all="ignore"):
                 factor = self._factor(i, layer, inputs, z)
             self._multiply(i, layer, factor)
@@ -348,7 +356,8 @@ class _Scaler:
         std_or_1 = numpy.where(std > 0, std, 1)
         if layer.share is None:
             # It makes up for a low level, and for nothing else.
-            wanted = numpy.minimum(1 / self.level, 1 / numpy.where(size > 0, size, 1))
+            most = self.aims[i] / numpy.where(size > 0, size, 1)
+            wanted = numpy.minimum(1 / self.level, most)
         else:
             wanted = self.aims[i] / std_or_1
             if inputs is not None:

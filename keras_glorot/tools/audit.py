@@ -56,8 +56,8 @@ def audit(model: keras.Layer, how: Any = None) -> Table:
     compared.
 
     With `how`, each weight is compared with what `initialize(model, how)` draws, and with
-    nothing else; the choice is yours, and not judged. What `how` leaves as it is may be
-    trained, and is checked as that is.
+    nothing else; the choice is yours, and not judged. Weights that `how` leaves
+    may be trained, and are checked as such.
 
     A trained model is not fresh. If an optimizer has made steps, or if most kernels and
     most constants no longer match what was declared, one finding says so. The others then
@@ -74,8 +74,8 @@ def audit(model: keras.Layer, how: Any = None) -> Table:
     Returns:
         A `Table` with a row per variable. Print it, or use its `.rows` and `.findings`.
         The keys of a row: `path`, `layer`, `shape`, `dtype`, `initializer`, `fan_in`,
-        `fan_out`, `expected_std`, `std`, `ratio` (of these two) and `mean`; what can't be
-        known is None.
+        `fan_out`, `expected_std`, `std`, `ratio` (of these two) and `mean`; None where it
+        can't be known.
 
     Raises:
         ValueError: If the model is not built, or `how` does not fit it.
@@ -103,18 +103,18 @@ def audited(survey: Survey, how: Any = None) -> Table:
     """As `audit`, of a model that has been looked at."""
     if how is None:
         starts = _IsometricStarts(survey)
-        measured = [_measure_declared(weight, starts) for weight in survey.weights]
-        trained = _find_trained(survey, measured)
+        subjects = [_measure_declared(weight, starts) for weight in survey.weights]
+        trained = _find_trained(survey, subjects)
     else:
         with unmoved_generators():
             chosen = find_starts(survey, how)
-        measured = [_measure(weight, chosen.of(weight)) for weight in survey.weights]
+        subjects = [_measure(weight, chosen.of(weight)) for weight in survey.weights]
         trained = _find_steps(survey)
     passed_over = set() if how is None else ON_THE_DECLARATION
-    findings = [each for subject in measured for each in verdicts(subject, passed_over)]
-    findings += _find_twins(measured)
-    may_be_trained = {each.weight.path for each in measured if trained or each.is_left}
-    kernels = {each.weight.path for each in measured if each.weight.is_kernel}
+    findings = [each for subject in subjects for each in verdicts(subject, passed_over)]
+    findings += _find_twins(subjects)
+    may_be_trained = {each.weight.path for each in subjects if trained or each.is_left}
+    kernels = {each.weight.path for each in subjects if each.weight.is_kernel}
     findings = [
         each
         for each in findings
@@ -133,14 +133,14 @@ def audited(survey: Survey, how: Any = None) -> Table:
         "layer",
         "initializer",
     )
-    rows = [_row(subject) for subject in measured]
+    rows = [_row(subject) for subject in subjects]
     layout = Layout("fan_in", can_be_sound=True, is_brief=True, picture=RATIOS)
-    return Table("audit", rows, findings, columns, _note(measured, findings), layout)
+    return Table("audit", rows, findings, columns, _note(subjects, findings), layout)
 
 
-def _note(measured: list[Subject], findings: list[Finding]) -> str:
+def _note(subjects: list[Subject], findings: list[Finding]) -> str:
     """How many kernels have the std that they should have."""
-    judged = [subject for subject in measured if not subject.is_left]
+    judged = [subject for subject in subjects if not subject.is_left]
     kernels = [subject for subject in judged if subject.weight.is_kernel]
     known = [subject for subject in kernels if subject.expected is not None]
     codes = ("std", "constant", "constant-kernel", "not-finite")
@@ -155,9 +155,9 @@ def _note(measured: list[Subject], findings: list[Finding]) -> str:
         parts.append(f"{expected} of {len(kernels)} kernels have the expected std")
     if len(known) < len(kernels):
         parts.append(f"of {len(kernels) - len(known)} it is not known")
-    if len(judged) < len(measured):
-        parts.append(f"{len(measured) - len(judged)} variables are left as they are")
-    parts.append(f"{len(measured)} variables in all")
+    if len(judged) < len(subjects):
+        parts.append(f"{len(subjects) - len(judged)} variables are left as they are")
+    parts.append(f"{len(subjects)} variables in all")
     return f"{'; '.join(parts)}."
 
 
@@ -257,9 +257,9 @@ def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
         yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
 
 
-def _find_twins(measured: list[Subject]) -> Iterator[Finding]:
+def _find_twins(subjects: list[Subject]) -> Iterator[Finding]:
     """Random weights with the same values, perhaps negated or transposed."""
-    candidates = [each for each in measured if _can_be_twin(each, measured)]
+    candidates = [each for each in subjects if _can_be_twin(each, subjects)]
     twin_of: dict[int, tuple[int, str]] = {}
     for first, later in _same_statistics(candidates):
         if later not in twin_of:
@@ -293,7 +293,7 @@ def _same_statistics(subjects: list[Subject]) -> Iterator[tuple[int, int]]:
             yield min(before, later), max(before, later)
 
 
-def _can_be_twin(subject: Subject, measured: list[Subject]) -> bool:
+def _can_be_twin(subject: Subject, subjects: list[Subject]) -> bool:
     """Whether the weight is random, and so large that no other is like it by chance."""
     weight, statistics, expected = subject[:3]
     if not statistics.std or not subject.is_finite:
@@ -305,15 +305,15 @@ def _can_be_twin(subject: Subject, measured: list[Subject]) -> bool:
         random = Distribution.from_std("normal", statistics.std)
     matrices = random.matrices_of(weight.shape)
     size = statistics.size if matrices is None else matrices.size
-    return not can_be_chance(len(measured), size, collision(weight, random))
+    return not can_be_chance(len(subjects), size, collision(weight, random))
 
 
-def _find_trained(survey: Survey, measured: list[Subject]) -> Finding | None:
+def _find_trained(survey: Survey, subjects: list[Subject]) -> Finding | None:
     """Whether the model is not fresh: then its weights are not what was declared."""
-    kernels = [each for each in measured if each.weight.is_kernel and each.random]
+    kernels = [each for each in subjects if each.weight.is_kernel and each.random]
     constants = [
         each
-        for each in measured
+        for each in subjects
         if each.expected is not None and each.expected.form == "constant"
     ]
     deviating = [each for each in kernels if deviates_from_declaration(each)]

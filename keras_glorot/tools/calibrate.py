@@ -34,7 +34,7 @@ _MOST_CHANGE = math.log(2)
 _MOST_DRIFT = 0.2
 # A level is worth it if the cosine changes by no more than this part of what it did.
 _NEARER = 0.75
-# Lower ones are not tried where the cosine changes by more than this part of what it did.
+# Lower ones come later where the cosine changes by more than this part of what it did.
 _SAME = 0.95
 # By how much more than before the cosine may change where signal and gradient become level:
 # in random kernels of 128 units, 50 layers change it by as much by chance.
@@ -42,6 +42,9 @@ _SLACK = 0.3
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
 _SMALLEST_SHARE = 0.01
+# An output of the model that other kernels build on keeps its std if that is larger: else
+# the signal has vanished before it.
+_SMALLEST_OUTPUT = 0.1
 _FEWEST_EXAMPLES = 4
 _FEWEST_KERNELS = 4
 
@@ -75,7 +78,8 @@ def calibrate(
     - In a residual sum of n branches, their last kernels get 1 / (2 sqrt(n)).
     - Kernels before an output of the model, a softmax or a gate, and the input kernels of
       recurrent layers keep their scale, as far as the std stays below 1. At a low level
-      they make up for it.
+      they make up for it. An output of the model that other kernels take, as the mean of a
+      latent variable, is not made larger than it is (or 0.1).
     - No kernel gets a gain (std of its output over the root mean square of its input) above
       2.5, and above 1 behind a mean over positions: that makes a signal smaller on purpose.
 
@@ -332,14 +336,16 @@ def _candidates(
     levels = [] if is_sound else _LEVELS[:1] if flow.sums else _LEVELS
     for i, level in enumerate(levels):
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
-        attempt = _scale(run, half, level, most, is_chain=not flow.sums)
+        aims = _aims(run.layers, was.seen, level)
+        attempt = _scale(run, half, level, aims, None if flow.sums else most)
         _check_finite(run.survey.root, run.layers, was.seen, attempt.seen)
         drift = attempt.change.drift
         if _is_starved(run.layers, attempt):
             yield attempt
             break
         if later and drift > _SAME * later[-1].change.drift:
-            break
+            yield from reversed(later)
+            later.clear()
         if drift <= _MOST_DRIFT or not attempt.change.is_held(most):
             yield attempt
         elif not later or drift <= _NEARER * later[-1].change.drift:
@@ -362,22 +368,35 @@ def _check_finite(
     )
 
 
+def _aims(layers: list[ScaledLayer], was: ScalingPass, level: float) -> np.ndarray:
+    """The std that each output is to have or, of a bounded one, the largest size.
+
+    An output that other kernels build on keeps its own: these make up for it.
+    """
+    own = np.clip(np.exp(np.nan_to_num(was.signal)), _SMALLEST_OUTPUT, 1.0)
+    return np.array(
+        [
+            level * each.share if each.share else own[i] if each.leads_on else 1.0
+            for i, each in enumerate(layers)
+        ]
+    )
+
+
 def _scale(
-    run: ScalingPasses, half: Batch, level: float, most: float, is_chain: bool
+    run: ScalingPasses, half: Batch, level: float, aims: np.ndarray, most: float | None
 ) -> _Attempt:
     """Scaled to a level; along a chain the signal takes half of the gradient's change.
 
-    A factor changes both alike: their ratio is as the structure has it.
+    A factor changes both alike: their ratio is as the structure has it. `most` is the drift
+    of a chain up to which that is worth a pass.
     """
-    layers = run.layers
-    aims = level * np.array([each.share or 1.0 for each in layers])
-    attempt = _attempt(layers, level, run(half, level, aims))
+    attempt = _attempt(run.layers, level, run(half, level, aims))
     change = attempt.change.gradient
     is_near = _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE
-    if is_chain and is_near and attempt.change.drift <= most:
-        path = _path(layers, attempt.seen)
+    if most is not None and is_near and attempt.change.drift <= most:
+        path = _path(run.layers, attempt.seen)
         aims[path] *= np.exp(-change / 2 * np.linspace(-0.5, 0.5, len(path)))
-        attempt = _attempt(layers, level, run(half, level, aims))
+        attempt = _attempt(run.layers, level, run(half, level, aims))
     return attempt
 
 
@@ -445,7 +464,7 @@ def _path(layers: list[ScaledLayer], seen: ScalingPass) -> list[int]:
     return [
         i
         for i in seen.order
-        if layers[i].share is not None
+        if layers[i].is_told
         and seen.share[i] > _SMALLEST_SHARE
         and math.isfinite(seen.signal[i] + seen.gradient[i])
     ]
@@ -488,7 +507,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
     ]
     findings += _unreached(result, flow)
     layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
-    return Table("calibrate", rows, findings, columns, _note(result), layout)
+    return Table("calibrate", rows, findings, columns, _note(result, flow), layout)
 
 
 def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
@@ -509,7 +528,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
     }
 
 
-def _note(result: _Result) -> str:
+def _note(result: _Result, flow: Flow) -> str:
     """The verdict: what was done, and what became of the three."""
     passes = f"Done in {result.passes} passes over half of the batch."
     ends = "From the first kernel to the last, and back"
@@ -518,6 +537,8 @@ def _note(result: _Result) -> str:
         return f"Nothing was scaled: {_TOO_FEW}. {passes}"
     if result.fresh is None:
         reason = "no scale holds more" if result.failed else "all three hold as they are"
+        if result.failed and _is_normalized(result, flow):
+            reason = "normalization layers undo the scale of the kernels"
         return f"Nothing was scaled: {reason}. {ends}: {result.was.change}. {passes}"
     return (
         f"Scaled to a std of {result.fresh.level:g}. {ends}, on examples that the factors "
@@ -533,6 +554,12 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
     if change.is_held(_MOST_DRIFT):
         return []
     path, cause, advice = _cause(result, flow)
+    if _is_normalized(result, flow):
+        message = (
+            f"No scale of the kernels changes this ({change}): a normalization layer "
+            "follows each of them and undoes it. All are as they were, which is sound."
+        )
+        return [Finding("info", "unreached", path, message, "")]
     if result.failed is not None and result.fresh is None and not change.is_level:
         message = (
             f"No scale of the kernels holds on other examples ({result.failed.change}), "
@@ -545,6 +572,12 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
         f"the scale of the kernels. The cause is {cause}."
     )
     return [Finding("info", "unreached", path, message, advice)]
+
+
+def _is_normalized(result: _Result, flow: Flow) -> bool:
+    """Whether normalization layers alone set the scale of the signal."""
+    told = [each.layer for each in result.layers if each.is_told]
+    return result.fresh is None and bool(told) and all(map(flow.is_normalized, told))
 
 
 def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:

@@ -58,11 +58,11 @@ def initialize(
 
     Kernels, trainable or not, are drawn as `how` says, from our initializers with the fans
     of their layer. All other variables get what their own initializer gives: biases,
-    normalization and its statistics, recurrent kernels, embeddings, ... What a layer
-    assigns to a variable in `build` is assigned again, from the new weights. Seed
+    normalization and its statistics, recurrent kernels, embeddings, ... A value
+    that a layer assigns in `build` is assigned again, from the new weights. Seed
     generators, metrics, the states of recurrent layers and the state of every optimizer
-    among the attributes of the model and of its layers are reset too. What can't be reset
-    stays as it is: a finding in the result says why, and a warning points to it. Dtype,
+    among the attributes of the model and of its layers are reset too. The rest stays
+    as it is: a finding in the result says why, and a warning points to it. Dtype,
     sharding and device stay.
 
     A mapping says which weight gets what. Its keys are regular expressions; each weight
@@ -264,7 +264,7 @@ def _seed_deriver(
 
 
 def _plan_weight(weight: Weight, start: Start, seed: int) -> _Assignment:
-    """What is to be done with a weight; raises whatever there is to raise."""
+    """The assignment of a weight; raises whatever there is to raise."""
     row = _empty_row(weight.path, weight.owner, weight.variable)
     row |= {"done": start.name, **start.columns}
     if weight.is_kernel and weight.fans is not None:
@@ -285,7 +285,7 @@ def _left(variable: keras.Variable, start: Start, row: Row) -> _Assignment:
 
 
 def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
-    """First as declared: what the layer assigns can depend on it, or on other weights."""
+    """First as declared: the layer can assign a value that depends on it, or on others."""
     start = Start("", weight.distribution_of(built.declared), initializer=built.declared)
     new_value = _value_factory(start, weight.variable, seed)
     return _Assignment(weight.variable, new_value, row, built)
@@ -302,7 +302,7 @@ def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -
 
 
 def _value_factory(start: Start, variable: keras.Variable, seed: int) -> Callable[[], Any]:
-    """What makes the variable's new value, later."""
+    """A function that makes the variable's new value, later."""
     shape, dtype = tuple(variable.shape), variable.dtype
     distribution, initializer = start.distribution, start.initializer
     if distribution is not None and (

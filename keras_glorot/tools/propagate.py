@@ -508,7 +508,10 @@ def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
         return []
     for chain in filter(None, chains):
         level = _level(calls[chain[0]])
-        growths = [_growth(calls[i], level) for i in chain]
+        activations = [getattr(calls[i].weight, "activation", None) for i in chain]
+        by_id = {id(each): each for each in activations}  # most layers have the same
+        known = {key: _growth(each, level) for key, each in by_id.items()}
+        growths = [known[id(each)] for each in activations]
         total, worst = math.prod(growths), max(growths)
         if total > 10:
             message = (
@@ -528,6 +531,5 @@ def _level(call: Call) -> float:
     return std * (gain or 1.0) if std > 0 else 1.0
 
 
-def _growth(call: Call, level: float) -> float:
-    activation = call.weight and call.weight.activation
+def _growth(activation: Any, level: float) -> float:
     return activation_growth(activation, level) if activation else 1.0
