@@ -84,7 +84,9 @@ def calibrate(
       2.5, and above 1 behind a mean over positions: that makes a signal smaller on purpose.
 
     A model in which all three hold already is left as it is: signal and gradient change by
-    less than 2, the cosine by less than 0.2. So are models that no level makes better.
+    less than 2, the cosine by less than 0.2. So are models that no level makes better, such
+    as those with a normalization layer behind each kernel. They are told without kernels
+    whose output branches are added to: these have the gradient of the whole sum.
     Start from the right fans: `initialize(model, "xavier_uniform")`, or `"isometric"`.
 
     These stay as they are, and a finding says so: constants, frozen layers, embeddings and
