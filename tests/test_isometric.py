@@ -7,6 +7,7 @@ pairs the model is a linear function at its start, so differences of outputs are
 import hashlib
 import math
 import random
+import tracemalloc
 from typing import Any
 
 import keras
@@ -16,8 +17,13 @@ from keras import layers, ops
 from models import WITH_STATE, Late, attention, mobile, nested_twice
 
 from keras_glorot import audit, initialize, layer_fans
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._keras.tree import Tree
 from keras_glorot._models.pairs import Pairs, measure_effect
+from keras_glorot._models.survey import Survey
+from keras_glorot.recipes.isometric import isometric
 
 ACTIVATIONS = ["relu", "gelu", "silu", "leaky_relu", "softplus"]
 HEAD = "its output is one of the model's"
@@ -493,6 +499,45 @@ def test_the_same_bits_on_every_backend():
     assert found == ["e2f0c8d47e9283e7", "34dc1e7861e5db6c", "784dee7755be8244"]
 
 
+def grouped():
+    parts = [conv(8, 3, groups=2), conv(12, 3, strides=2, groups=2), conv(8, groups=4)]
+    return images(*parts)
+
+
+@pytest.mark.parametrize("make", [concatenated, patches, mobile, grouped])
+def test_a_region_has_the_bits_of_the_whole(make):
+    """A process draws its own part of a kernel that is divided among several."""
+    survey, rng = Survey(make()), np.random.default_rng(0)
+    starts = isometric(survey).by_id
+    for weight in survey.weights:
+        start = starts.get(id(weight.variable))
+        if start is None or start.distribution.mirror is None:
+            continue
+        draw = start.distribution.region_drawer(weight.shape, "float32", (3,))
+        whole = draw(tuple((0, size) for size in weight.shape))
+        for _ in range(5):
+            cuts = [sorted(rng.integers(0, size + 1, 2)) for size in weight.shape]
+            bounds = tuple((int(a), int(b)) for a, b in cuts)
+            part = whole[tuple(slice(*each) for each in bounds)]
+            np.testing.assert_array_equal(draw(bounds), part)
+
+
+def test_a_mirrored_kernel_takes_half_of_itself_beside_it():
+    """The matrix between the pairs, in float64, and pieces."""
+    mirror = Mirror(
+        Matrices.from_shape((2048, 2048)),
+        (),
+        *2 * [Side.of(Pairs.neighbours(1, 2048, 1).partner, 1)],
+    )
+    distribution = Distribution.mirrored(1.0, mirror)
+    distribution.draw((2048, 2048), "float32", (1,), ((0, 1), (0, 1)))
+    tracemalloc.start()
+    kernel = distribution.draw((2048, 2048), "float32", (1,))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * kernel.nbytes
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_every_weight_dtype(dtype):
     if dtype == "float64" and keras.backend.backend() == "jax":
@@ -758,7 +803,28 @@ def _negate_first(values):
     values[np.nonzero(values)[0][0], :, 0] *= -1
 
 
+def _scale_pair(values):
+    values[..., :2] *= 1.7
+
+
+def _roll_window(values):
+    values[...] = np.roll(values, 1, 0)
+
+
+def transposed():
+    parts = [layers.Conv2DTranspose(8, 3, activation="relu"), conv(8), conv(4)]
+    return images(*parts)
+
+
+def separable():
+    parts = [
+        layers.SeparableConv2D(8, 3, padding="same", activation="relu") for _ in range(2)
+    ]
+    return images(*parts, conv(4, activation=None))
+
+
 NOT_OPPOSITE = "is not the negative of its partner"
+NOT_ORTHOGONAL = "between its pairs is not orthogonal"
 
 
 @pytest.mark.parametrize(
@@ -772,6 +838,18 @@ NOT_OPPOSITE = "is not the negative of its partner"
         (words, 0, _negate_largest, NOT_OPPOSITE),
         (words, 0, _fill_a_zero, "Beside the tap"),
         (attention, 0, _negate_largest, "not an orthogonal matrix"),
+        (patches, 0, _negate_largest, NOT_OPPOSITE),
+        (patches, 1, _negate_largest, NOT_OPPOSITE),
+        (patches, 1, _scale_pair, NOT_ORTHOGONAL),
+        (grouped, 1, _negate_largest, NOT_OPPOSITE),
+        (grouped, 1, _scale_pair, NOT_ORTHOGONAL),
+        (grouped, 2, _roll_window, "Beside the tap"),
+        (transposed, 0, _negate_largest, NOT_OPPOSITE),
+        (transposed, 0, _roll_window, "Beside the tap"),
+        (separable, 1, _negate_largest, NOT_OPPOSITE),
+        (separable, 2, _roll_window, "not one value at the tap"),
+        (mobile_block, 1, _roll_window, "not one value at the tap"),
+        (mobile_block, 2, _scale_pair, NOT_ORTHOGONAL),
     ],
 )
 def test_audit_finds_a_fault_in_every_kind_of_kernel(make, number, fault, message):

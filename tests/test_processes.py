@@ -42,6 +42,13 @@ def test_initialize_draws_its_share(on_jax, alone):
         assert "must be the same in each process" in result["other values"]
 
 
+def test_the_isometric_start_is_the_same(on_jax, alone):
+    assert alone["pairs"].count("yes") == 6
+    for result in on_jax:
+        for name in ("pairs", "isometric", "audit of pairs"):
+            assert result[name] == alone[name]
+
+
 def test_audit_finds_the_same_in_each_process(on_jax, alone):
     codes = {code for code, _, _ in alone["faults"]}
     assert {"twin", "zero-slice", "repeated-slice", "not-finite"} <= codes

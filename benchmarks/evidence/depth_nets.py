@@ -34,6 +34,7 @@ os.environ.setdefault("XLA_FLAGS", ONE_CORE)
 WIDTH = 64
 CHANNELS = 16
 UPDATES = 192
+LONG = "twice as long"  # isometric, with twice as many updates
 CONSTANT = 8.0  # about as large as an image of 64 pixels
 PARTS = {  # images by data set
     "digits": {"train": 768, "validation": 256, "test": 500},
@@ -235,6 +236,7 @@ def starts(activation):
         "LSUV": lsuv,
         "AnyInit": METHODS["AnyInit empirical"],
         "isometric": isometric,
+        LONG: isometric,
         "calibrated": calibrated,
     } | {f"level {each:g}": functools.partial(at_level, each) for each in LEVELS}
 
@@ -288,9 +290,10 @@ def train(training):
     data = load(training)
     x, labels = data["train"]
     order = np.random.default_rng(training.seed)
-    epochs = math.ceil(UPDATES * MINIBATCH / len(labels))
+    updates = 2 * UPDATES if training.start == LONG else UPDATES
+    epochs = math.ceil(updates * MINIBATCH / len(labels))
     places = np.concatenate([order.permutation(len(labels)) for _ in range(epochs)])
-    places = places.reshape(UPDATES, MINIBATCH)
+    places = places.reshape(updates, MINIBATCH)
     weights, drawing = first_weights(dataclasses.replace(training, learning_rate=0.0))
     held_out = [data[part][0] for part in ("validation", "test")]
     start = time.process_time()

@@ -199,10 +199,7 @@ def _draw_orthogonal(distribution, shape, dtype, seed, region) -> np.ndarray:
 
 
 def _draw_mirrored(distribution, shape, dtype, seed, region) -> np.ndarray:
-    values = distribution.mirror.draw(distribution.scale, seed)
-    if dtype != "float64":
-        values = values.astype(np.float32)
-    return _cut(values, dtype, region)
+    return distribution.mirror.draw(distribution.scale, dtype, seed, region)
 
 
 def _draw_tap(distribution, shape, dtype, seed, region) -> np.ndarray:
@@ -268,7 +265,7 @@ _FORMS = {
     "orthogonal": _Form(
         math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix"
     ),
-    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored),
+    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored, is_regional=True),
     "tap": _Form(math.nan, math.inf, 3.0, _draw_tap),
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_glorot._drawing.matrices import Matrices
-from keras_glorot._drawing.orthogonal import draw_orthogonal
+from keras_glorot._drawing.orthogonal import draw_orthogonal, flat_indices
+from keras_glorot._drawing.stream import Bounds
 
 __all__ = ["Mirror", "Side"]
 
@@ -65,33 +66,43 @@ class Mirror(NamedTuple):
     def std(self) -> float:
         """That of the whole kernel at scale 1, as the mean over all matrices."""
         squares = [
-            math.prod(map(float, (np.sum(side.factors**2) for side in sides)))
-            * _scale(shape) ** 2
+            math.prod(map(float, (np.sum(side.factors**2) for side in group.sides)))
+            * _scale(group.shape) ** 2
             * self._tap_count
-            / max(shape)
-            for _, sides, shape in self._groups(np.empty(self.matrices.shape, bool))
+            / max(group.shape)
+            for group in self._groups()
         ]
         return math.sqrt(sum(squares) / math.prod(self.matrices.shape))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Those of the matrices."""
-        empty = np.empty(self.matrices.shape, bool)
-        return [shape for _, _, shape in self._groups(empty)]
+        return [group.shape for group in self._groups()]
 
-    def draw(self, scale: float, seed_words: Sequence[int]) -> np.ndarray:
-        """Draws a kernel, in float64: matrix by matrix, each with its number as a seed."""
+    def draw(
+        self,
+        scale: float,
+        dtype: np.dtype | str,
+        seed_words: Sequence[int],
+        region: Bounds | None = None,
+    ) -> np.ndarray:
+        """Draws a kernel, or a region of it: each matrix with its number as a seed.
 
-        def matrix(number: int, shape: tuple[int, int]) -> np.ndarray:
+        Beside the result it takes the memory of one matrix, in float64.
+        """
+
+        def matrix(number: int, shape: tuple[int, int], area: Bounds) -> np.ndarray:
             axes, seed = Matrices.from_shape(shape), (*seed_words, number)
-            return draw_orthogonal(axes, shape, scale * _scale(shape), "float64", seed)
+            size = scale * _scale(shape)
+            return draw_orthogonal(axes, shape, size, "float64", seed, area)
 
-        return self._assemble(matrix)
+        return self._assemble(matrix, dtype, region or self._whole)
 
     def fold(self, kernel: np.ndarray) -> list[np.ndarray]:
         """The matrices in a kernel, by the first unit of each pair, at scale 1."""
         folded = []
-        for block, (inputs, outputs), shape in self._groups(kernel):
+        for place, (inputs, outputs), shape in self._groups():
+            block = self._view(kernel, place, self._whole)
             values = block.reshape(-1, len(inputs.places), len(outputs.places))
             rows, columns = inputs.firsts, outputs.firsts
             values = values[:, rows[:, None], columns].astype(np.float64)
@@ -101,42 +112,111 @@ class Mirror(NamedTuple):
 
     def unfold(self, matrices: Sequence[np.ndarray]) -> np.ndarray:
         """The kernel that `fold` makes these matrices of."""
-        return self._assemble(lambda number, shape: matrices[number] * _scale(shape))
 
-    def _assemble(self, matrix: Callable[[int, tuple[int, int]], np.ndarray]) -> np.ndarray:
-        kernel = np.zeros(self.matrices.shape)
-        groups = self._groups(kernel)
-        for number, (block, (inputs, outputs), shape) in enumerate(groups):
-            values = matrix(number, shape).reshape(-1, inputs.total, outputs.total)
-            values = values[:, inputs.places[:, None], outputs.places]
-            values *= inputs.factors[:, None] * outputs.factors
-            block[...] = values.reshape(block.shape)
+        def matrix(number: int, shape: tuple[int, int], area: Bounds) -> np.ndarray:
+            rows, columns = (slice(*bounds) for bounds in area)
+            return matrices[number][rows, columns] * _scale(shape)
+
+        return self._assemble(matrix, "float64", self._whole)
+
+    def _assemble(
+        self,
+        matrix: Callable[[int, tuple[int, int], Bounds], np.ndarray],
+        dtype: np.dtype | str,
+        bounds: Bounds,
+    ) -> np.ndarray:
+        """`matrix` takes a number, a shape, and which rows and columns are needed."""
+        m = self.matrices
+        kernel = np.zeros([stop - start for start, stop in bounds], dtype)
+        for number, (place, (inputs, outputs), shape) in enumerate(self._groups()):
+            inside = tuple(map(_common, place, bounds))
+            if any(start >= stop for start, stop in inside):
+                continue
+            taps, ins, outs = (
+                _places(place, inside, axes) for axes in (m.window, m.inputs, m.outputs)
+            )
+            rows = (taps[:, None] * inputs.total + inputs.places[ins]).reshape(-1)
+            columns, factors = outputs.places[outs], np.tile(inputs.factors[ins], len(taps))
+            area = _span(rows), _span(columns)
+            values = matrix(number, shape, area)
+            rows, columns = rows - area[0][0], columns - area[1][0]
+            # Many rows at a time would be a second kernel, in float64.
+            step = max(1, _PIECE // len(columns))
+            view = self._view(kernel, inside, bounds)
+            lines = view.shape[: -len(m.outputs)]
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                piece = values[rows[part, None], columns]
+                piece *= factors[part, None] * outputs.factors[outs]
+                if kernel.dtype != np.float64:
+                    piece = piece.astype(np.float32)
+                at = np.unravel_index(np.arange(start, start + len(piece)), lines)
+                view[at] = piece.reshape(-1, *view.shape[len(lines) :])
         return kernel
 
-    def _groups(
-        self, kernel: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, tuple[Side, Side], tuple[int, int]]]:
-        """For each group: a view of its values, its units, the shape of its matrix."""
+    @property
+    def _whole(self) -> Bounds:
+        return tuple((0, size) for size in self.matrices.shape)
+
+    def _view(self, kernel: np.ndarray, inside: Bounds, bounds: Bounds) -> np.ndarray:
+        """A part of a kernel, of which there is what lies in `bounds`."""
         m = self.matrices
-        place = [slice(None)] * kernel.ndim
+        starts = [start for start, _ in bounds]
+        cut = [slice(a - s, b - s) for (a, b), s in zip(inside, starts, strict=True)]
+        return kernel[tuple(cut)].transpose(*m.window, *m.inputs, *m.outputs)
+
+    def _groups(self) -> "Iterator[_Group]":
+        m = self.matrices
+        place = list(self._whole)
         for axis, tap in zip(m.window, self.taps, strict=True):
-            place[axis] = tap
-        whole = kernel[tuple(place)].transpose(*m.window, *m.inputs, *m.outputs)
-        blocks = np.split(whole, m.parts, axis=-1)
+            place[axis] = tap.start, tap.stop
+        width = m.shape[-1] // m.parts
         parts = [
             [np.split(each, m.parts) for each in side]
             for side in (self.inputs, self.outputs)
         ]
-        for number, block in enumerate(blocks):
+        for number in range(m.parts):
             inputs, outputs = (
                 Side(places[number], factors[number]) for places, factors in parts
             )
+            if m.parts > 1:
+                place[-1] = number * width, (number + 1) * width
             shape = self._tap_count * inputs.total, outputs.total
-            yield block, (inputs, outputs), shape
+            yield _Group(tuple(place), (inputs, outputs), shape)
 
     @property
     def _tap_count(self) -> int:
         return math.prod(tap.stop - tap.start for tap in self.taps)
+
+
+class _Group(NamedTuple):
+    """Where a group lies in the kernel, its units, and the shape of its matrix."""
+
+    place: Bounds
+    sides: tuple[Side, Side]
+    shape: tuple[int, int]
+
+
+_PIECE = 1 << 18
+
+
+def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return max(one[0], other[0]), min(one[1], other[1])
+
+
+def _places(place: Bounds, inside: Bounds, axes: Sequence[int]) -> np.ndarray:
+    """Along these axes, counted as one, where in a group the entries of a part lie."""
+    return flat_indices(
+        [
+            (stop - start, (inside[axis][0] - start, inside[axis][1] - start))
+            for axis in axes
+            for start, stop in [place[axis]]
+        ]
+    )
+
+
+def _span(indices: np.ndarray) -> tuple[int, int]:
+    return int(indices.min()), int(indices.max()) + 1
 
 
 def _scale(shape: tuple[int, int]) -> float:

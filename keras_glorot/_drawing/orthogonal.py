@@ -44,7 +44,7 @@ from keras_glorot._drawing import stream
 from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._drawing.stream import Bounds, Key
 
-__all__ = ["draw_orthogonal"]
+__all__ = ["draw_orthogonal", "flat_indices"]
 
 WIDTH = 32  # reflections in a block
 # Columns that one thread works on at a time: natively, and with NumPy.
@@ -136,8 +136,8 @@ def _fill_region(out: np.ndarray, bounds: Bounds, source: "_Source") -> None:
                 first, last = max(start, part * width), min(stop, (part + 1) * width)
                 place[-1] = slice(first - start, last - start)
                 inside[-1] = first - part * width, last - part * width
-            rows = _flat_indices([(m.shape[axis], inside[axis]) for axis in m.inputs])
-            columns = _flat_indices(
+            rows = flat_indices([(m.shape[axis], inside[axis]) for axis in m.inputs])
+            columns = flat_indices(
                 [
                     (
                         m.shape[axis] // (m.parts if axis == out.ndim - 1 else 1),
@@ -153,7 +153,7 @@ def _fill_region(out: np.ndarray, bounds: Bounds, source: "_Source") -> None:
             target[...] = values.reshape(target.shape)
 
 
-def _flat_indices(axes: list[tuple[int, tuple[int, int]]]) -> np.ndarray:
+def flat_indices(axes: list[tuple[int, tuple[int, int]]]) -> np.ndarray:
     """Where the entries between bounds lie along axes that are counted as one."""
     flat = np.zeros(1, np.int64)
     for size, (start, stop) in axes:

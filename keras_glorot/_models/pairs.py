@@ -24,6 +24,8 @@ __all__ = [
     "through",
 ]
 
+tree: Any = keras.tree
+
 # The stds of z that an activation can be given where f(z) - f(-z) is no multiple of z, as
 # `benchmarks/evidence/depth.md` found them to train best. Far above its curve ELU is almost
 # a ReLU; far below, tanh is almost a line.
@@ -295,7 +297,7 @@ def line(step: Step, graph: Graph) -> tuple[np.ndarray, np.ndarray] | None:
 
     None if it does anything else.
     """
-    arguments = keras.tree.flatten(step.arguments)
+    arguments = tree.flatten(step.arguments)
     has_weight = any(isinstance(each, keras.Variable) for each in arguments)
     if type(step.operation).__name__ not in _LINES or _has_two_inputs(step) or has_weight:
         return None
@@ -307,7 +309,7 @@ def line(step: Step, graph: Graph) -> tuple[np.ndarray, np.ndarray] | None:
             is_input = isinstance(each, keras.KerasTensor)
             return keras.ops.full(shape, value, each.dtype) if is_input else each
 
-        args, kwargs = keras.tree.map_structure(fill, step.arguments)
+        args, kwargs = tree.map_structure(fill, step.arguments)
         filled = step.operation.call(*args, **kwargs)
         return np.asarray(keras.ops.convert_to_numpy(filled), np.float64)
 

@@ -274,8 +274,10 @@ class _Network:
         return [gain / factors.get(number, 1.0) for number, gain in enumerate(gains)]
 
     def _multiplied(self, factor: float | None, step: Step) -> float | None:
-        found = line(step, self.graph) if factor is not None else None
-        return factor if found is None else factor * math.sqrt(np.mean(found[0] ** 2))
+        found = line(step, self.graph)
+        if factor is None or found is None:
+            return factor
+        return factor * math.sqrt(np.mean(found[0] ** 2))
 
     def _is_new(self, step: Step) -> bool:
         return is_normalization(step.operation) or is_sum(step)

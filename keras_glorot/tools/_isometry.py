@@ -11,7 +11,7 @@ from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._models.survey import Weight
 from keras_glorot.tools._fitting import ONE_IN
 
-__all__ = ["find_fault", "has_pairs", "is_part", "is_start"]
+__all__ = ["find_fault", "is_marked", "is_part", "is_start"]
 
 # Float32 keeps orthogonality to 1e-6, half precision to its own rounding.
 _TOLERANCE = 1e-2
@@ -51,12 +51,15 @@ def is_part(weight: Weight, start: Distribution) -> bool:
     )
 
 
-def has_pairs(start: Distribution) -> bool:
-    """Whether units, or filters, are alike but for their sign."""
-    if start.mirror is None:
-        return False
-    sides = start.mirror.inputs, start.mirror.outputs
-    return any(bool((side.factors < 0).any()) for side in sides)
+def is_marked(start: Distribution) -> bool:
+    """Whether more than an orthogonal matrix tells it: pairs, or zeros beside a tap."""
+    mirror = start.mirror
+    if mirror is None:
+        return start.form == "tap"
+    sides = mirror.inputs, mirror.outputs
+    has_pairs = any(bool((side.factors < 0).any()) for side in sides)
+    taps = math.prod(tap.stop - tap.start for tap in mirror.taps)
+    return has_pairs or taps < mirror.matrices.window_size
 
 
 def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
@@ -73,10 +76,10 @@ def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
         return "form", _where(np.argwhere(~is_right), mirror, values)
     folded = mirror.fold(values)
     ratio = _ratio(folded, start.scale)
+    if _disorder(folded, ratio * start.scale) > _TOLERANCE:
+        return "form", "The matrix between its pairs is not orthogonal."
     if abs(ratio - 1) > 0.05:
         return "std", f"The values are {ratio:.3g} times as large as those of this start."
-    if _disorder(folded, start.scale) > _TOLERANCE:
-        return "form", "The matrix between its pairs is not orthogonal."
     return None
 
 
@@ -92,7 +95,9 @@ def _is_tapped(values: np.ndarray, tapped: np.ndarray) -> bool:
     taps = tapped != 0
     right = np.isclose(values[taps], tapped[taps], rtol=_TOLERANCE, atol=0)
     if not np.allclose(np.abs(values), tapped, rtol=_TOLERANCE, atol=0):
-        return bool(np.mean(right) > 3 / 4)
+        ordered = (np.sort(each, axis=None) for each in (np.abs(values), tapped))
+        is_moved = np.allclose(*ordered, rtol=_TOLERANCE, atol=0)
+        return is_moved or bool(np.mean(right) > 3 / 4)
     # Orthogonal matrices of one row and one column are 1 or -1 by chance.
     count, wrong = right.size, int(np.count_nonzero(~right))
     if not wrong or 4 * wrong > count:

@@ -27,7 +27,7 @@ from keras_glorot.tools._checks import (
 )
 from keras_glorot.tools._fitting import best_fit, collision, measure
 from keras_glorot.tools._how import find_starts
-from keras_glorot.tools._isometry import find_fault, has_pairs, is_part, is_start
+from keras_glorot.tools._isometry import find_fault, is_marked, is_part, is_start
 from keras_glorot.tools._slices import can_be_chance, find_repeats, relation
 
 __all__ = ["CODES", "audit", "audited"]
@@ -233,8 +233,8 @@ def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
     if drawn is None or not is_start(weight, drawn):
         return subject
     found = find_fault(weight, drawn)
-    is_plain = is_sound or not has_pairs(drawn)
-    if found and is_plain and drawn.form != "tap":
+    is_plain = is_sound and drawn.form != "tap"
+    if found and (is_plain or not is_marked(drawn)):
         return subject  # an orthogonal matrix, which it was judged as
     code, detail = found or (None, "")
     return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)

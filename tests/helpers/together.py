@@ -156,6 +156,10 @@ def look(model):
         "calibrate": keras_glorot.calibrate(model, batch()).rows,
         "calibrated": digests(model),
     }
+    table = keras_glorot.initialize(model, "isometric", seed=1)
+    seen["pairs"] = [row["pairs"] for row in table]
+    seen["isometric"] = digests(model)
+    seen["audit of pairs"] = findings(keras_glorot.audit(model))
     keras_glorot.initialize(model, seed=1)
     plant_faults(model)
     return {**seen, "faults": findings(keras_glorot.audit(model))}
