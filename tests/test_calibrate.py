@@ -806,7 +806,7 @@ def test_the_verdict_tells_all_three_before_and_after():
     assert re.fullmatch(
         f"Scaled to a std of {number}. From the first kernel to the last, and back, on "
         f"examples that the factors do not come from: {three} \\(before: {three}\\). "
-        f"Done in \\d+ passes over half of the batch.",
+        f"Passes over half of the batch: \\d+.",
         table.note,
     )
     assert " to a std of " not in calibrate(*deep("linear", depth=2)).note

@@ -532,7 +532,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
 
 def _note(result: _Result, flow: Flow) -> str:
     """The verdict: what was done, and what became of the three."""
-    passes = f"Done in {result.passes} passes over half of the batch."
+    passes = f"Passes over half of the batch: {result.passes}."
     ends = "From the first kernel to the last, and back"
     was = result.was.change
     if result.fresh is None and result.failed is None and was.kernels < _FEWEST_KERNELS:
