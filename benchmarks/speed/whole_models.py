@@ -92,7 +92,7 @@ def tell_passes() -> None:
             middle = time.process_time()
             table = keras_glorot.calibrate(model, x, verbose=False)
             seconds, other = time.process_time() - middle, middle - begin
-            passes = table.note.split("Done in ")[1].split()[0]
+            passes = table.note.split()[-1].rstrip(".")
             print(
                 f"{build.__name__}: calibrate {seconds:.2f} s of CPU in {passes} passes, "
                 f"propagate {other:.2f} s: {seconds / other:.2f} times"
