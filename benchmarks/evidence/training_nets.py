@@ -371,7 +371,8 @@ class Net:
     Attributes:
         data: The name of a data set of images, or a function (generator, count) → (x, y).
         branch: How many kernels a residual branch has one after the other; 0: no sums.
-        normalization: Of which net this is the one with normalization.
+        normalized_from: Of which net this is the one with normalization.
+        train, updates: How many examples it is trained on, and in how many minibatches.
     """
 
     what: str
@@ -381,6 +382,8 @@ class Net:
     branch: int = 0
     is_bare: bool = False
     normalized_from: str | None = None
+    train: int = 768
+    updates: int = 192
 
     @property
     def has_accuracy(self):
@@ -411,6 +414,16 @@ NETS = {
     name: Net(what, build, branch=branch, is_bare=True)
     for name, (what, build, _, branch) in BARE.items()
 }
+LARGE = {"large gelu": "gelu", "large tanh": "tanh", "large conv": "conv"}
+LARGER = {"data": "mnist", "train": 3968, "updates": 1240}  # ten epochs
+for large, name in LARGE.items():
+    what, build, norm, _ = BARE[name]
+    build = functools.partial(build, shape=(28, 28, 1))
+    what = f"{what}, 28 × 28 pixels of MNIST, ten epochs of 3,968"
+    NETS[large] = Net(what, build, is_bare=True, **LARGER)
+    build = functools.partial(build, norm=norm)
+    what = "the same with BatchNormalization"
+    NETS[f"{large}, normalized"] = Net(what, build, normalized_from=large, **LARGER)
 NETS |= {
     f"{name}, normalized": Net(
         f"the same with {getattr(norm, 'func', norm).__name__}",

@@ -15,7 +15,7 @@ from training_nets import NETS
 
 import keras_glorot
 
-PARTS = {"train": 768, "validation": 500, "test": 500}
+HELD_OUT = {"validation": 500, "test": 500}
 RECTIFIERS = "relu", "relu6", "gelu", "silu"  # they pass on about half of z²
 
 
@@ -25,20 +25,22 @@ RECTIFIERS = "relu", "relu6", "gelu", "silu"  # they pass on about half of z²
 @functools.lru_cache(maxsize=16)
 def load(net, seed):
     """(x, y) by part; the seed picks the examples, and which is in which part."""
-    data = NETS[net].data
+    data, sizes = NETS[net].data, {"train": NETS[net].train, **HELD_OUT}
     if callable(data):
-        x, y = data(np.random.default_rng(seed), sum(PARTS.values()))
-        ends = np.cumsum([0, *PARTS.values()])
+        x, y = data(np.random.default_rng(seed), sum(sizes.values()))
+        ends = np.cumsum([0, *sizes.values()])
         spans = [slice(*span) for span in itertools.pairwise(ends)]
         return {
             part: keras.tree.map_structure(lambda a, s=span: narrow(a[s]), (x, y))
-            for part, span in zip(PARTS, spans, strict=True)
+            for part, span in zip(sizes, spans, strict=True)
         }
-    x, labels = deep_nets.images("digits", 8)
-    parts = deep_nets.split(x.numpy(), labels, PARTS, seed)
+    source = ("mnist", 28) if data == "mnist" else ("digits", 8)
+    x, labels = deep_nets.images(*source)
+    parts = deep_nets.split(x.numpy(), labels, sizes, seed)
     noise = np.random.default_rng(seed)
     kinds = {
         "digits": lambda x, labels: (x, narrow(labels)),
+        "mnist": lambda x, labels: (x, narrow(labels)),
         "autoencoded": lambda x, _: (x, x),
         "masks": lambda x, _: (x + narrow(noise.normal(0, 0.7, x.shape)), narrow(x > 0)),
     }

@@ -8,8 +8,8 @@ with a random c. Both are told from the first kernel to the last, by straight li
 their logarithms, without the outputs of the model and, in residual nets, the ends of
 branches and the first kernel: these have the gradient of the whole sum. The
 product of both is to be in [0.5, 2], or `calibrate` has to leave the kernels as they were.
-AnyInit 0.4.0 is a peer to compare with (`pip install anyinit==0.4.0`), by its analytic mode:
-the empirical one leaves these chains as they are.
+AnyInit 0.4.0 is a peer to compare with (`pip install anyinit==0.4.0`), by its analytic
+mode: the empirical one leaves these chains as they are.
 """
 
 import importlib.util
