@@ -53,7 +53,7 @@ torch: ORDER := --shuffle $(shell date +%j)
 slow: $(VENV)/all $(OLDEST)/all docs browser
 	KERAS_BACKEND=tensorflow KERAS_GLOROT_OTHER_PYTHON=$(OLDEST)/$(BIN)/python \
 		$(VENV)/$(BIN)/python $(PYTEST) -m slow
-	KERAS_BACKEND=torch $(VENV)/$(BIN)/python $(PYTEST) -m slow tests/test_explorable.py
+	KERAS_BACKEND=torch $(VENV)/$(BIN)/python $(PYTEST) -m slow tests/test_explorable.py benchmarks/evidence/test_training.py
 
 # The tests of pages need one. Without it, or without root to install it, they are skipped.
 browser:
