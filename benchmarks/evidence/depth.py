@@ -91,7 +91,7 @@ PLAN = [  # the most important first
     Block(("twice flipped",), ("dense",), ("tanh",), (4, 100), AT_LEVELS),
     Block(("digits",), ("separable",), ("relu",), (6, 24), DRAWN),
     Block(("digits",), ("dense",), ALL, (100,), (*PLAIN, *OTHERS)),
-    Block(("digits",), ("conv",), ("relu",), (100,), OWN, 3),
+    Block(("digits",), ("conv",), ("relu",), (100,), DRAWN, 3),
     Block(("digits",), NORMALIZED, ("relu",), (4, 100), ("stock", "isometric")),
     Block(("flipped",), ("dense",), NOT_ODD, DEPTHS, OWN),
     Block(("twice flipped",), ("dense",), ("tanh",), DEPTHS, OWN),
