@@ -48,7 +48,7 @@ def stock():
 
 
 def training():
-    """Test accuracy in % on digits, without normalization but in the last bar of a net."""
+    """Test accuracy in % on images, without normalization but in the last bar of a net."""
     starts = {"stock": "stock Keras", "gain auto": "gain auto", "isometric": "isometric"}
     lines = list(rows(RESULTS / "training.md", "net |  | stock"))
     for alone, after in zip(lines[::2], lines[1::2], strict=True):
