@@ -757,8 +757,8 @@ def _other_matrix(values):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (_negate_unit, "output 3 is not the negative"),
-        (_swap_sign, "is not the negative of its partner"),
+        (_negate_unit, "Not all pairs are opposite"),
+        (_swap_sign, "Not all pairs are opposite"),
         (_other_matrix, "between its pairs is not orthogonal"),
     ],
 )
@@ -823,7 +823,7 @@ def separable():
     return images(*parts, conv(4, activation=None))
 
 
-NOT_OPPOSITE = "is not the negative of its partner"
+NOT_OPPOSITE = "Not all pairs are opposite"
 NOT_ORTHOGONAL = "between its pairs is not orthogonal"
 
 

@@ -141,23 +141,20 @@ class Matrices(NamedTuple):
             place[axis] = slice(tap, tap + 1)
         return values[tuple(place)]
 
-    def first_lengths(self, values: Any) -> np.ndarray:
-        """Those of two columns of the first matrix, or of two rows if rows are longer."""
-        place: list[Any] = [0] * len(self.shape)
+    def first(self, count: int) -> tuple[slice, ...]:
+        """Where the first matrix is, and of its short side so many places at most."""
+        place = [slice(0, 1)] * len(self.shape)
         for axis, tap in zip(self.window, self.taps, strict=True):
-            place[axis] = tap
+            place[axis] = slice(tap, tap + 1)
         short, long = self.inputs, self.outputs
         if self.rows >= self.columns:
             short, long = long, short
-        for axis in long:
+        for axis in (*long, *short[-1:]):
             parts = self.parts if axis == len(self.shape) - 1 else 1
             place[axis] = slice(0, self.shape[axis] // parts)
         for axis in short[-1:]:
-            place[axis] = slice(0, 2)
-        kept = [axis for axis, at in enumerate(place) if isinstance(at, slice)]
-        first = np.asarray(values[tuple(place)], np.float64)
-        others = tuple(i for i, axis in enumerate(kept) if axis not in short)
-        return np.sqrt((first * first).sum(axis=others))
+            place[axis] = slice(0, min(count, place[axis].stop))
+        return tuple(place)
 
     def split(self, values: np.ndarray) -> np.ndarray:
         """A view of a kernel at its tap: axes of batches, of inputs, then of outputs."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
@@ -80,7 +81,7 @@ def _kept(weight: Weight) -> Distribution | None:
     """As if a bias were drawn once more."""
     if len(weight.shape) != 1:
         return None
-    statistics = measure(weight.variable, 0.0)
+    statistics = measure(backends.values(weight.variable), 0.0)
     if statistics.low == statistics.high:
         return Distribution.constant(statistics.low)
     return Distribution.from_std("normal", statistics.std)
