@@ -162,8 +162,8 @@ class Matrices(NamedTuple):
     def split(self, values: np.ndarray) -> np.ndarray:
         """A view of a kernel at its tap: axes of batches, of inputs, then of outputs."""
         last = len(self.shape)
-        width = self.shape[-1] // self.parts
         split = self.at_tap(values.reshape(self.shape))
+        width = split.shape[-1] // self.parts
         split = split.reshape(*split.shape[:-1], self.parts, width)
         # The last axis is two now: the parts, and what each of them has of it.
         inputs, outputs, window, batch = (
