@@ -234,8 +234,7 @@ class _Source:
         if cost < WORTH_THREADS:
             make(0, count)
             return
-        workers = min(pieces, stream.available_cores(), stream.MOST_THREADS)
-        stream.share(make, count, -(-count // pieces), workers)
+        stream.share(make, count, -(-count // pieces))
 
     def _draw_by_numpy(self, memory: memoryview, number: int, area: Bounds) -> None:
         matrix = self._tall_matrix(number)
