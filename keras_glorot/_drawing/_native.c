@@ -156,9 +156,14 @@ INLINE void make_quantiles(uint32_t *words, size_t count, const int32_t *knots) 
 #ifdef X86
 #define V2 /* what every x86-64 has */
 #define V3 __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")))
+#ifdef __clang__ /* does not know the last option, and would ignore all of them */
+#define WIDTH_OF_V4 ""
+#else
+#define WIDTH_OF_V4 ",prefer-vector-width=512"
+#endif
 #define V4                                                                                 \
     __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,avx512f,avx512bw,"       \
-                          "avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
+                          "avx512cd,avx512dq,avx512vl" WIDTH_OF_V4)))
 
 #define MULTIPLY_V2(a, b) (Wide_v2) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
 #define MULTIPLY_V3(a, b) (Wide_v3) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
