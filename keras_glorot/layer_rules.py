@@ -29,7 +29,7 @@ __all__ = [
 # A string stands for an activation that can't be called: Keras does not know it.
 Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
-# A rule for Keras's layers tells more than the fans.
+# A rule for Keras's layers tells more than the fans: a user's alone returns `Fans`.
 _Rule = Callable[[Any, tuple[int, ...]], Fans | Matrices | None]
 
 _TRANSPOSED = (
@@ -157,10 +157,7 @@ def _by_rule(
 
 def has_registered_rule(layer: keras.Layer | None, variable: keras.Variable) -> bool:
     """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
-    ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
-    if ruled is None or _RULES[ruled] is _KERAS_RULES.get(ruled):
-        return False
-    return fans_by_rule(tuple(variable.shape), layer, variable) is not None
+    return isinstance(_by_rule(tuple(variable.shape), layer, variable), Fans)
 
 
 def kernel_activation(
@@ -317,7 +314,3 @@ def _is_recurrent(layer: keras.Layer | None, variable: keras.Variable | None) ->
     if recurrent is None:  # it is made after the kernel
         return getattr(layer, "kernel", None) is not None
     return variable is recurrent
-
-
-# A rule that the user registers says more than these: that the weight is a kernel.
-_KERAS_RULES = dict(_RULES)
