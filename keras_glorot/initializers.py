@@ -111,8 +111,6 @@ class _Glorot(keras.initializers.Initializer):
             )
         if is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
-        if (valueless := backends.meta_tensor(shape, dtype)) is not None:
-            return valueless
         if self._is_unshared and not backends.shares_new_variables():
             check_alone()
         seed = seed_words(self.seed)

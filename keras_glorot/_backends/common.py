@@ -25,7 +25,6 @@ __all__ = [
     "is_symbolic",
     "is_tracing",
     "map_parts",
-    "meta_tensor",
     "new_value",
     "numpy",
     "outside_traces",
@@ -77,11 +76,6 @@ def to_sharded_tensor(
         draw_region: Called with a start and a stop for each axis.
     """
     return program.spread(None, layout)
-
-
-def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    """A tensor with a shape and no values, if such are made here; else None."""
-    return None
 
 
 def values(variable: keras.Variable) -> Values:

@@ -28,12 +28,6 @@ def to_array(variable: keras.Variable) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
 
 
-def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    if torch.empty(0).is_meta:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    return None
-
-
 def values(variable: keras.Variable) -> Values:
     return Values.of(to_array(variable))
 
