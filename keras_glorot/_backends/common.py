@@ -24,7 +24,6 @@ __all__ = [
     "held_value",
     "is_symbolic",
     "is_tracing",
-    "map_parts",
     "new_value",
     "numpy",
     "outside_traces",
@@ -91,13 +90,6 @@ def held_value(variable: keras.Variable) -> Any:
 def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarray]) -> Any:
     """A value for a variable, spread as it is: devices draw their own parts."""
     return draw_region(tuple((0, size) for size in variable.shape))
-
-
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    """A value for a variable: a function of each element, computed part by part."""
-    return function(to_array(variable))
 
 
 def assign(variable: keras.Variable, value: Any) -> None:

@@ -36,12 +36,6 @@ def held_value(variable: keras.Variable) -> Any:
     return to_array(variable).copy()  # a new value goes into the same memory
 
 
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    return function(to_array(variable))
-
-
 def assign(variable: keras.Variable, value: Any) -> None:
     if isinstance(value, np.ndarray):
         value = to_tensor(value)
