@@ -32,7 +32,7 @@ __all__ = [
 # A string stands for an activation that can't be called: Keras does not know it.
 Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
-# A rule for Keras's layers tells more than the fans.
+# A rule for Keras's layers tells more than the fans: a user's alone returns `Fans`.
 _Rule = Callable[[Any, tuple[int, ...]], Fans | Matrices | None]
 
 _TRANSPOSED = (
@@ -133,17 +133,13 @@ def kernel_matrices(
 ) -> Matrices:
     """The matrices that one weight is made of: by axes, by its layer, else by its shape."""
     found = _by_rule(shape, layer, variable)
+    matrices = found if isinstance(found, Matrices) else Matrices.from_shape(shape)
     if axes is not None:
         matrices = Matrices.from_axes(shape, *axes)
-    elif isinstance(found, Matrices):
-        matrices = found
-    elif found is not None:
-        return Matrices.from_fans(shape, found)
+    elif isinstance(found, Fans):
+        matrices = Matrices.from_fans(shape, found)
     elif _is_recurrent(layer, variable) and shape[-1] % shape[-2] == 0:
-        gates = shape[-1] // shape[-2]
-        return Matrices.from_shape(shape)._replace(parts=gates)
-    else:
-        return Matrices.from_shape(shape)
+        matrices = matrices._replace(parts=shape[-1] // shape[-2])
     # There a causal convolution sees the present.
     return matrices._replace(last_tap=getattr(layer, "padding", None) == "causal")
 
@@ -153,20 +149,16 @@ def _by_rule(
 ) -> Fans | Matrices | None:
     if layer is None or is_bias(layer, variable):
         return None
-    for layer_class in type(layer).__mro__:
-        if layer_class in _SEPARABLE and not _is_depthwise_half(layer, variable):
-            return None  # a pointwise kernel: its shape tells
-        if layer_class in _RULES:
-            return _RULES[layer_class](layer, tuple(shape))
-    return None
+    rule = next((_RULES[each] for each in type(layer).__mro__ if each in _RULES), None)
+    is_separable = rule is _depthwise_conv and isinstance(layer, _SEPARABLE)
+    if rule is None or (is_separable and not _is_depthwise_half(layer, variable)):
+        return None  # its shape tells, as of a pointwise kernel
+    return rule(layer, tuple(shape))
 
 
 def has_registered_rule(layer: keras.Layer | None, variable: keras.Variable) -> bool:
     """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
-    ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
-    if ruled is None or _RULES[ruled] is _KERAS_RULES.get(ruled):
-        return False
-    return fans_by_rule(tuple(variable.shape), layer, variable) is not None
+    return isinstance(_by_rule(tuple(variable.shape), layer, variable), Fans)
 
 
 def kernel_activation(
@@ -333,13 +325,6 @@ def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> b
 
 def _is_recurrent(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
     """Whether a weight is, or is going to be, the recurrent kernel of a cell."""
-    if layer is None or not hasattr(layer, "recurrent_initializer"):
-        return False
-    recurrent = getattr(layer, "recurrent_kernel", None)
-    if recurrent is None:  # it is made after the kernel
-        return getattr(layer, "kernel", None) is not None
-    return variable is recurrent
-
-
-# A rule that the user registers says more than these: that the weight is a kernel.
-_KERAS_RULES = dict(_RULES)
+    is_it = getattr(layer, "recurrent_kernel", None) is variable
+    is_kernel_made = getattr(layer, "kernel", None) is not None  # it is, before this one
+    return is_it and is_kernel_made and hasattr(layer, "recurrent_initializer")

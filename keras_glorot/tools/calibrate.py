@@ -1,6 +1,5 @@
 """`calibrate`: signal, gradient and the likeness of examples, held by measurement."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -154,8 +153,7 @@ def calibrate(
         for layer, factor in zip(result.layers, result.factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
                 before.append((weight.variable, backends.held_value(weight.variable)))
-                scale = functools.partial(scaled, layer, factor)
-                backends.assign(weight.variable, backends.map_parts(weight.variable, scale))
+                backends.assign(weight.variable, scaled(layer, factor, weight.variable))
         return table  # within, so that an interrupt in this last moment is caught too
     except BaseException:
         for variable, old in before:
