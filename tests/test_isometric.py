@@ -783,6 +783,13 @@ def test_audit_finds_a_planted_fault(fault, message):
         check_isometry(model)
 
 
+def test_audit_names_only_units_that_have_a_partner():
+    model = dense("relu", 1, width=8, inputs=4, outputs=4)
+    first, head = audit(model, "isometric").findings
+    assert "opposite: output" in first.message
+    assert "opposite: input" in head.message
+
+
 def words():
     return keras.Sequential(
         [
