@@ -1,4 +1,4 @@
-"""Whether code can reach what is outside of a copy, and copies of objects.
+"""Whether code can reach what is outside of a copy.
 
 To see how a layer makes its weights, a copy of it is built. That must touch nothing else.
 Attributes of classes, functions and modules are put back. A change inside an object can't
@@ -12,13 +12,13 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-__all__ = ["NotIsolatedError", "Reach", "copy_object", "is_immutable", "is_library"]
+__all__ = ["NotIsolatedError", "Reach", "is_immutable", "is_library"]
 
 
 class NotIsolatedError(Exception):
@@ -251,42 +251,3 @@ def _modules(name: str, package: str) -> list[types.ModuleType]:
     above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     names = [name, *(f"{each}.{name}".rstrip(".") for each in above)]
     return [sys.modules[each] for each in names if each in sys.modules]
-
-
-def copy_object(
-    value: Any,
-    of: Callable[[Any], Any],
-    is_left_out: Callable[[Any], bool],
-    register: Callable[[Any], None],
-) -> Any:
-    """Copies an object as `copy.deepcopy` does, without attributes that are left out.
-
-    Args:
-        value: The object.
-        of: Copies what is in it.
-        is_left_out: Whether something in it is not to be copied.
-        register: Called with the copy, before anything is put into it.
-    """
-    reduced: list[Any] = [*value.__reduce_ex__(4), None, None, None]
-    make, arguments, state, items, pairs = reduced[:5]
-    is_own = make is type(value) or is_library(getattr(make, "__module__", None))
-    if not is_own or any(map(is_left_out, arguments)):
-        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
-    copy = make(*(each if each is type(value) else of(each) for each in arguments))
-    if copy is value:
-        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
-    register(copy)
-    if state is not None and hasattr(copy, "__setstate__"):
-        copy.__setstate__(of(state))
-    elif state is not None:
-        parts = state if isinstance(state, tuple) else (state,)
-        for name, item in [each for part in parts if part for each in part.items()]:
-            if not is_left_out(item):
-                object.__setattr__(copy, name, of(item))
-    for item in items or ():
-        if not is_left_out(item):
-            copy.append(of(item))
-    for key, item in pairs or ():
-        if not is_left_out(item):
-            copy[of(key)] = of(item)
-    return copy
