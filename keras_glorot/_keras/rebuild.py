@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -34,6 +34,7 @@ from keras_glorot._keras.tree import (
 __all__ = [
     "BuildValue",
     "NotIsolatedError",
+    "ReplayScope",
     "build_values",
     "may_assign",
     "may_hold_given_vectors",
@@ -134,7 +135,7 @@ class _Rebuild:
 
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
-        scope = _ReplayScope([])
+        scope = ReplayScope()
         pairs, created, replica = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
         counterparts |= {id(copy): variable for variable, copy in replica.stand_ins}
@@ -152,12 +153,12 @@ class _Rebuild:
 
     def assigned_values(self) -> dict[int, Any]:
         """By `id` of the variable, what `build` assigns if the weights are as now."""
-        scope = _ReplayScope(self.created)
+        scope = ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
-    def _build(self, scope: "_ReplayScope"):
+    def _build(self, scope: "ReplayScope"):
         replica = _Replica(self.original)
         # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
@@ -183,10 +184,10 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
     return value
 
 
-class _ReplayScope(keras.StatelessScope):
+class ReplayScope(keras.StatelessScope):
     """Notes assignments; lets the n-th variable made read as the n-th one given."""
 
-    def __init__(self, created: list[keras.Variable | None]):
+    def __init__(self, created: Sequence[keras.Variable | None] = ()):
         super().__init__(initialize_variables=False)
         self.created = created
         self.made_of_values: list[keras.Variable] = []

@@ -131,7 +131,11 @@ class Tree:
     @functools.cached_property
     def seed_generators(self) -> list[tuple[keras.Layer, keras.random.SeedGenerator]]:
         """Each with the layer that holds it."""
-        return [(layer, each) for layer in self.layers for each in _seed_generators(layer)]
+        return [
+            (layer, generator)
+            for layer in self.layers
+            for generator in unique(attributes(layer, keras.random.SeedGenerator).values())
+        ]
 
     @functools.cached_property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
@@ -243,12 +247,6 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [variable for name in lists for variable in getattr(layer, name, ())]
 
 
-def _seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
-    held = attributes(layer, keras.random.SeedGenerator)
-    listed = getattr(layer, "_seed_generators", ())
-    return unique([*listed, *held.values()])
-
-
 def initial_state(layer: keras.Layer, variable: keras.Variable) -> Any:
     """The value that a state of a recurrent layer starts with; None of anything else."""
     if not isinstance(layer, keras.layers.RNN) or not layer.states:
@@ -293,5 +291,5 @@ def attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
 _TRACKING = {"_layers", "_trainable_variables", "_non_trainable_variables", "_variables"}
 
 
-def unique(objects: list[Any]) -> list[Any]:
+def unique(objects: Iterable[Any]) -> list[Any]:
     return list({id(each): each for each in objects}.values())
