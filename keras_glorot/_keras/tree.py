@@ -57,11 +57,8 @@ class Tree:
         The root goes by its name. A layer with several parents has the path of the first.
         Unlike Keras's own `path`, this does not depend on how and when a layer was built.
         """
-
-        def names(holders: list[keras.Layer], children: list[keras.Layer]) -> list[str]:
-            return [child.name for child in children]
-
-        return {**self._join(names), id(self.root): self.root.name}
+        names = self._join(lambda _, children: [child.name for child in children])
+        return names | {id(self.root): self.root.name}
 
     @functools.cached_property
     def _canonical_paths(self) -> dict[int, str]:
