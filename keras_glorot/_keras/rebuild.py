@@ -1,6 +1,7 @@
 """How a layer makes its weights: seen by building a copy of it."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class BuildValue:
     """The value that a layer assigns to a variable in `build`, or makes it of.
 
@@ -51,16 +53,15 @@ class BuildValue:
         rebuild: The `_Rebuild` that builds a copy of the layer.
     """
 
-    def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
-        self.declared, self.variable, self.rebuild = declared, variable, rebuild
+    declared: Any
+    variable: keras.Variable
+    rebuild: "_Rebuild"
 
 
 def build_values(sources: list[BuildValue]) -> list[Any]:
     """The value of each, all from the same weights: build copies each layer once."""
-    assigned: dict[int, dict[int, Any]] = {}
-    for source in sources:
-        if id(source.rebuild) not in assigned:
-            assigned[id(source.rebuild)] = source.rebuild.assigned_values()
+    rebuilds = {id(source.rebuild): source.rebuild for source in sources}
+    assigned = {key: rebuild.assigned_values() for key, rebuild in rebuilds.items()}
     return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
