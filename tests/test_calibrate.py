@@ -564,6 +564,20 @@ def test_a_model_that_no_scale_holds_is_left_with_the_cause(make, cause):
     assert finding.path in {row["path"].rpartition("/")[0] for row in table}
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: layers.LeakyReLU(0.05), "LeakyReLU"),
+        (lambda: layers.PReLU(keras.initializers.Constant(0.05)), "leaky_relu"),
+    ],
+)
+def test_an_activation_that_is_a_layer_is_named_as_the_cause(make, name):
+    hidden = [each for _ in range(24) for each in (layers.Dense(32), make())]
+    model = fill(keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(3)]))
+    (finding,) = calibrate(model, 1 + data(32, 32)).findings
+    assert finding.message.endswith(f"The cause is the activation {name}.")
+
+
 def variational():
     inputs = keras.Input((16, 16, 1))
     x = inputs

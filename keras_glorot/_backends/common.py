@@ -24,8 +24,6 @@ __all__ = [
     "held_value",
     "is_symbolic",
     "is_tracing",
-    "map_parts",
-    "meta_tensor",
     "new_value",
     "numpy",
     "outside_traces",
@@ -79,11 +77,6 @@ def to_sharded_tensor(
     return program.spread(None, layout)
 
 
-def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    """A tensor with a shape and no values, if such are made here; else None."""
-    return None
-
-
 def values(variable: keras.Variable) -> Values:
     """The values of a variable, read part by part: nothing of them stays on the host."""
     return Values.of(to_array(variable))
@@ -97,13 +90,6 @@ def held_value(variable: keras.Variable) -> Any:
 def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarray]) -> Any:
     """A value for a variable, spread as it is: devices draw their own parts."""
     return draw_region(tuple((0, size) for size in variable.shape))
-
-
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    """A value for a variable: a function of each element, computed part by part."""
-    return function(to_array(variable))
 
 
 def assign(variable: keras.Variable, value: Any) -> None:

@@ -120,16 +120,6 @@ def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarr
     return common.new_value(variable, draw_region)
 
 
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    array: Any = variable.value
-    parts = {
-        _bounds(shard.index, array.shape): shard.data for shard in array.addressable_shards
-    }
-    return new_value(variable, lambda bounds: function(_on_host(parts[bounds])))
-
-
 def assign(variable: keras.Variable, value: Any) -> None:
     old: Any = variable.value  # Keras keeps to a device only if it chose it itself
     if old.is_fully_addressable or not _is_local(value):

@@ -28,24 +28,12 @@ def to_array(variable: keras.Variable) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
 
 
-def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    if torch.empty(0).is_meta:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    return None
-
-
 def values(variable: keras.Variable) -> Values:
     return Values.of(to_array(variable))
 
 
 def held_value(variable: keras.Variable) -> Any:
     return to_array(variable).copy()  # a new value goes into the same memory
-
-
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    return function(to_array(variable))
 
 
 def assign(variable: keras.Variable, value: Any) -> None:

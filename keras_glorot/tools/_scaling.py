@@ -464,8 +464,8 @@ def _length(gradient: np.ndarray) -> float:
     return math.hypot(*moments(gradient)) * math.sqrt(gradient.size)
 
 
-def scaled(layer: ScaledLayer, factor: float, values: np.ndarray) -> np.ndarray:
-    """A part of a kernel times its share of the layer's factor."""
+def scaled(layer: ScaledLayer, factor: float, kernel: keras.Variable) -> Tensor:
+    """A kernel times its share of the layer's factor."""
     share = float(factor) ** (1 / len(layer.kernels))
-    wide = values.astype(np.promote_types(values.dtype, np.float32)) * share
-    return wide.astype(values.dtype)
+    wide = keras.backend.result_type(kernel.dtype, "float32")
+    return ops.cast(ops.cast(kernel, wide) * share, kernel.dtype)

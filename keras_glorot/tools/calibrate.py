@@ -1,6 +1,5 @@
 """`calibrate`: signal, gradient and the likeness of examples, held by measurement."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ from keras_glorot._models.pairs import fitting_levels
 from keras_glorot._models.passes import Batch, is_float
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
+from keras_glorot.layer_rules import activation_name
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS_BY_KERNEL
 from keras_glorot.tools._scaling import (
@@ -157,8 +157,7 @@ def calibrate(
         for layer, factor in zip(result.layers, result.factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
                 before.append((weight.variable, backends.held_value(weight.variable)))
-                scale = functools.partial(scaled, layer, factor)
-                backends.assign(weight.variable, backends.map_parts(weight.variable, scale))
+                backends.assign(weight.variable, scaled(layer, factor, weight.variable))
         return table  # within, so that an interrupt in this last moment is caught too
     except BaseException:
         for variable, old in before:
@@ -615,8 +614,8 @@ def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
     for i in hidden:
         activation = layers[i].kernels[0].activation
         if activation is not None:
-            name = getattr(activation, "__name__", type(activation).__name__)
-            return layers[i].path, f"the activation {name}", _ADVICE
+            cause = f"the activation {activation_name(activation)}"
+            return layers[i].path, cause, _ADVICE
     return layers[first].path, "the structure behind it", _ADVICE
 
 

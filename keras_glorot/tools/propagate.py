@@ -291,7 +291,8 @@ _ADVICE = {
     "saturated": "Use a smaller gain for its kernel, or scale its input down to std 1.",
     "dead": "Check its bias and the mean of its input, train with a smaller learning rate, "
     "or use an activation that has a slope on both sides.",
-    "plain": 'Start with initialize(model, "isometric").',
+    "plain": 'Start with initialize(model, "isometric"), or scale the kernels with '
+    "calibrate(model, x).",
     "scale": "Scale the kernels with calibrate(model, x), or add normalization layers.",
     "residual-growth": "Scale the ends of the branches down with calibrate(model, x).",
 }
