@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import keras
 
-from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._keras.call_site import CallSite
-from keras_glorot._models.survey import Weight, distribution_of
+from keras_glorot._drawing.distributions import Distribution, keras_distribution
+from keras_glorot._models.survey import Weight
 from keras_glorot.fans import Fans, compute_fans, fan_of
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import activation_name, is_relu_like, unit_axis
@@ -183,7 +182,7 @@ def _explain_std(subject: Subject) -> str:
     weight, initializer = subject.weight, subject.start.initializer
     fans_by_shape = compute_fans(weight.shape)
     fans = weight.fans or fans_by_shape
-    stock = distribution_of(initializer, weight.shape, fans_by_shape, CallSite())
+    stock = keras_distribution(initializer, weight.shape, fans_by_shape)
     if fans == fans_by_shape or stock is None or is_off(subject.statistics, stock):
         return _UNEXPLAINED
     if weight.variable.name.startswith("lora_"):
