@@ -355,7 +355,7 @@ def _reset_learning_rates(survey: Survey) -> list[Finding]:
         if first is not None:
             backends.assign(rate, first)
             continue
-        present = float(backends.to_array(rate))
+        present = float(backends.held_value(rate))
         message = f"Its learning rate stays {present:.3g}: the first one is not known."
         advice = "Set it if training has changed it."
         findings.append(Finding(severity, "optimizer", optimizer.name, message, advice))
