@@ -1,9 +1,11 @@
 """Rules of Keras's layer classes: the fans of their kernels, and their activations."""
 
+import functools
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._keras.tree import downstream_operations
@@ -11,6 +13,7 @@ from keras_glorot.fans import Fans, compute_fans, standardize_shape
 
 __all__ = [
     "Activation",
+    "activation_name",
     "fans_by_rule",
     "following_activation",
     "has_registered_rule",
@@ -39,7 +42,10 @@ _TRANSPOSED = (
 )
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
-_RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
+_RELU_LIKE = {
+    *("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"),
+    *("ReLU", "LeakyReLU", "ELU"),  # layers
+}
 
 
 def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
@@ -211,12 +217,19 @@ def unit_axis(layer: keras.Layer | None) -> int:
     return -2 if isinstance(layer, _TRANSPOSED) else -1
 
 
+def activation_name(activation: Activation) -> str:
+    """As a sentence names it: by the function, or by the class of its layer."""
+    if isinstance(activation, str):
+        return activation
+    owner = getattr(activation, "__self__", None)
+    function = getattr(activation, "func", activation)
+    named = type(owner) if isinstance(owner, keras.Layer) else function
+    return getattr(named, "__name__", type(named).__name__)
+
+
 def is_relu_like(activation: Activation | None) -> bool:
     """Whether Glorot's assumption, linear around zero, fails as it does for ReLU."""
-    owner = getattr(activation, "__self__", None)
-    if isinstance(owner, keras.layers.ReLU | keras.layers.LeakyReLU | keras.layers.ELU):
-        return True
-    return getattr(activation, "__name__", "") in _RELU_LIKE
+    return activation is not None and activation_name(activation) in _RELU_LIKE
 
 
 def is_normalization(layer: keras.Layer) -> bool:
@@ -232,12 +245,21 @@ def layer_activation(layer: Any) -> Activation | None:
         case keras.layers.ReLU(negative_slope=0, threshold=0, max_value=None):
             return keras.activations.relu
         case keras.layers.PReLU():
-            return keras.activations.relu  # its slopes start at zero
+            start = getattr(layer.alpha_initializer, "value", 0.0)
+            return _leaky_relu(float(np.mean(start)))
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
         case keras.layers.Softmax():
             return keras.activations.softmax
     return None
+
+
+@functools.cache
+def _leaky_relu(slope: float) -> Activation:
+    """One function for one slope, so that layers can be compared."""
+    if slope == 0:
+        return keras.activations.relu
+    return functools.partial(keras.activations.leaky_relu, negative_slope=slope)
 
 
 # Rules by layer class, inherited by subclasses. Keras's layers for which the shape rule

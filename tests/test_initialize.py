@@ -123,6 +123,16 @@ def test_right_fans_and_gains():
     assert row(table, "last/kernel")["std"] == math.sqrt(2 / (16 + 4))
 
 
+@pytest.mark.parametrize("slopes", ["zeros", keras.initializers.Constant(0.25)])
+def test_the_slopes_with_which_prelu_starts(slopes):
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64), layers.PReLU(slopes)])
+    assert [found.code for found in audit(model).findings] == ["relu-gain"]
+    table = initialize(model, GlorotNormal(gain="auto"), seed=0)
+    gain = calculate_gain("leaky_relu", getattr(slopes, "value", 0.0))
+    assert table.rows[0]["std"] == pytest.approx(gain / 8, rel=1e-6)
+    assert not audit(model).findings
+
+
 def test_an_activation_layer_behind_counts_for_auto():
     x = keras.Input((64,))
     one, branch = layers.Dense(64, name="one"), layers.Dense(64, name="branch")

@@ -113,6 +113,15 @@ def test_convolutions_strides_and_flatten():
     check_isometry(model)
 
 
+@pytest.mark.parametrize("slope", [0.25, -0.1])
+def test_the_slopes_with_which_prelu_starts(slope):
+    slopes = keras.initializers.Constant(slope)
+    hidden = [(layers.Dense(32), layers.PReLU(slopes)) for _ in range(20)]
+    model = keras.Sequential([keras.Input((16,)), *sum(hidden, ()), layers.Dense(16)])
+    assert list(start(model).values()) == [*["yes"] * 20, HEAD]
+    check_isometry(model)
+
+
 def test_groups_separable_and_depthwise_layers():
     model = images(
         layers.SeparableConv2D(8, 3, padding="same", activation="relu"),
@@ -772,6 +781,13 @@ def test_audit_finds_a_planted_fault(fault, message):
     assert message in finding.message
     with pytest.raises(AssertionError):
         check_isometry(model)
+
+
+def test_audit_names_only_units_that_have_a_partner():
+    model = dense("relu", 1, width=8, inputs=4, outputs=4)
+    first, head = audit(model, "isometric").findings
+    assert "opposite: output" in first.message
+    assert "opposite: input" in head.message
 
 
 def words():

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from cases import CASES, TOKENS, convnet, data, fill, mlp
+from cases import CASES, TOKENS, convnet, data, fill, mixed, mlp
 from keras import layers
 from networks import HEALTHY, SICK
 from rich.console import Console
@@ -398,6 +398,21 @@ def test_small_signals_and_isometries_are_stable_whatever_the_activation():
     initialize(deep, "isometric", seed=1)
     found = propagate(deep, data(64, 12)).findings
     assert not found
+
+
+@pytest.mark.parametrize(
+    "activations", [("elu", "tanh"), ("tanh", "elu"), ("selu", "gelu", "tanh")]
+)
+def test_the_levels_of_an_isometric_start_are_no_trend(activations):
+    """The std before ELU is 100, before GELU 1, before tanh 0.3."""
+    model = mixed(*activations)
+    initialize(model, "isometric", seed=1)
+    assert not propagate(model, data(64, 64)).findings
+    for layer in model.layers:
+        layer.kernel.assign(0.5 * np.asarray(layer.kernel))
+    assert "vanishing" in codes(propagate(model, data(64, 64)))
+    fill(model, 0.5)
+    assert "vanishing" in codes(propagate(model, data(64, 64)))
 
 
 def test_plain_layers_are_sent_to_the_isometric_start_and_others_to_calibrate():

@@ -104,7 +104,7 @@ def _own(weight: Weight) -> Start:
 
 def _tap(weight: Weight) -> Start:
     """Each channel as it is, or copies of it."""
-    matrices = kernel_matrices(weight.shape, *weight.site)
+    matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
     distribution = Distribution.tap(1 / math.sqrt(matrices.columns), matrices)
     return Start("Identity", distribution, {"pairs": "it hands on those of its input"})
 
@@ -241,9 +241,10 @@ class _Network:
 
     def check_bias(self, layer: Any) -> None:
         """That it moves both units of a pair by the same, or by little."""
+        bias = getattr(layer, "bias", None)
         for weight in self.survey.weights:
-            if weight.variable is getattr(layer, "bias", None):
-                drawn = self.survey.drawn_from(weight)
+            if weight.variable is bias:
+                drawn = self.survey.elsewhere.get(id(bias), weight.distribution)
                 if drawn is None or drawn.std > _SMALL_BIAS:
                     raise Lost(f"the bias of {layer.name} is not the same for all units")
 
