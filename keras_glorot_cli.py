@@ -29,8 +29,7 @@ Set KERAS_BACKEND to tensorflow, jax or torch to choose the backend.
 exit codes:
   0  done; with --fail-on: and nothing of that severity was found
   1  --fail-on: something was found
-  2  the arguments are wrong, or the model can't be read or written: the config
-     in its file may have 100 MB
+  2  the arguments are wrong, or the model can't be read or written
 """
 PROGRAM = "keras-glorot"
 
@@ -39,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(_with_values_joined(arguments))
+    options.arguments = arguments
     # TensorFlow's remarks about the machine are no answer to anything asked here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -32,8 +33,6 @@ from keras_glorot.tools.report import audit_section, write_page
 __all__ = ["run"]
 
 PROGRAM = "keras-glorot"
-# A model of a thousand layers has a config of a megabyte.
-LARGEST_JSON = 100_000_000
 # Keras quotes whole configs.
 LONGEST_LINE = 1000
 
@@ -62,19 +61,14 @@ def _audit(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
         table = audit(_load(options.model), how)
     table.findings = [each for each in table.findings if each.code in codes]
-    wrote = _write_page(options, table) if options.html is not None else ""
-    return _show(options, table, wrote)
+    said = _write_page(options, table) if options.html is not None else ""
+    return _show(options, table, said)
 
 
 def _write_page(options: argparse.Namespace, table: Table) -> str:
-    chosen = "" if options.expect is None else f" --expect {options.expect}"
-    chosen += "".join(
-        f" --{name} {' '.join(getattr(options, name))}"
-        for name in ("ignore", "only")
-        if getattr(options, name)
-    )
-    command = f"{PROGRAM} audit {options.model}{chosen} --html {options.html}"
-    write_page(options.html, Path(options.model).name, [audit_section(table)], command)
+    command = shlex.join([PROGRAM, *options.arguments])
+    sections = [audit_section({"": table})]
+    write_page(options.html, Path(options.model).name, sections, command)
     return _wrote(options.html)
 
 
@@ -174,7 +168,6 @@ def _load(name: str) -> Any:
     if os.path.exists(name):
         if not zipfile.is_zipfile(name):
             raise ValueError(f"MODEL must be a whole .keras file. Received: {name}")
-        _check_sizes(name)
         with warnings.catch_warnings():
             # Compiled, but it has made no step: it has no state to be loaded.
             text = "Skipping variable loading .* saved optimizer has [12] variables"
@@ -189,17 +182,6 @@ def _load(name: str) -> Any:
         "MODEL must be a .keras file or the name of a keras.applications architecture. "
         f"Received: {name}.{suggestion(name, architectures)}"
     )
-
-
-def _check_sizes(name: str) -> None:
-    """Refuses what would fill the memory: JSON of gigabytes can be packed into a few kB."""
-    with zipfile.ZipFile(name) as file:
-        for each in file.infolist():
-            if each.filename.endswith(".json") and each.file_size > LARGEST_JSON:
-                raise ValueError(
-                    f"MODEL must not have JSON of more than {LARGEST_JSON:,} bytes. "
-                    f"Received: {name}, in which {each.filename} has {each.file_size:,}"
-                )
 
 
 def _render(table: Table, all: bool = False) -> str:
@@ -221,7 +203,8 @@ def _write(text: str) -> None:
     if sys.stdout is None:
         return
     try:
-        sys.stdout.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         # The rest of the buffer goes nowhere, without a word about it at exit.
