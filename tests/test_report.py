@@ -5,7 +5,6 @@ their screenshots.
 """
 
 import errno
-import html
 import os
 import re
 import sys
@@ -86,27 +85,12 @@ def test_the_page_has_what_there_is_to_know(tmp_path):
     assert len(text) < 2_000_000
 
 
-def test_points_have_the_numbers_of_the_table(tmp_path):
-    """And their names, whatever these are."""
-    model = net()
-    model.layers[1].name = """h'1"]'>"""
-    text = report(model, X, path=tmp_path / "report.html").read_text(encoding="utf-8")
-    titles = re.findall(r"<use [^>]*><title>(\d+): (.*), .*?</title></use>", text)
-    assert len(titles) == 6 + 2 * 6  # kernels; signal and gradient of calls
-    row = r'<code>((?:(?!</code>).)*)</code></td><td class="number">(\d+)</td>'
-    rows = {(number, name.replace("<wbr>", "")) for name, number in re.findall(row, text)}
-    assert set(titles) == rows
-    assert ("2", html.escape("""h'1"]'>/kernel""")) in rows
-
-
-def test_points_of_which_none_is_sound_have_names(tmp_path):
-    rows = [{"path": f"k{i}", "fan_in": 1, "ratio": 0.1} for i in range(3)]
-    found = [Finding("error", "std", row["path"], "", "") for row in rows]
-    table = Table("audit", rows, found, layout=LAYOUT)
-    text = page_of(table, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert re.findall("<title>([0-9].*?)</title>", text) == [
-        f"{i + 1}: k{i}, 0.1" for i in range(3)
-    ]
+def test_rows_have_the_numbers_of_the_picture(tmp_path):
+    ratios = enumerate([0.1, None, 0.2])
+    rows = [{"path": f"k{i}", "fan_in": 1, "ratio": ratio} for i, ratio in ratios]
+    page = page_of(Table("audit", rows, layout=LAYOUT), tmp_path / "page.html")
+    numbers = r'</code></td><td class="number">(\d*)</td>'
+    assert re.findall(numbers, page.read_text(encoding="utf-8")) == ["1", "", "2"]
 
 
 def test_a_model_before_stands_beside(tmp_path):

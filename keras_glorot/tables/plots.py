@@ -1,18 +1,16 @@
 """Pictures of tables. matplotlib is imported when one is drawn.
 
 Colors are told apart in grey too, and by their marks; text and axes have the colors of the
-user's style. Names of layers are drawn as they are: no `$` in them is a formula. The names
-of points are the id of their group in an SVG file, as a list in JSON.
+user's style. Names of layers are drawn as they are: no `$` in them is a formula.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from keras_glorot.tables.view import Picture, Row, cell, fold, printable
+from keras_glorot.tables.view import Picture, Row, fold, printable
 
 __all__ = [
     "NAMES_DOWN",
@@ -72,15 +70,13 @@ def _draw_ratios(
 
     ax.axvline(1, color=_SOUND, linewidth=1)
     size = 16 if count <= 100 else 5
-    sound = ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND,
-                       rasterized=count > 1000)  # fmt: skip
+    ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND,
+               rasterized=count > 1000)  # fmt: skip
     ax.hlines(
         depth[is_off], left, places[is_off], color=OFF_COLOR, alpha=0.3, linewidth=0.8
     )
-    other = ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR,
-                       marker="D", clip_on=False, zorder=3)  # fmt: skip
-    _name_points(sound, rows, "ratio", ~is_off)
-    _name_points(other, rows, "ratio", is_off)
+    ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR,
+               marker="D", clip_on=False, zorder=3)  # fmt: skip
     ax.set_xscale("log")
     ax.set_xlim(left, right)
     ax.set_ylim(count + 0.8, 0.2)
@@ -149,10 +145,9 @@ def _draw_stds(
     for key, label, marker, color in series:
         stds = np.array([row[key] or math.nan for row in rows], float)
         fill = color if marker == "o" else "none"
-        (points,) = ax.plot(
+        ax.plot(
             depth, stds, marker, color=color, markerfacecolor=fill, markersize=size,
             markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
-        _name_points(points, rows, key, np.isfinite(stds))
     ax.update_datalim([(1, std) for std in _positive(scaled, "std", "gradient_std")])
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -176,18 +171,6 @@ def _draw_stds(
 
 RATIOS = Picture("The std of each kernel over the expected one", _ratio_rows, _draw_ratios)
 STDS = Picture("The std of signal and gradient by depth", _std_rows, _draw_stds)
-
-
-def _name_points(points: Any, rows: list[Row], key: str, are_drawn: Iterable[bool]) -> None:
-    """By number, as in the table of a page, with path and value."""
-    if points.get_rasterized():
-        return
-    names = [
-        f"{number}: {printable(row['path'])}, {cell(row[key]) or 'no std'}"
-        for number, (row, is_drawn) in enumerate(zip(rows, are_drawn, strict=True), 1)
-        if is_drawn
-    ]
-    points.set_gid(json.dumps(names))
 
 
 def fold_names(paths: Iterable[str], letters: int) -> tuple[list[str], int]:

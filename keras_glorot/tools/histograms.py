@@ -112,14 +112,14 @@ def _draw_bands(ax: Any, label: str, samples: Iterable[np.ndarray | None]) -> No
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import AsinhLocator
 
-    finite = [_finite(sample) for sample in samples]
-    stds = [float(values.std()) for values in finite if values.size]
+    samples = [np.zeros(0) if sample is None else sample for sample in samples]
+    stds = [float(sample.std()) for sample in samples if sample.size]
     linear = min((std for std in stds if std), default=1.0)
-    reach = max(float(np.abs(values).max(initial=linear)) for values in finite)
+    reach = max(float(np.abs(sample).max(initial=linear)) for sample in samples)
     # Bins of equal width on the axis, which is that of the inverse hyperbolic sine.
     end = np.arcsinh(reach / linear) * 1.02
     edges = np.sinh(np.linspace(-end, end, _BINS + 1)) * linear
-    counts = [np.histogram(values, edges)[0] / max(values.size, 1) for values in finite]
+    counts = [np.histogram(sample, edges)[0] / max(sample.size, 1) for sample in samples]
 
     ax.set_xscale("asinh", linear_width=linear)
     rows = np.arange(len(counts) + 1) - 0.5
@@ -135,15 +135,10 @@ def _draw_bands(ax: Any, label: str, samples: Iterable[np.ndarray | None]) -> No
     ax.set_xlabel(label)
 
 
-def _finite(sample: np.ndarray | None) -> np.ndarray:
-    values = np.zeros(0) if sample is None else np.asarray(sample, float)
-    return values[np.isfinite(values)]
-
-
 def _sample(values: np.ndarray) -> np.ndarray:
-    """Some values, taken at random: each n-th one would always be of the same channels."""
+    """Some finite values, at random: each n-th would always be of the same channels."""
     flat = np.asarray(values).reshape(-1)
-    if flat.size <= _SAMPLE:
-        return np.array(flat, np.float32)
-    places = np.random.default_rng(0).integers(0, flat.size, _SAMPLE)
-    return flat[places].astype(np.float32)
+    if flat.size > _SAMPLE:
+        flat = flat[np.random.default_rng(0).integers(0, flat.size, _SAMPLE)]
+    finite = flat.astype(float)
+    return finite[np.isfinite(finite)]

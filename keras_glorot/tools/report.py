@@ -7,7 +7,6 @@ import html
 import importlib
 import importlib.util
 import io
-import json
 import platform
 import re
 import string
@@ -27,7 +26,7 @@ from keras_glorot.tables import Table, printable
 from keras_glorot.tables.html import STYLE, findings_html, rows_html
 from keras_glorot.tables.plots import OFF_COLOR
 from keras_glorot.tables.view import View
-from keras_glorot.tools._files import drafted
+from keras_glorot.tools._files import write_whole
 from keras_glorot.tools.audit import audited
 from keras_glorot.tools.histograms import plotted_histograms
 from keras_glorot.tools.propagate import propagated
@@ -153,8 +152,9 @@ def write_page(
         facts=facts,
         off=OFF_COLOR,
     )
-    with drafted(path, "Argument `path`") as put:
-        put(lambda draft: draft.write_text(page, encoding="utf-8"))
+    write_whole(
+        path, "Argument `path`", partial(Path.write_text, data=page, encoding="utf-8")
+    )
     return path
 
 
@@ -233,7 +233,6 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = _NAMED.sub(_with_names, text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     for name, color in (("currentColor", _INK), ("var(--off)", OFF_COLOR), _PAPER):
         text = text.replace(color, name)
@@ -241,19 +240,6 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
 
 
 _PAPER = ("var(--paper)", "#ffffff")  # under a histogram
-# A group of points up to the next group with an id.
-_NAMED = re.compile(r"""<g id=(["'])(\[[^<>]*\])\1>(.*?)(?=<g id=|\Z)""", re.DOTALL)
-
-
-def _with_names(group: re.Match) -> str:
-    """Points with names, which a browser shows when the mouse is over them."""
-    names = iter(json.loads(html.unescape(group[2])))
-
-    def point(use: re.Match) -> str:
-        return f"{use[1]}><title>{html.escape(next(names))}</title></use>"
-
-    return f"<g>{re.sub('(<use [^>]*?)/>', point, group[3])}"
-
 
 _PAGE = """\
 <!DOCTYPE html>
