@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import sys
 import tempfile
 import types
@@ -44,10 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _without_early_log_lines():
             from keras_glorot import cli
+        return cli.run(options)
     except ModuleNotFoundError as error:  # of a backend
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
-    return cli.run(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,9 +224,9 @@ def _output(text: str) -> Path:
 
 def _page(text: str) -> Path:
     target = Path(os.path.realpath(text))
-    if not target.parent.is_dir():
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
-            f"must be a file in an existing folder. Received: {text}"
+            f"must be a file in an existing folder that can be written. Received: {text}"
         )
     if target.exists() and not target.is_file():
         kind = "a directory" if target.is_dir() else "a device"

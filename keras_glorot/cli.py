@@ -1,19 +1,15 @@
 """The commands of the command line, whose arguments `keras_glorot_cli.py` reads."""
 
-import _thread
 import argparse
 import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,8 +18,9 @@ import rich
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
 from keras_glorot.recipes import RECIPES
-from keras_glorot.tables import Severity, Table, printable
-from keras_glorot.tools._files import drafted
+from keras_glorot.tables import Table, printable
+from keras_glorot.tables.findings import SEVERITIES
+from keras_glorot.tools._files import write_whole
 from keras_glorot.tools.audit import CODES, audit
 from keras_glorot.tools.calibrate import calibrate
 from keras_glorot.tools.initialize import initialize
@@ -39,12 +36,10 @@ LONGEST_LINE = 1000
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command that was asked for, and returns the exit code."""
-    with _signals_as_exceptions(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             return _COMMANDS[options.command](options)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
         except Exception as error:  # a damaged file makes Keras raise anything
             from keras_glorot._keras.calls import error_reason
 
@@ -75,21 +70,19 @@ def _write_page(options: argparse.Namespace, table: Table) -> str:
 def _show(options: argparse.Namespace, table: Table, said: str = "") -> int:
     """Prints a table, and returns the exit code that its findings ask for."""
     _write(table.to_json() + "\n" if options.json else said + _render(table, options.all))
-    severities = get_args(Severity)  # the worst first
-    worst = severities[: severities.index(options.fail_on) + 1] if options.fail_on else ()
+    worst = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1] if options.fail_on else ()
     return int(any(finding.severity in worst for finding in table.findings))
 
 
 def _init(options: argparse.Namespace) -> int:
-    how = _how(options)  # may fail, as may the folder: before the work
-    with drafted(options.output, "-o") as put:
-        model = _load(options.model)
-        tables = [initialize(model, how, seed=options.seed)]
-        said = ""
-        if options.calibrate is not None:
-            x, said = _batch(model, options.calibrate)
-            tables.append(calibrate(model, x))
-        put(model.save)
+    how = _how(options)  # may fail: before the work
+    model = _load(options.model)
+    tables = [initialize(model, how, seed=options.seed)]
+    said = ""
+    if options.calibrate is not None:
+        x, said = _batch(model, options.calibrate)
+        tables.append(calibrate(model, x))
+    write_whole(options.output, "-o", model.save)
     _write(said + "\n".join([*map(_render, tables), _wrote(options.output)]))
     return 0
 
@@ -163,8 +156,6 @@ def _batch(model: Any, name: str) -> tuple[Any, str]:
 
 
 def _load(name: str) -> Any:
-    if os.path.isdir(name):
-        raise ValueError(f"MODEL must be a .keras file, not a directory. Received: {name}")
     if os.path.exists(name):
         if not zipfile.is_zipfile(name):
             raise ValueError(f"MODEL must be a whole .keras file. Received: {name}")
@@ -224,40 +215,3 @@ def _complain(kind: str, message: str) -> None:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     _complain("warning", str(message))
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Lets a signal that would end the process at once clean up first."""
-    hook = sys.unraisablehook
-
-    def stop(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
-        raise SystemExit(128 + number)
-
-    def stop_again(swallowed: Any) -> None:
-        """Finalizers and callbacks of the garbage collector swallow what is raised."""
-        code = getattr(swallowed.exc_value, "code", None)
-        number = code - 128 if isinstance(code, int) else 0
-        if number in numbers:
-            signal.signal(number, stop)
-            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
-        else:
-            hook(swallowed)
-
-    numbers = []
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            # `nohup` has it ignored, and so it stays.
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                numbers.append(number)
-    for number in numbers:
-        signal.signal(number, stop)
-    sys.unraisablehook = stop_again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
