@@ -56,10 +56,13 @@ def is_marked(start: Distribution) -> bool:
     mirror = start.mirror
     if mirror is None:
         return start.form == "tap"
-    sides = mirror.inputs, mirror.outputs
-    has_pairs = any(bool((side.factors < 0).any()) for side in sides)
+    has_pairs = _has_pairs(mirror.inputs) or _has_pairs(mirror.outputs)
     taps = math.prod(tap.stop - tap.start for tap in mirror.taps)
     return has_pairs or taps < mirror.matrices.window_size
+
+
+def _has_pairs(side: Side) -> bool:
+    return bool((side.factors < 0).any())
 
 
 def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
@@ -138,8 +141,8 @@ def _where(wrong: np.ndarray, mirror: Mirror, values: np.ndarray) -> str:
         outside = [at for at in wrong[:, axis] if not tap.start <= at < tap.stop]
         if outside:
             return f"Beside the tap it is not zero: at {int(outside[0])} of the window."
-    names = [(axis, "output") for axis in m.outputs]
-    names += [(axis, "input") for axis in m.inputs]
+    names = [(axis, "output") for axis in m.outputs if _has_pairs(mirror.outputs)]
+    names += [(axis, "input") for axis in m.inputs if _has_pairs(mirror.inputs)]
     axis, name = min(names, key=lambda each: len(np.unique(wrong[:, each[0]])))
     place = int(wrong[0, axis])
     return f"Not all pairs are opposite: {name} {place} is not the negative of its partner."

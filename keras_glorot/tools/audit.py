@@ -254,7 +254,8 @@ def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
     for std in dict.fromkeys(glorot_stds(weight, gain, "fan_avg")):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
-        yield Distribution.orthogonal(std, kernel_matrices(weight.shape, *weight.site))
+        matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
+        yield Distribution.orthogonal(std, matrices)
 
 
 def _find_twins(subjects: list[Subject]) -> Iterator[Finding]:
