@@ -23,7 +23,7 @@ __all__ = [
 Mode = Literal["fan_avg", "fan_in", "fan_out"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-# Python would take these for sequences of integers, but no order or no size is meant.
+# Python would make integers of these, but no order or no number is meant.
 _NO_SEQUENCES = (str, bytes, bytearray, memoryview, Set, Mapping)
 
 
@@ -105,27 +105,16 @@ def fan_of(fans: Fans, mode: str) -> float:
 
 
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape as a tuple of plain ints, or an error that says what is wrong."""
-    if type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape):
-        return shape  # as Keras gives it; the rest costs as much as a small draw
-    try:
-        if isinstance(shape, _NO_SEQUENCES):
-            raise TypeError
-        entries = tuple(shape)
-    except TypeError:
-        raise TypeError(
-            "Argument `shape` must be a sequence of integers, such as (64, 32). "
-            f"Received: shape={shape}"
-        ) from None
-    if any(entry is None for entry in entries):
+    """The shape as a tuple of plain ints."""
+    if isinstance(shape, list | tuple) and None in shape:
         raise ValueError(
             "Argument `shape` must be fully defined: a kernel can't be drawn before "
-            f"all its sizes are known. Received: shape={entries}"
+            f"all its sizes are known. Received: shape={shape}"
         )
-    sizes = _as_integers(entries, "shape", shape)
-    if any(size < 0 for size in sizes):
+    sizes = _as_integers("shape", shape)
+    if min(sizes, default=0) < 0:
         raise ValueError(
-            f"Argument `shape` must have non-negative entries. Received: shape={entries}"
+            f"Argument `shape` must have non-negative entries. Received: shape={shape}"
         )
     return sizes
 
@@ -133,9 +122,9 @@ def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def standardize_axes(
     input_axes: Sequence[int] | None, output_axes: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Both axes lists as tuples, or None where neither was given.
+    """Both lists of axes as tuples, or None where neither was given.
 
-    What can be said without a shape is said here, so that a mistake is reported where
+    Here is said whatever can be said without a shape, so that a mistake is reported where
     the initializer is written and not where some layer is built.
     """
     if input_axes is None and output_axes is None:
@@ -145,57 +134,39 @@ def standardize_axes(
             "Arguments `input_axes` and `output_axes` must be given together or not at "
             f"all. Received: input_axes={input_axes}, output_axes={output_axes}"
         )
-    pair = []
-    for name, axes in (("input_axes", input_axes), ("output_axes", output_axes)):
-        if isinstance(axes, _NO_SEQUENCES) or not isinstance(axes, Sequence):
-            raise TypeError(
-                f"Argument `{name}` must be a list of integers, such as [0]. "
-                f"Received: {name}={axes}"
-            )
-        axes = _as_integers(axes, name, axes)
-        if len(set(axes)) != len(axes):
-            raise ValueError(
-                f"Argument `{name}` must not repeat an axis. Received: {name}={axes}"
-            )
-        pair.append(axes)
-    return pair[0], pair[1]
+    return _as_integers("input_axes", input_axes), _as_integers("output_axes", output_axes)
 
 
 def axes_of(
     sizes: tuple[int, ...], input_axes: Sequence[int], output_axes: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Both axes lists, counted from the start."""
-    inputs = _resolve_axes(tuple(input_axes), sizes, "input_axes")
-    return inputs, _resolve_axes(tuple(output_axes), sizes, "output_axes")
+    """Both lists of axes, counted from the start."""
+    return (
+        _resolve_axes("input_axes", input_axes, sizes),
+        _resolve_axes("output_axes", output_axes, sizes),
+    )
 
 
 def _resolve_axes(
-    axes: tuple[int, ...], sizes: tuple[int, ...], name: str
+    name: str, axes: Sequence[int], sizes: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Axes counted from the start, each within the rank and none twice."""
-    rank = len(sizes)
-    if any(not -rank <= axis < rank for axis in axes):
+    numbers = range(len(sizes))
+    resolved = {numbers[axis] for axis in axes if -len(sizes) <= axis < len(sizes)}
+    if len(resolved) < len(axes):
         raise ValueError(
-            f"Argument `{name}` must lie within the kernel's {rank} axes. "
-            f"Received: {name}={list(axes)} for shape={sizes}"
+            f"Argument `{name}` must hold different axes of the kernel, which has "
+            f"{len(sizes)}. Received: {name}={list(axes)} for shape={sizes}"
         )
-    resolved = tuple(axis % rank for axis in axes)
-    if len(set(resolved)) != len(resolved):
-        raise ValueError(
-            f"Argument `{name}` must not repeat an axis. "
-            f"Received: {name}={list(axes)} for shape={sizes}"
-        )
-    return resolved
+    return tuple(numbers[axis] for axis in axes)
 
 
-def _as_integers(entries: Sequence, name: str, received: object) -> tuple[int, ...]:
-    # `operator.index` takes NumPy integers and refuses floats; bool is an int in
-    # Python, but never a size or an axis.
+def _as_integers(name: str, entries: Sequence[int]) -> tuple[int, ...]:
     try:
-        if any(isinstance(entry, bool) for entry in entries):
+        if isinstance(entries, _NO_SEQUENCES) or bool in map(type, entries):
             raise TypeError
-        return tuple(operator.index(entry) for entry in entries)
+        return tuple(map(operator.index, entries))
     except TypeError:
         raise TypeError(
-            f"Argument `{name}` must hold integers only. Received: {name}={received}"
+            f"Argument `{name}` must be a sequence of integers, such as (0, 1). "
+            f"Received: {name}={entries}"
         ) from None

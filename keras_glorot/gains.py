@@ -2,6 +2,8 @@
 
 import functools
 import math
+import numbers
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,16 +27,13 @@ __all__ = [
 # LeCun's 1.7159 tanh(2x/3) read backwards, as Torch7 rounded it; ReLU halves the second
 # moment (He et al., 2015); 3/4 for SELU trades self-normalization for a better gradient.
 _TABLE = {
-    **dict.fromkeys(("linear", "sigmoid"), 1.0),
-    **{
-        f"conv{transposed}{rank}d": 1.0
-        for transposed in ("", "_transpose")
-        for rank in (1, 2, 3)
-    },
+    "linear": 1.0,
+    "sigmoid": 1.0,
     "tanh": 5 / 3,
     "relu": math.sqrt(2),
     "selu": 3 / 4,
 }
+_LINEAR = re.compile("conv(_transpose)?[123]d")  # names that PyTorch has for linear maps
 # keras.activations.leaky_relu's own default; PyTorch's is 0.01.
 _LEAKY_SLOPE = 0.2
 
@@ -178,10 +177,7 @@ def is_wave(activation: Callable[[Any], Any]) -> bool:
 
 @functools.cache
 def _gain_by_name(name: str) -> float:
-    # PyTorch's "conv2d" and the like stand for the linear map alone.
-    return _integrated_gain(
-        keras.activations.get("linear" if name.startswith("conv") else name)
-    )
+    return _integrated_gain(keras.activations.get(name))
 
 
 def _integrated_gain(function: Callable[[Any], Any]) -> float:
@@ -199,8 +195,8 @@ def _integrated_gain(function: Callable[[Any], Any]) -> float:
 def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
     """The name under which a nonlinearity is known, None for a user's own function."""
     if isinstance(nonlinearity, str):
-        if nonlinearity in _TABLE:
-            return nonlinearity
+        if _LINEAR.fullmatch(nonlinearity):
+            return "linear"
         try:
             nonlinearity = keras.activations.get(nonlinearity)
         except ValueError:
@@ -208,7 +204,7 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
                 "Argument `nonlinearity` must be the name of an activation of Keras or "
                 "PyTorch, such as 'tanh', or a callable. "
                 f"Received: nonlinearity={nonlinearity!r}."
-                f"{suggestion(nonlinearity, _known_names())}"
+                f"{suggestion(nonlinearity, dir(keras.activations))}"
             ) from None
     if not callable(nonlinearity):
         raise TypeError(
@@ -223,13 +219,6 @@ def _name(nonlinearity: str | Callable[[Any], Any]) -> str | None:
     return None
 
 
-def _known_names() -> set[str]:
-    """The names that have a gain."""
-    activations = {name for name in dir(keras.activations) if name[0] != "_"}
-    helpers = {"get", "serialize", "deserialize", "threshold"}
-    return {*_TABLE, *activations} - helpers - _COUPLING
-
-
 def _slope(name: str | None, param: float | None) -> float:
     if param is None:
         return _LEAKY_SLOPE
@@ -238,12 +227,11 @@ def _slope(name: str | None, param: float | None) -> float:
             "Argument `param` must be left out for every nonlinearity but "
             f"'leaky_relu'. Received: param={param} for nonlinearity={name!r}"
         )
-    if isinstance(param, bool) or not isinstance(param, (int, float, np.number)):
-        raise TypeError(
-            f"Argument `param` must be a number, the slope. Received: param={param}"
+    if not isinstance(param, numbers.Real) or not math.isfinite(param):
+        raise ValueError(
+            "Argument `param` must be a finite number, the slope. "
+            f"Received: param={param!r}"
         )
-    if not math.isfinite(param):
-        raise ValueError(f"Argument `param` must be finite. Received: param={param}")
     return float(param)
 
 
@@ -254,7 +242,7 @@ def _growth(activation: Callable[[Any], Any], std: float) -> float:
     above = _evaluate(lambda z: activation(std * (z + step)), _FEW)
     below = _evaluate(lambda z: activation(std * (z - step)), _FEW)
     slopes = (above - below) / (2 * step)
-    scale = _mean(_points(_FEW) * values * slopes)
+    scale = _mean(_points_and_weights(_FEW)[0] * values * slopes)
     return max(_mean(slopes**2), scale) / _mean(values**2)
 
 
@@ -265,19 +253,16 @@ _FEW, _MANY = 1 << 12, 1 << 18
 
 
 @functools.cache
-def _points(count: int) -> np.ndarray:
-    """Values of z, evenly spaced; the steps of Keras's activations lie between two."""
-    return (np.arange(count) + 0.5) * (2 * _REACH / count) - _REACH
-
-
-@functools.cache
-def _density(count: int) -> np.ndarray:
-    return np.exp(-(_points(count) ** 2) / 2) / math.sqrt(2 * math.pi)
+def _points_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced values of z; the steps of Keras's activations lie between two."""
+    points = (np.arange(count) + 0.5) * (2 * _REACH / count) - _REACH
+    density = np.exp(-(points**2) / 2)
+    return points, density / density.sum()
 
 
 def _mean(values: np.ndarray) -> float:
     """The mean of a function of a standard normal z, of which these are the values."""
-    return float(values @ _density(len(values))) * 2 * _REACH / len(values)
+    return float(values @ _points_and_weights(len(values))[1])
 
 
 def _evaluate(function: Callable[[Any], Any], count: int) -> np.ndarray:
@@ -287,14 +272,15 @@ def _evaluate(function: Callable[[Any], Any], count: int) -> np.ndarray:
         result = function(keras.ops.convert_to_tensor(points))
         return np.asarray(keras.ops.convert_to_numpy(result), np.float64)
 
-    values, some = call(_points(count)), slice(count // 4, None, count // 64)
+    points, some = _points_and_weights(count)[0], slice(count // 4, None, count // 64)
+    values = call(points)
     if not np.isfinite(values).all():
         raise ValueError(
             f"Argument `nonlinearity` must be finite on [-{_REACH:g}, {_REACH:g}], where a "
             f"standard normal input lies. Received: nonlinearity={function}"
         )
     is_alone = values.shape == (count,)
-    if not is_alone or not np.allclose(values[some], call(_points(count)[some])):
+    if not is_alone or not np.allclose(values[some], call(points[some])):
         raise ValueError(
             "Argument `nonlinearity` must act element by element: one number in, one "
             f"number out, whatever the others are. Received: nonlinearity={function}"

@@ -6,9 +6,9 @@ import math
 import numbers
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import keras
 
@@ -47,19 +47,15 @@ __all__ = [
     "find_initializer",
     "is_unshared",
     "kernel_distribution",
+    "standardize_seed",
     "with_config",
 ]
 
-_ARGUMENTS = ("gain", "seed", "input_axes", "output_axes", "mode")
 _NO_LAYER = CallSite()
 
 
 class _Glorot(keras.initializers.Initializer):
     """All but the form of the distribution."""
-
-    # Of what an older version pickled:
-    _is_unshared = False
-    mode: Mode = "fan_avg"
 
     def __init__(
         self,
@@ -74,7 +70,7 @@ class _Glorot(keras.initializers.Initializer):
         self.mode = mode
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
-        self._init_seed = seed = _standardize_seed(seed)
+        self._init_seed = seed = standardize_seed(seed)
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
         self._is_unshared = is_unshared(seed)
@@ -116,8 +112,6 @@ class _Glorot(keras.initializers.Initializer):
             )
         if is_shape_inference():
             return keras.ops.zeros(shape, dtype)  # nobody looks at the values
-        if (valueless := backends.meta_tensor(shape, dtype)) is not None:
-            return valueless
         if self._is_unshared and not backends.shares_new_variables():
             check_alone()
         seed = seed_words(self.seed)
@@ -155,25 +149,8 @@ class _Glorot(keras.initializers.Initializer):
             config["mode"] = self.mode
         return config
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """The initializer that `get_config` described."""
-        if not isinstance(config, Mapping):
-            raise TypeError(
-                "Argument `config` must be a dictionary, as `get_config` returns it. "
-                f"Received: config={config}"
-            )
-        unknown = set(config) - set(_ARGUMENTS)
-        if unknown:
-            raise ValueError(
-                f"Argument `config` must hold arguments of {cls.__name__} only: "
-                f"{', '.join(_ARGUMENTS)}. "
-                f"Received: config={config} with unknown keys {sorted(unknown, key=str)}"
-            )
-        return cls(**{**config, "seed": _deserialize_seed(config.get("seed"))})
-
     def __repr__(self) -> str:
-        arguments = {**self.get_config()}
+        arguments = self.get_config()
         if "seed" in arguments:
             arguments["seed"] = self._init_seed
         listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -209,7 +186,7 @@ class GlorotUniform(_Glorot):
 
     Raises:
         ValueError: If the gain is not positive and finite or not a known name, the mode is
-            none of the three, or axes are repeated or given on one side only.
+            none of the three, or axes are given on one side only.
         TypeError: If the gain, the seed or the axes are of a wrong type.
 
     Example:
@@ -322,9 +299,7 @@ def kernel_distribution(
     initializer: _Glorot, shape: tuple[int, ...], site: CallSite = _NO_LAYER
 ) -> Distribution:
     """The distribution of a kernel of this shape, where it is made."""
-    axes = None
-    if initializer.input_axes is not None and initializer.output_axes is not None:
-        axes = initializer.input_axes, initializer.output_axes
+    axes = standardize_axes(initializer.input_axes, initializer.output_axes)
     fans = compute_fans(shape, *axes) if axes else kernel_fans(shape, *site)
     gain = _numeric_gain(initializer.gain, site)
     fan_sum = 2 * max(1, fan_of(fans, initializer.mode))  # 1: as in Keras, without entries
@@ -349,9 +324,7 @@ _NAMES: dict[str, Any] = {
     "xavier_uniform": GlorotUniform,
     "xavier_normal": GlorotNormal,
     "xavier_orthogonal": GlorotOrthogonal,
-    "keras_glorot>GlorotUniform": GlorotUniform,
-    "keras_glorot>GlorotNormal": GlorotNormal,
-    "keras_glorot>GlorotOrthogonal": GlorotOrthogonal,
+    **{keras.saving.get_registered_name(cls): cls for cls in GLOROT},
 }
 for _table in initializer_tables():
     _table.update(_NAMES)
@@ -400,35 +373,33 @@ def as_default(gain: float | str = 1.0, variance_scaling: bool = False) -> Itera
     >>> layer.kernel_initializer
     GlorotUniform()
     """
-    gain = _standardize_gain(gain)
-
-    def from_uniform(config: Mapping[str, Any]) -> _Glorot:
-        return GlorotUniform.from_config({"gain": gain, **config})
-
-    def from_normal(config: Mapping[str, Any]) -> _Glorot:
-        return GlorotNormal.from_config({"gain": gain, **config})
-
-    def from_scaling(config: Mapping[str, Any]) -> _Glorot:
-        cls = GlorotUniform if config.get("distribution") == "uniform" else GlorotNormal
-        kept = {name: config[name] for name in _ARGUMENTS[1:-1] if name in config}
-        return cls.from_config({"gain": gain, **kept})
-
-    defaults: _Defaults = {"glorot_uniform": from_uniform, "glorot_normal": from_normal}
+    names = {"glorot_uniform", "glorot_normal"}
     if variance_scaling:
-        defaults["VarianceScaling"] = from_scaling
-    token = _defaults.set(defaults)
+        names.add("VarianceScaling")
+    token = _scope.set(_Scope(_standardize_gain(gain), names))
     try:
         with _redirection:
             yield
     finally:
-        _defaults.reset(token)
+        _scope.reset(token)
 
 
-_Defaults = dict[str, Callable[[Mapping[str, Any]], Any]]
-# By Keras's name, what the innermost scope of this thread or asyncio task makes of it.
-_defaults: ContextVar[_Defaults | None] = ContextVar(
-    "keras_glorot.as_default", default=None
-)
+class _Scope(NamedTuple):
+    """The gain of a scope, and the names of Keras that are ours in it."""
+
+    gain: float | str
+    names: Set[str]
+
+    def make(self, name: str, config: Mapping[str, Any]) -> _Glorot:
+        is_uniform = name == "glorot_uniform" or config.get("distribution") == "uniform"
+        kept = config.keys() & {"seed", "input_axes", "output_axes"}
+        cls = GlorotUniform if is_uniform else GlorotNormal
+        return cls(self.gain, **{key: config[key] for key in kept})
+
+
+_NO_SCOPE = _Scope(1.0, frozenset())
+# The innermost one of this thread or asyncio task.
+_scope = ContextVar("keras_glorot.as_default", default=_NO_SCOPE)
 
 
 class _Detour:
@@ -441,13 +412,10 @@ class _Detour:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Any:
-        make = (_defaults.get() or {}).get(cls.__name__)
-        if make is not None:
-            return make(config)
-        # Another thread or task, without a scope. Its user may have registered a function.
-        if not hasattr(cls.ordinary, "from_config"):
-            return cls.ordinary
-        return cls.ordinary.from_config(config)
+        scope = _scope.get()
+        if cls.__name__ in scope.names:
+            return scope.make(cls.__name__, config)
+        return cls.ordinary.from_config(config)  # in another thread or task
 
 
 class _Redirection:
@@ -490,7 +458,7 @@ class _Redirection:
             self.open_scopes -= 1
             if self.open_scopes:
                 return
-            for table, name, previous in reversed(self.replaced):
+            for table, name, previous in self.replaced:
                 table.pop(name, None)
                 if previous is not None:
                     table[name] = previous
@@ -517,18 +485,16 @@ def _standardize_gain(gain: float | str) -> float | str:
             "activation; for a function use gain=calculate_gain(function). "
             f"Received: gain={gain} (of type {type(gain)})"
         )
-    try:
-        value = float(gain)
-    except OverflowError:  # an integer or a fraction, too long to print
-        value = math.inf
-    if not 0 < value < math.inf:
+    if not 0 < gain < math.inf:
         raise ValueError(
-            f"Argument `gain` must be positive and finite. Received: gain={value}"
+            f"Argument `gain` must be positive and finite. Received: gain={gain}"
         )
-    return value
+    return float(gain)
 
 
-def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
+def standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
+    if isinstance(seed, Mapping):  # from a config
+        seed = keras.saving.deserialize_keras_object(seed)
     if seed is None or isinstance(seed, keras.random.SeedGenerator):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
@@ -556,16 +522,3 @@ def check_alone() -> None:
             "before initializers and layers are made, and again after `clear_session`. "
             f"Received: seed=None in one of {count} processes"
         )
-
-
-def _deserialize_seed(seed: Any) -> Any:
-    """The seed of a config; of all objects that a config can describe, a generator only."""
-    if not isinstance(seed, Mapping):
-        return seed
-    arguments = seed.get("config")
-    if seed.get("class_name") != "SeedGenerator" or not isinstance(arguments, Mapping):
-        raise ValueError(
-            "Argument `config` must have an integer, a `keras.random.SeedGenerator` or "
-            f"None as its seed. Received: seed={seed}"
-        )
-    return keras.random.SeedGenerator(arguments.get("seed"), name=arguments.get("name"))

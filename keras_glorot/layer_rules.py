@@ -1,9 +1,11 @@
 """Rules of Keras's layer classes: the fans of their kernels, and their activations."""
 
+import functools
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._keras.tree import downstream_operations
@@ -11,6 +13,7 @@ from keras_glorot.fans import Fans, compute_fans, standardize_shape
 
 __all__ = [
     "Activation",
+    "activation_name",
     "fans_by_rule",
     "following_activation",
     "has_registered_rule",
@@ -29,7 +32,7 @@ __all__ = [
 # A string stands for an activation that can't be called: Keras does not know it.
 Activation = Callable[[Any], Any] | str
 Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
-# A rule for Keras's layers tells more than the fans.
+# A rule for Keras's layers tells more than the fans: a user's alone returns `Fans`.
 _Rule = Callable[[Any, tuple[int, ...]], Fans | Matrices | None]
 
 _TRANSPOSED = (
@@ -39,7 +42,10 @@ _TRANSPOSED = (
 )
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
-_RELU_LIKE = {"relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"}
+_RELU_LIKE = {
+    *("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"),
+    *("ReLU", "LeakyReLU", "ELU"),  # layers
+}
 
 
 def register_fans(layer_class: type[keras.Layer]) -> Callable[[Rule], Rule]:
@@ -127,17 +133,13 @@ def kernel_matrices(
 ) -> Matrices:
     """The matrices that one weight is made of: by axes, by its layer, else by its shape."""
     found = _by_rule(shape, layer, variable)
+    matrices = found if isinstance(found, Matrices) else Matrices.from_shape(shape)
     if axes is not None:
         matrices = Matrices.from_axes(shape, *axes)
-    elif isinstance(found, Matrices):
-        matrices = found
-    elif found is not None:
-        return Matrices.from_fans(shape, found)
+    elif isinstance(found, Fans):
+        matrices = Matrices.from_fans(shape, found)
     elif _is_recurrent(layer, variable) and shape[-1] % shape[-2] == 0:
-        gates = shape[-1] // shape[-2]
-        return Matrices.from_shape(shape)._replace(parts=gates)
-    else:
-        return Matrices.from_shape(shape)
+        matrices = matrices._replace(parts=shape[-1] // shape[-2])
     # There a causal convolution sees the present.
     return matrices._replace(last_tap=getattr(layer, "padding", None) == "causal")
 
@@ -147,20 +149,16 @@ def _by_rule(
 ) -> Fans | Matrices | None:
     if layer is None or is_bias(layer, variable):
         return None
-    for layer_class in type(layer).__mro__:
-        if layer_class in _SEPARABLE and not _is_depthwise_half(layer, variable):
-            return None  # a pointwise kernel: its shape tells
-        if layer_class in _RULES:
-            return _RULES[layer_class](layer, tuple(shape))
-    return None
+    rule = next((_RULES[each] for each in type(layer).__mro__ if each in _RULES), None)
+    is_separable = rule is _depthwise_conv and isinstance(layer, _SEPARABLE)
+    if rule is None or (is_separable and not _is_depthwise_half(layer, variable)):
+        return None  # its shape tells, as of a pointwise kernel
+    return rule(layer, tuple(shape))
 
 
 def has_registered_rule(layer: keras.Layer | None, variable: keras.Variable) -> bool:
     """Whether a rule of the user, by `register_fans`, gives fans for this weight."""
-    ruled = next((each for each in type(layer).__mro__ if each in _RULES), None)
-    if ruled is None or _RULES[ruled] is _KERAS_RULES.get(ruled):
-        return False
-    return fans_by_rule(tuple(variable.shape), layer, variable) is not None
+    return isinstance(_by_rule(tuple(variable.shape), layer, variable), Fans)
 
 
 def kernel_activation(
@@ -219,12 +217,19 @@ def unit_axis(layer: keras.Layer | None) -> int:
     return -2 if isinstance(layer, _TRANSPOSED) else -1
 
 
+def activation_name(activation: Activation) -> str:
+    """As a sentence names it: by the function, or by the class of its layer."""
+    if isinstance(activation, str):
+        return activation
+    owner = getattr(activation, "__self__", None)
+    function = getattr(activation, "func", activation)
+    named = type(owner) if isinstance(owner, keras.Layer) else function
+    return getattr(named, "__name__", type(named).__name__)
+
+
 def is_relu_like(activation: Activation | None) -> bool:
     """Whether Glorot's assumption, linear around zero, fails as it does for ReLU."""
-    owner = getattr(activation, "__self__", None)
-    if isinstance(owner, keras.layers.ReLU | keras.layers.LeakyReLU | keras.layers.ELU):
-        return True
-    return getattr(activation, "__name__", "") in _RELU_LIKE
+    return activation is not None and activation_name(activation) in _RELU_LIKE
 
 
 def is_normalization(layer: keras.Layer) -> bool:
@@ -240,12 +245,21 @@ def layer_activation(layer: Any) -> Activation | None:
         case keras.layers.ReLU(negative_slope=0, threshold=0, max_value=None):
             return keras.activations.relu
         case keras.layers.PReLU():
-            return keras.activations.relu  # its slopes start at zero
+            start = getattr(layer.alpha_initializer, "value", 0.0)
+            return _leaky_relu(float(np.mean(start)))
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
         case keras.layers.Softmax():
             return keras.activations.softmax
     return None
+
+
+@functools.cache
+def _leaky_relu(slope: float) -> Activation:
+    """One function for one slope, so that layers can be compared."""
+    if slope == 0:
+        return keras.activations.relu
+    return functools.partial(keras.activations.leaky_relu, negative_slope=slope)
 
 
 # Rules by layer class, inherited by subclasses. Keras's layers for which the shape rule
@@ -311,13 +325,6 @@ def _is_depthwise_half(layer: keras.Layer, variable: keras.Variable | None) -> b
 
 def _is_recurrent(layer: keras.Layer | None, variable: keras.Variable | None) -> bool:
     """Whether a weight is, or is going to be, the recurrent kernel of a cell."""
-    if layer is None or not hasattr(layer, "recurrent_initializer"):
-        return False
-    recurrent = getattr(layer, "recurrent_kernel", None)
-    if recurrent is None:  # it is made after the kernel
-        return getattr(layer, "kernel", None) is not None
-    return variable is recurrent
-
-
-# A rule that the user registers says more than these: that the weight is a kernel.
-_KERAS_RULES = dict(_RULES)
+    is_it = getattr(layer, "recurrent_kernel", None) is variable
+    is_kernel_made = getattr(layer, "kernel", None) is not None  # it is, before this one
+    return is_it and is_kernel_made and hasattr(layer, "recurrent_initializer")

@@ -502,7 +502,7 @@ def test_normal_values_have_a_form_too(fault):
 
 def test_values_of_two_sizes_only(monkeypatch):
     """A form of which even one sample has the std."""
-    form = distributions._Form(1.0, 1.0, 1.0, None, 0.0, "two values")
+    form = distributions.Form(1.0, 1.0, 1.0, None, 0.0, "two values")
     monkeypatch.setitem(distributions._FORMS, "signs", form)
 
     def signs(survey):

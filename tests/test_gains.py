@@ -210,7 +210,8 @@ def test_activation_gain():
         (("no_such_function",), "Argument `nonlinearity` must be the name"),
         (("softmax",), "must act on each unit alone.*Received: nonlinearity=softmax"),
         (("relu", 0.1), "Argument `param` must be left out"),
-        (("leaky_relu", math.nan), "Argument `param` must be finite"),
+        (("leaky_relu", math.nan), "Argument `param` must be a finite number"),
+        (("leaky_relu", "0.1"), "Argument `param` must be a finite number"),
         ((lambda z: z * 0,), "must not be zero"),
         ((lambda z: 1 / (z * 0),), "must be finite"),
         ((lambda z: z[:1],), "must act element by element"),
@@ -222,12 +223,10 @@ def test_bad_values(arguments, message):
         calculate_gain(*arguments)
 
 
-@pytest.mark.parametrize(
-    "arguments", [(3,), (None,), ("leaky_relu", "0.1"), ("leaky_relu", True)]
-)
-def test_bad_types(arguments):
-    with pytest.raises(TypeError, match=r"Argument `(nonlinearity|param)` must be"):
-        calculate_gain(*arguments)
+@pytest.mark.parametrize("nonlinearity", [3, None])
+def test_bad_types(nonlinearity):
+    with pytest.raises(TypeError, match="Argument `nonlinearity` must be the name"):
+        calculate_gain(nonlinearity)
 
 
 def test_named_gain_in_an_initializer():

@@ -120,6 +120,14 @@ def test_a_rule_registered_for_a_class_of_keras_is_the_users():
         assert layer_fans(layer) == {"layer/kernel": (3, 5)}
 
 
+@pytest.mark.usefixtures("rules")
+def test_a_rule_registered_for_separable_layers_is_asked_for_both_kernels():
+    register_fans(layers.SeparableConv1D)(lambda layer, shape: (3, 5))
+    layer = layers.SeparableConv1D(4, 3)
+    layer.build((None, 8, 4))
+    assert set(layer_fans(layer).values()) == {(3, 5)}
+
+
 # Axes that the layer's initializer declares
 
 

@@ -65,6 +65,7 @@ MADE_OF = [
     Matrices((2, 5, 3, 4, 6), (1, 3), (2, 4)),
     Matrices((6, 4, 5), (2, 0), (1,)),
     Matrices((3, 16, 2), (), (2,), (0,), last_tap=True),
+    Matrices((6, 5, 4), (1,), (0,), (2,)),
 ]
 
 
@@ -257,6 +258,13 @@ def test_explicit_axes():
     values = to_numpy(GlorotOrthogonal(seed=1, input_axes=[1], output_axes=[2])(shape))
     assert defect(values) < 1e-6
     assert len({matrix.tobytes() for matrix in values}) == 8
+
+
+def test_a_window_may_come_last():
+    initializer = GlorotOrthogonal(seed=1, input_axes=[1, 2], output_axes=[0, 2])
+    values = to_numpy(initializer((5, 5, 3)))  # as PyTorch has it
+    assert defect(values[..., 1]) < 1e-6
+    assert np.count_nonzero(values) == 25
 
 
 def test_fans_of_a_rule_tell_the_axes():

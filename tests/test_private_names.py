@@ -32,7 +32,7 @@ def private_name(node):
         case ast.Attribute(attr=name) if name.startswith("_") or name == "caller":
             return name
         case ast.Call(
-            func=ast.Name(id="getattr" | "hasattr"),
+            func=ast.Name(id="getattr" | "hasattr" | "replaced_attribute"),
             args=[_, ast.Constant(value=str(name)), *_],
         ) if name.startswith("_"):
             return name

@@ -24,8 +24,6 @@ __all__ = [
     "held_value",
     "is_symbolic",
     "is_tracing",
-    "map_parts",
-    "meta_tensor",
     "new_value",
     "numpy",
     "outside_traces",
@@ -35,7 +33,6 @@ __all__ = [
     "readable",
     "shares_new_variables",
     "symbols_beside_values",
-    "to_array",
     "to_sharded_tensor",
     "to_tensor",
     "unmoved_generators",
@@ -61,11 +58,6 @@ def to_tensor(array: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(array)
 
 
-def to_array(variable: keras.Variable) -> np.ndarray:
-    """The values of a variable, to be read only: no copy if the host's memory has them."""
-    return np.asarray(keras.ops.convert_to_tensor(variable))
-
-
 def to_sharded_tensor(
     shape: tuple[int, ...], layout: Any, draw_region: Callable[[Bounds], np.ndarray]
 ) -> Any:
@@ -79,31 +71,19 @@ def to_sharded_tensor(
     return program.spread(None, layout)
 
 
-def meta_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-    """A tensor with a shape and no values, if such are made here; else None."""
-    return None
-
-
 def values(variable: keras.Variable) -> Values:
     """The values of a variable, read part by part: nothing of them stays on the host."""
-    return Values.of(to_array(variable))
+    return Values.of(held_value(variable))
 
 
 def held_value(variable: keras.Variable) -> Any:
-    """The present value, for `assign` to give it back to the variable."""
-    return to_array(variable)
+    """The present value, to be read only: later assignments do not change it."""
+    return np.asarray(keras.ops.convert_to_tensor(variable))
 
 
 def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarray]) -> Any:
     """A value for a variable, spread as it is: devices draw their own parts."""
     return draw_region(tuple((0, size) for size in variable.shape))
-
-
-def map_parts(
-    variable: keras.Variable, function: Callable[[np.ndarray], np.ndarray]
-) -> Any:
-    """A value for a variable: a function of each element, computed part by part."""
-    return function(to_array(variable))
 
 
 def assign(variable: keras.Variable, value: Any) -> None:

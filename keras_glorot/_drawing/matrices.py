@@ -6,14 +6,44 @@ through its matrix, and an orthogonal matrix makes the map of the whole layer or
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product, zip_longest
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from keras_glorot._drawing.stream import Bounds
 from keras_glorot.fans import Fans, axes_of
 
-__all__ = ["Matrices"]
+__all__ = ["Matrices", "Piece", "span"]
+
+
+class Piece(NamedTuple):
+    """The part of one matrix that lies in a region of the kernel.
+
+    Attributes:
+        number: The matrix's.
+        place: The bounds of the whole matrix in the kernel.
+        bounds: Those of the part.
+    """
+
+    number: int
+    place: Bounds
+    bounds: Bounds
+
+    def indices(self, axes: Sequence[int]) -> np.ndarray:
+        """Where in the matrix its entries lie along axes that are counted as one."""
+        flat = np.zeros(1, np.int64)
+        for axis in axes:
+            (left, right), (start, stop) = self.place[axis], self.bounds[axis]
+            inside = np.arange(start - left, stop - left)
+            flat = np.add.outer(flat * (right - left), inside).reshape(-1)
+        return flat
+
+
+def span(indices: np.ndarray) -> tuple[int, int]:
+    """The bounds of all that indices reach."""
+    return int(indices.min()), int(indices.max()) + 1
 
 
 class Matrices(NamedTuple):
@@ -109,11 +139,23 @@ class Matrices(NamedTuple):
         matrix = {*self.inputs, *self.outputs, *self.window}
         return tuple(axis for axis in range(len(self.shape)) if axis not in matrix)
 
+    def taps(self, strides: Sequence[int] = ()) -> tuple[slice, ...]:
+        """Where in the window the matrices are: where padding never takes one away.
+
+        As many taps as a stride has positions, so that none of these is left out.
+        """
+        taps = []
+        for axis, stride in zip_longest(self.window, strides, fillvalue=1):
+            width = min(self.shape[axis], stride)
+            left = self.shape[axis] - width
+            start = left if self.last_tap else left // 2
+            taps.append(slice(start, start + width))
+        return tuple(taps)
+
     @property
-    def taps(self) -> tuple[int, ...]:
-        """Where in the window the matrices are: where padding never takes one away."""
-        sizes = [self.shape[axis] for axis in self.window]
-        return tuple(max(0, n - 1 if self.last_tap else (n - 1) // 2) for n in sizes)
+    def whole(self) -> Bounds:
+        """The bounds of the kernel."""
+        return tuple((0, size) for size in self.shape)
 
     @property
     def scale(self) -> float:
@@ -137,30 +179,49 @@ class Matrices(NamedTuple):
     def at_tap(self, values: Any) -> np.ndarray:
         """The part of a kernel that is not zero, of the same rank: of an array, a view."""
         place = [slice(None)] * len(values.shape)
-        for axis, tap in zip(self.window, self.taps, strict=True):
-            place[axis] = slice(tap, tap + 1)
+        for axis, tap in zip(self.window, self.taps(), strict=True):
+            place[axis] = tap
         return values[tuple(place)]
+
+    def pieces(self, region: Bounds, taps: Sequence[slice]) -> Iterator[Piece]:
+        """The matrices that a region has a part of; they may have several taps."""
+        width = self.shape[-1] // self.parts
+        places = [[bounds] for bounds in self.whole]
+        for axis, tap in zip(self.window, taps, strict=True):
+            places[axis] = [(tap.start, tap.stop)]
+        for axis in self.batch:
+            places[axis] = [(at, at + 1) for at in range(*region[axis])]
+        if self.parts > 1:
+            places[-1] = [(at, at + width) for at in range(0, self.shape[-1], width)]
+        for place in product(*places):
+            bounds = tuple(map(_overlap, place, region))
+            if all(start < stop for start, stop in bounds):
+                number = 0
+                for axis in self.batch:
+                    number = number * self.shape[axis] + place[axis][0]
+                yield Piece(number * self.parts + place[-1][0] // width, place, bounds)
+
+    def view(self, kernel: np.ndarray, region: Bounds, bounds: Bounds) -> np.ndarray:
+        """A part of a kernel, of which there is a region: inputs and outputs come last."""
+        cut = tuple(
+            slice(start - left, stop - left)
+            for (left, _), (start, stop) in zip(region, bounds, strict=True)
+        )
+        return kernel[cut].transpose(*self.window, *self.batch, *self.inputs, *self.outputs)
 
     def first(self, count: int) -> tuple[slice, ...]:
         """Where the first matrix is, and of its short side so many places at most."""
-        place = [slice(0, 1)] * len(self.shape)
-        for axis, tap in zip(self.window, self.taps, strict=True):
-            place[axis] = slice(tap, tap + 1)
-        short, long = self.inputs, self.outputs
-        if self.rows >= self.columns:
-            short, long = long, short
-        for axis in (*long, *short[-1:]):
-            parts = self.parts if axis == len(self.shape) - 1 else 1
-            place[axis] = slice(0, self.shape[axis] // parts)
-        for axis in short[-1:]:
-            place[axis] = slice(0, min(count, place[axis].stop))
-        return tuple(place)
+        place = list(next(self.pieces(self.whole, self.taps())).place)
+        short = self.outputs if self.rows >= self.columns else self.inputs
+        for number, axis in enumerate(reversed(short)):
+            place[axis] = 0, (1 if number else min(count, place[axis][1]))
+        return tuple(slice(*each) for each in place)
 
     def split(self, values: np.ndarray) -> np.ndarray:
         """A view of a kernel at its tap: axes of batches, of inputs, then of outputs."""
         last = len(self.shape)
-        width = self.shape[-1] // self.parts
         split = self.at_tap(values.reshape(self.shape))
+        width = split.shape[-1] // self.parts
         split = split.reshape(*split.shape[:-1], self.parts, width)
         # The last axis is two now: the parts, and what each of them has of it.
         inputs, outputs, window, batch = (
@@ -173,3 +234,7 @@ class Matrices(NamedTuple):
     def stack(self, values: np.ndarray) -> np.ndarray:
         """The matrices of a kernel, `(total, rows, columns)`: a view if memory allows."""
         return self.split(values).reshape(self.total, self.rows, self.columns)
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return max(one[0], other[0]), min(one[1], other[1])

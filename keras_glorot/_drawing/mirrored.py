@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_glorot._drawing.matrices import Matrices
-from keras_glorot._drawing.orthogonal import draw_orthogonal, flat_indices
+from keras_glorot._drawing.matrices import Matrices, Piece, span
+from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import Bounds
 
 __all__ = ["Mirror", "Side"]
@@ -36,6 +36,10 @@ class Side(NamedTuple):
         firsts = np.cumsum(~is_second.reshape(groups, -1), axis=1).reshape(-1) - 1
         places = np.where(is_second, firsts[np.maximum(partner, 0)], firsts)
         return cls(places, np.where(is_second, -1.0, 1.0))
+
+    def split(self, groups: int) -> list["Side"]:
+        """That of each group."""
+        return list(map(Side, *(np.split(each, groups) for each in self)))
 
     @property
     def total(self) -> int:
@@ -66,18 +70,18 @@ class Mirror(NamedTuple):
     def std(self) -> float:
         """That of the whole kernel at scale 1, as the mean over all matrices."""
         squares = [
-            math.prod(map(float, (np.sum(side.factors**2) for side in group.sides)))
-            * _scale(group.shape) ** 2
+            math.prod(float(np.sum(side.factors**2)) for side in sides)
+            * _scale(shape) ** 2
             * self._tap_count
-            / max(group.shape)
-            for group in self._groups()
+            / max(shape)
+            for _, sides, shape in self._groups(self.matrices.whole)
         ]
         return math.sqrt(sum(squares) / math.prod(self.matrices.shape))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Those of the matrices."""
-        return [group.shape for group in self._groups()]
+        return [shape for _, _, shape in self._groups(self.matrices.whole)]
 
     def draw(
         self,
@@ -96,13 +100,13 @@ class Mirror(NamedTuple):
             size = scale * _scale(shape)
             return draw_orthogonal(axes, shape, size, "float64", seed, area)
 
-        return self._assemble(matrix, dtype, region or self._whole)
+        return self._assemble(matrix, dtype, region or self.matrices.whole)
 
     def fold(self, kernel: np.ndarray) -> list[np.ndarray]:
         """The matrices in a kernel, by the first unit of each pair, at scale 1."""
-        folded = []
-        for place, (inputs, outputs), shape in self._groups():
-            block = self._view(kernel, place, self._whole)
+        folded, whole = [], self.matrices.whole
+        for piece, (inputs, outputs), shape in self._groups(whole):
+            block = self.matrices.view(kernel, whole, piece.bounds)
             values = block.reshape(-1, len(inputs.places), len(outputs.places))
             rows, columns = inputs.firsts, outputs.firsts
             values = values[:, rows[:, None], columns].astype(np.float64)
@@ -117,32 +121,27 @@ class Mirror(NamedTuple):
             rows, columns = (slice(*bounds) for bounds in area)
             return matrices[number][rows, columns] * _scale(shape)
 
-        return self._assemble(matrix, "float64", self._whole)
+        return self._assemble(matrix, "float64", self.matrices.whole)
 
     def _assemble(
         self,
         matrix: Callable[[int, tuple[int, int], Bounds], np.ndarray],
         dtype: np.dtype | str,
-        bounds: Bounds,
+        region: Bounds,
     ) -> np.ndarray:
         """`matrix` takes a number, a shape, and which rows and columns are needed."""
         m = self.matrices
-        kernel = np.zeros([stop - start for start, stop in bounds], dtype)
-        for number, (place, (inputs, outputs), shape) in enumerate(self._groups()):
-            inside = tuple(map(_common, place, bounds))
-            if any(start >= stop for start, stop in inside):
-                continue
-            taps, ins, outs = (
-                _places(place, inside, axes) for axes in (m.window, m.inputs, m.outputs)
-            )
+        kernel = np.zeros([stop - start for start, stop in region], dtype)
+        for piece, (inputs, outputs), shape in self._groups(region):
+            taps, ins, outs = map(piece.indices, (m.window, m.inputs, m.outputs))
             rows = (taps[:, None] * inputs.total + inputs.places[ins]).reshape(-1)
             columns, factors = outputs.places[outs], np.tile(inputs.factors[ins], len(taps))
-            area = _span(rows), _span(columns)
-            values = matrix(number, shape, area)
+            area = span(rows), span(columns)
+            values = matrix(piece.number, shape, area)
             rows, columns = rows - area[0][0], columns - area[1][0]
             # Many rows at a time would be a second kernel, in float64.
             step = max(1, _PIECE // len(columns))
-            view = self._view(kernel, inside, bounds)
+            view = m.view(kernel, region, piece.bounds)
             lines = view.shape[: -len(m.outputs)]
             for start in range(0, len(rows), step):
                 part = slice(start, start + step)
@@ -154,69 +153,22 @@ class Mirror(NamedTuple):
                 view[at] = piece.reshape(-1, *view.shape[len(lines) :])
         return kernel
 
-    @property
-    def _whole(self) -> Bounds:
-        return tuple((0, size) for size in self.matrices.shape)
-
-    def _view(self, kernel: np.ndarray, inside: Bounds, bounds: Bounds) -> np.ndarray:
-        """A part of a kernel, of which there is what lies in `bounds`."""
-        m = self.matrices
-        starts = [start for start, _ in bounds]
-        cut = [slice(a - s, b - s) for (a, b), s in zip(inside, starts, strict=True)]
-        return kernel[tuple(cut)].transpose(*m.window, *m.inputs, *m.outputs)
-
-    def _groups(self) -> "Iterator[_Group]":
-        m = self.matrices
-        place = list(self._whole)
-        for axis, tap in zip(m.window, self.taps, strict=True):
-            place[axis] = tap.start, tap.stop
-        width = m.shape[-1] // m.parts
-        parts = [
-            [np.split(each, m.parts) for each in side]
-            for side in (self.inputs, self.outputs)
-        ]
-        for number in range(m.parts):
-            inputs, outputs = (
-                Side(places[number], factors[number]) for places, factors in parts
-            )
-            if m.parts > 1:
-                place[-1] = number * width, (number + 1) * width
+    def _groups(
+        self, region: Bounds
+    ) -> Iterator[tuple[Piece, tuple[Side, Side], tuple[int, int]]]:
+        """The matrices that a region has a part of, their units, and their shapes."""
+        sides = [side.split(self.matrices.parts) for side in (self.inputs, self.outputs)]
+        for piece in self.matrices.pieces(region, self.taps):
+            inputs, outputs = (side[piece.number] for side in sides)
             shape = self._tap_count * inputs.total, outputs.total
-            yield _Group(tuple(place), (inputs, outputs), shape)
+            yield piece, (inputs, outputs), shape
 
     @property
     def _tap_count(self) -> int:
         return math.prod(tap.stop - tap.start for tap in self.taps)
 
 
-class _Group(NamedTuple):
-    """Where a group lies in the kernel, its units, and the shape of its matrix."""
-
-    place: Bounds
-    sides: tuple[Side, Side]
-    shape: tuple[int, int]
-
-
 _PIECE = 1 << 18
-
-
-def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    return max(one[0], other[0]), min(one[1], other[1])
-
-
-def _places(place: Bounds, inside: Bounds, axes: Sequence[int]) -> np.ndarray:
-    """Along these axes, counted as one, where in a group the entries of a part lie."""
-    return flat_indices(
-        [
-            (stop - start, (inside[axis][0] - start, inside[axis][1] - start))
-            for axis in axes
-            for start, stop in [place[axis]]
-        ]
-    )
-
-
-def _span(indices: np.ndarray) -> tuple[int, int]:
-    return int(indices.min()), int(indices.max()) + 1
 
 
 def _scale(shape: tuple[int, int]) -> float:

@@ -35,16 +35,15 @@ then rounded to float32, and from there to half precision.
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from keras_glorot._drawing import stream
-from keras_glorot._drawing.matrices import Matrices
+from keras_glorot._drawing.matrices import Matrices, span
 from keras_glorot._drawing.stream import Bounds, Key
 
-__all__ = ["draw_orthogonal", "flat_indices"]
+__all__ = ["draw_orthogonal"]
 
 WIDTH = 32  # reflections in a block
 # Columns that one thread works on at a time: natively, and with NumPy.
@@ -90,14 +89,14 @@ def draw_orthogonal(
     dtype = np.dtype(dtype)
     key = stream.stream_key("orthogonal", shape, dtype.name, seed_words)
     source = _Source(key, matrices, scale, dtype)
-    bounds = region or tuple((0, size) for size in shape)
-    out, memory = stream.empty(tuple(stop - start for start, stop in bounds), dtype)
+    extents = shape if region is None else tuple(stop - start for start, stop in region)
+    out, memory = stream.empty(extents, dtype)
     if not out.size:
         return out
     if matrices.window:
         out[...] = 0
-    if out.shape != shape:
-        _fill_region(out, bounds, source)
+    if region is not None and out.shape != shape:
+        _fill_region(out, region, source)
         return out
     target = matrices.split(out)
     if target.flags.c_contiguous:
@@ -110,55 +109,15 @@ def draw_orthogonal(
     return out
 
 
-def _fill_region(out: np.ndarray, bounds: Bounds, source: "_Source") -> None:
+def _fill_region(out: np.ndarray, region: Bounds, source: "_Source") -> None:
     """Matrix by matrix: of each the rows and columns between the region's outermost."""
     m = source.matrices
-    if any(
-        not bounds[axis][0] <= tap < bounds[axis][1]
-        for axis, tap in zip(m.window, m.taps, strict=True)
-    ):
-        return
-    place: list[Any] = [slice(None)] * out.ndim
-    for axis, tap in zip(m.window, m.taps, strict=True):
-        place[axis] = tap - bounds[axis][0]
-    left = [axis for axis in range(out.ndim) if axis in m.inputs or axis in m.outputs]
-    order = [left.index(axis) for axis in (*m.inputs, *m.outputs)]
-    width = m.shape[-1] // m.parts
-    start, stop = bounds[-1]
-    batch_sizes = [m.shape[axis] for axis in m.batch]
-    for batch in product(*(range(*bounds[axis]) for axis in m.batch)):
-        number = int(np.ravel_multi_index(batch, batch_sizes)) if batch else 0
-        for axis, at in zip(m.batch, batch, strict=True):
-            place[axis] = at - bounds[axis][0]
-        for part in range(start // width, -(-stop // width)) if m.parts > 1 else [0]:
-            inside = list(bounds)
-            if m.parts > 1:
-                first, last = max(start, part * width), min(stop, (part + 1) * width)
-                place[-1] = slice(first - start, last - start)
-                inside[-1] = first - part * width, last - part * width
-            rows = flat_indices([(m.shape[axis], inside[axis]) for axis in m.inputs])
-            columns = flat_indices(
-                [
-                    (
-                        m.shape[axis] // (m.parts if axis == out.ndim - 1 else 1),
-                        inside[axis],
-                    )
-                    for axis in m.outputs
-                ]
-            )
-            area = tuple((int(at[0]), int(at[-1]) + 1) for at in (rows, columns))
-            values = source.draw_area(number * m.parts + part, area)
-            target = out[tuple(place)].transpose(order)
-            values = values[np.ix_(rows - rows[0], columns - columns[0])]
-            target[...] = values.reshape(target.shape)
-
-
-def flat_indices(axes: list[tuple[int, tuple[int, int]]]) -> np.ndarray:
-    """Where the entries between bounds lie along axes that are counted as one."""
-    flat = np.zeros(1, np.int64)
-    for size, (start, stop) in axes:
-        flat = np.add.outer(flat * size, np.arange(start, stop)).reshape(-1)
-    return flat
+    for piece in m.pieces(region, m.taps()):
+        rows, columns = piece.indices(m.inputs), piece.indices(m.outputs)
+        values = source.draw_area(piece.number, (span(rows), span(columns)))
+        values = values[np.ix_(rows - rows[0], columns - columns[0])]
+        view = m.view(out, region, piece.bounds)
+        view[...] = values.reshape(view.shape)
 
 
 class _Source:
@@ -234,8 +193,7 @@ class _Source:
         if cost < WORTH_THREADS:
             make(0, count)
             return
-        workers = min(pieces, stream.available_cores(), stream.MOST_THREADS)
-        stream.share(make, count, -(-count // pieces), workers)
+        stream.share(make, count, -(-count // pieces))
 
     def _draw_by_numpy(self, memory: memoryview, number: int, area: Bounds) -> None:
         matrix = self._tall_matrix(number)

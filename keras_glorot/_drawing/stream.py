@@ -71,11 +71,9 @@ import numpy as np
 
 __all__ = [
     "DTYPE_CODES",
-    "MOST_THREADS",
     "TRUNCATED_STD",
     "Bounds",
     "Key",
-    "available_cores",
     "draw",
     "empty",
     "knots",
@@ -198,10 +196,10 @@ def draw(
         fill, piece = _numpy_filler(out, form, key, scale, runs)
     else:
         fill, piece = _native_filler(memory, name, form, key, scale, runs)
-    if out.size < WORTH_THREADS or (workers := _worker_count(out.size, piece)) == 1:
+    if out.size < WORTH_THREADS:
         fill(0, out.size)
     else:
-        share(fill, out.size, piece, workers)
+        share(fill, out.size, piece)
     return out
 
 
@@ -282,22 +280,20 @@ class _Runs:
     """
 
     def __init__(self, shape: tuple[int, ...], region: Sequence[tuple[int, int]] | None):
+        self.shape = shape
         self.base = 0
         self.steps: list[tuple[int, int]] = []  # extents and strides, innermost first
-        if region is None:
-            self.shape = shape
-            self.length = math.prod(shape)
-            return
-        self.shape = tuple(stop - start for start, stop in region)
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self.base = sum(
-            start * stride for (start, _), stride in zip(region, strides, strict=True)
-        )
-        axis = len(shape)
-        while axis and self.shape[axis - 1] == shape[axis - 1]:
-            axis -= 1  # the axes from here on are in the region whole
-        axis = max(axis - 1, 0)  # and of this one a stretch
-        self.steps = list(zip(self.shape[:axis], strides[:axis], strict=True))[::-1]
+        axis = 0
+        if region is not None:
+            self.shape = tuple(stop - start for start, stop in region)
+            for size, (start, _) in zip(shape, region, strict=True):
+                self.base = self.base * size + start
+            axis = len(shape)
+            while axis and self.shape[axis - 1] == shape[axis - 1]:
+                axis -= 1  # the axes from here on are in the region whole
+            axis = max(axis - 1, 0)  # and of this one a stretch
+            strides = [math.prod(shape[i + 1 :]) for i in range(axis)]
+            self.steps = list(zip(self.shape, strides, strict=False))[::-1]
         self.length = math.prod(self.shape[axis:])
 
     def starts(self, first: int, last: int) -> np.ndarray:
@@ -313,27 +309,20 @@ class _Runs:
         """The region's elements from first to last, in pieces: starts, and one length."""
         while first < last:
             run, inside = divmod(first, self.length)
-            if inside or last - first < self.length or self.length > NUMPY_PIECE // 2:
-                length = min(self.length - inside, last - first, NUMPY_PIECE)
-                starts = self.starts(run, run + 1) + inside
-            else:
-                length = self.length
-                count = min(last - first, NUMPY_PIECE) // length
-                starts = self.starts(run, run + count)
-            yield starts, length
-            first += starts.size * length
+            size = min(last - first, NUMPY_PIECE)
+            length = min(size, self.length - inside)
+            count = size // length if length == self.length else 1
+            yield self.starts(run, run + count) + inside, length
+            first += count * length
 
 
 Fill = Callable[[int, int], None]
 
 
-def _worker_count(size: int, piece: int) -> int:
-    return min(-(-size // piece), available_cores(), MOST_THREADS)
-
-
-def share(fill: Fill, size: int, piece: int, workers: int) -> None:
+def share(fill: Fill, size: int, piece: int) -> None:
     """Calls `fill(start, stop)` for each piece, on threads."""
     todo = deque(range(0, size, piece))
+    workers = min(len(todo), available_cores(), MOST_THREADS)
 
     def work() -> None:
         while True:
@@ -409,7 +398,8 @@ def _numpy_filler(
             _fill_values(flat[start:end], words.reshape(-1), form, scale)
             start = end
 
-    return fill, NUMPY_PIECE
+    # Of whole runs, where they are short: these are the fastest.
+    return fill, NUMPY_PIECE // runs.length * runs.length or NUMPY_PIECE
 
 
 def _words_of_runs(starts: np.ndarray, length: int, per_block: int, key: Key) -> np.ndarray:
@@ -471,15 +461,9 @@ def _fill_values(out: np.ndarray, words: np.ndarray, form: Form, scale: float) -
     integers = words.view(np.int32)
     integers |= 1
     x = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
-    # To divide by a power of two is exact, but for results as small as subnormal numbers:
-    # it can be in the one product that casts, and gives the same bits.
-    at_once = scale > 1e-20
-    factor = np.float32(scale) if at_once else np.float32(1)
-    np.multiply(
-        integers, factor / np.float32(2**31), out=x, dtype=x.dtype, casting="unsafe"
-    )
-    if not at_once:
-        x *= np.float32(scale)
+    np.copyto(x, integers, casting="unsafe")
+    x *= np.float32(2**-31)
+    x *= np.float32(scale)
     if x is not out:
         with np.errstate(under="ignore"):
             np.copyto(out, x, casting="unsafe")  # rounds to nearest even
@@ -492,7 +476,7 @@ def integer_quantile(words: np.ndarray) -> np.ndarray:
     segment = position >> 19
     position &= (1 << 19) - 1
     low = knots()[segment].view(np.uint32)
-    rise = _rises()[segment]
+    rise = knots()[1:][segment].view(np.uint32) - low
     # rise * position // 2**19 without a product of more than 32 bits.
     value = rise * (position & 511)
     value >>= 9
@@ -528,8 +512,3 @@ def knots() -> np.ndarray:
     table = q.copy()
     table[1:-1] -= (q[:-2] - 2 * q[1:-1] + q[2:]) / 16
     return np.rint(table * 2**29).astype(np.int32)
-
-
-@functools.cache
-def _rises() -> np.ndarray:
-    return np.append(np.diff(knots()), 0).astype(np.uint32)

@@ -84,40 +84,35 @@ class _Deferred(threading.local):
     """Models that are built late, as symbolic calls in this thread saw them."""
 
     def __init__(self) -> None:
-        # Keyed by `id`: layers and variables need not be hashable. Weak, so that no
-        # model is kept alive; ids are used again, so a hit is checked before use.
+        # By `id`: layers and variables need not be hashable. Weak, so that no model is
+        # kept alive; ids are used again, so a hit is checked before use.
         self.seen_models = weakref.WeakValueDictionary()
-        self.owners: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+        self.owners = weakref.WeakValueDictionary()  # of variables
+        self.models = weakref.WeakValueDictionary()  # that variables are in
 
     def owner(self, variable: keras.Variable, outermost: keras.Layer | None):
         """The layer that made `variable`, if it is the one being filled, else None."""
-        if self._look_up(variable) is None:
-            models = [
-                *self.seen_models.values(),
-                *([] if outermost is None else [outermost]),
-            ]
-            self.seen_models.clear()
-            self.owners = {
-                id(owned): (weakref.ref(layer), weakref.ref(model))
-                for model in models
-                for layer, owned in Tree(model).owned_weights
-                if layer is not None
-            }
-        layer, model = self._look_up(variable) or (None, None)
+        if not self._is_known(variable):
+            models = [*self.seen_models.values()]
+            self._learn(models if outermost is None else [*models, outermost])
         # Keras fills variables with no scope open, or in that of the model they are in.
         # Inside another layer it draws a weight of that one, and this one was left over.
-        return layer if outermost is None or outermost is model else None
+        is_filled = outermost is None or outermost is self.models.get(id(variable))
+        return self.owners[id(variable)] if is_filled and self._is_known(variable) else None
 
-    def _look_up(self, variable: keras.Variable):
-        references = self.owners.get(id(variable), _DEAD_REFERENCES)
-        layer, model = (reference() for reference in references)
+    def _is_known(self, variable: keras.Variable) -> bool:
+        layer = self.owners.get(id(variable))
         # `in` would compare the values of variables.
-        if layer is not None and any(own is variable for own in own_variables(layer)):
-            return layer, model
-        return None
+        return layer is not None and any(own is variable for own in own_variables(layer))
 
+    def _learn(self, models: list[keras.Layer]) -> None:
+        for table in (self.seen_models, self.owners, self.models):
+            table.clear()
+        for model in models:
+            for layer, owned in Tree(model).owned_weights:
+                if layer is not None:
+                    self.owners[id(owned)], self.models[id(owned)] = layer, model
 
-_DEAD_REFERENCES = (lambda: None, lambda: None)
 
 _deferred = _Deferred()
 
@@ -165,22 +160,26 @@ def _probe() -> bool:
         return keras.ops.zeros(shape, dtype)
 
     try:
-        model = _LateModel(initializer)
+        options: Any = {"kernel_initializer": initializer, "dtype": "float32"}
+        inner = keras.layers.Dense(1, use_bias=False, name="probe_inner", **options)
+        # With a seed: to make one up would advance the user's `random`.
+        dropout = keras.layers.Dropout(0.5, seed=0, dtype="float32", name="probe_dropout")
+        # Has no `build`, so that Keras makes the weights of its sublayers late.
+        model = keras.layers.Pipeline([inner, dropout], name="probe")
         # All of one dtype, whatever floatx is: a cast would come between them.
         entry = keras.layers.InputLayer(
             batch_shape=(1, 1), dtype="float32", name="probe_input"
         )
         model(entry.output)
-        dropout, kernel = model.dropout, model.inner.weights[0]
+        kernel = inner.weights[0]
         tree = Tree(model)
         found = (
             # The symbolic call asks first, if at all.
-            all(site is not None and site.layer is model.inner for site in sites),
-            sites[-1] == CallSite(model.inner, kernel),
-            tree.owned_weights == [(model.inner, kernel)],
-            own_variables(model.inner) == [kernel],
-            set(map(id, tree.layers)) == set(map(id, (model, model.inner, dropout))),
-            dropout._seed_generators == [dropout.seed_generator],
+            all(site is not None and site.layer is inner for site in sites),
+            sites[-1] == CallSite(inner, kernel),
+            tree.owned_weights == [(inner, kernel)],
+            own_variables(inner) == [kernel],
+            set(map(id, tree.layers)) == set(map(id, (model, inner, dropout))),
             downstream_operations(entry) == [model],
             get_keras_mask is not None and set_keras_mask is not None,
         )
@@ -189,39 +188,16 @@ def _probe() -> bool:
     return all(found)
 
 
-class _LateModel(keras.Layer):
-    """Has no `build`, so that Keras makes the weights of its sublayers late."""
-
-    def __init__(self, initializer: Any):
-        super().__init__(dtype="float32", name="probe")
-        self.inner = keras.layers.Dense(
-            1,
-            use_bias=False,
-            kernel_initializer=initializer,
-            dtype="float32",
-            name="probe_inner",
-        )
-        # With a seed: to make one up would advance the user's `random`.
-        self.dropout = keras.layers.Dropout(
-            0.5, seed=0, dtype="float32", name="probe_dropout"
-        )
-
-    def call(self, x: Any) -> Any:
-        return self.dropout(self.inner(x))
-
-
 @functools.cache
 def initializer_tables() -> list[dict[str, Any]]:
     """Where Keras looks for an initializer by name. Empty if that can't be found out.
 
-    Keras 3.16 looks for strings in a table of its own alone; for configs it looks first,
-    as before, among the registered objects.
+    For configs it looks first among the registered objects. There it looks for strings
+    too, up to Keras 3.15; from then on in a table of its own alone.
     """
-    registered = keras.saving.get_custom_objects()
-    if _is_searched(registered):
-        return [registered]
-    if _is_searched(ALL_OBJECTS_DICT):
-        return [registered, ALL_OBJECTS_DICT]
+    tables = [keras.saving.get_custom_objects(), ALL_OBJECTS_DICT]
+    if _are_searched(tables):
+        return tables
     warnings.warn(
         f"keras_glorot can't tell Keras {keras.__version__} what its strings such as "
         '"xavier_uniform" stand for, and `as_default` does not work. Write '
@@ -232,19 +208,20 @@ def initializer_tables() -> list[dict[str, Any]]:
     return []
 
 
-def _is_searched(table: dict[str, Any]) -> bool:
-    """Tries if Keras takes an initializer from a table, even in place of its own."""
+def _are_searched(tables: list[dict[str, Any]]) -> bool:
+    """Tries if Keras takes an initializer from these, even in place of its own."""
     name = "STFTInitializer"  # of Keras's own names one that hardly anyone uses
-    previous = table.get(name)
-    table[name] = _probe_initializer
+    before = [{key: table[key] for key in table.keys() & {name}} for table in tables]
     try:
+        for table in tables:
+            table[name] = _probe_initializer
         return keras.initializers.get(name) is _probe_initializer
     except Exception:  # whatever a change inside Keras brings about
         return False
     finally:
-        table.pop(name)
-        if previous is not None:
-            table[name] = previous
+        for table, own in zip(tables, before, strict=True):
+            del table[name]
+            table.update(own)
 
 
 def _probe_initializer(shape: Any, dtype: Any = None) -> Any:

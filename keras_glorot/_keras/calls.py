@@ -1,11 +1,12 @@
 """Calls of layers: their masks, their activations, their errors."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
+
+from keras_glorot._keras.graph import replaced_attribute
 
 try:
     from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
@@ -22,19 +23,9 @@ def copy_mask(source: Any, target: Any) -> None:
         set_keras_mask(target, get_keras_mask(source))
 
 
-@contextlib.contextmanager
-def without_remat(layer: keras.Layer) -> Iterator[None]:
+def without_remat(layer: keras.Layer) -> AbstractContextManager[None]:
     """Lets a layer of a `RematScope` keep its activations: it is then called once only."""
-    mode = getattr(layer, "_remat_mode", None)
-    if mode is None:
-        yield
-        return
-    attributes: Any = vars(layer)
-    attributes["_remat_mode"] = None
-    try:
-        yield
-    finally:
-        attributes["_remat_mode"] = mode
+    return replaced_attribute(layer, "_remat_mode", None)
 
 
 def error_reason(error: Exception) -> str:

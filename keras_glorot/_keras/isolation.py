@@ -1,4 +1,4 @@
-"""Whether code can reach what is outside of a copy, and copies of objects.
+"""Whether code can reach what is outside of a copy.
 
 To see how a layer makes its weights, a copy of it is built. That must touch nothing else.
 Attributes of classes, functions and modules are put back. A change inside an object can't
@@ -9,16 +9,18 @@ in what it calls, leads to an object that can change.
 import dis
 import enum
 import functools
+import itertools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-__all__ = ["NotIsolatedError", "Reach", "copy_object", "is_immutable", "is_library"]
+__all__ = ["NotIsolatedError", "Reach", "is_immutable", "is_library"]
 
 
 class NotIsolatedError(Exception):
@@ -76,31 +78,29 @@ def is_immutable(value: Any) -> bool:
 class _Uses(NamedTuple):
     """The names in the code of a function."""
 
-    variables: frozenset[str]  # global ones
-    attributes: frozenset[str]  # also methods, and what it imports from a module
-    modules: frozenset[str]
-    rebound: frozenset[str]  # global variables, and those of an outer function
+    variables: set[str]  # global ones
+    attributes: set[str]  # also methods, and what it imports from a module
+    modules: set[str]
+    rebound: set[str]  # global variables, and those of an outer function
 
 
 @functools.lru_cache(4096)
-def _uses(code: types.CodeType, cells: frozenset[str]) -> _Uses:
-    variables, attributes, modules, rebound = set(), set(code.co_names), set(), set()
-    for instruction in dis.get_instructions(code):
-        name, operation = instruction.argval, instruction.opname
-        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
-            variables.add(name)
-        elif operation == "IMPORT_NAME":
-            modules.add(name)
-        elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
-            operation in ("STORE_DEREF", "DELETE_DEREF") and name in cells
-        ):
-            rebound.add(name)
+def _uses(code: types.CodeType) -> _Uses:
+    codes = [code]  # with those of the functions in it
+    for each in codes:
+        codes += [part for part in each.co_consts if isinstance(part, types.CodeType)]
+    attributes = {name for each in codes for name in each.co_names}
+    by_operation = defaultdict(set)
+    for instruction in itertools.chain.from_iterable(map(dis.get_instructions, codes)):
+        by_operation[instruction.opname].add(instruction.argval)
+    variables = by_operation["LOAD_GLOBAL"] | by_operation["LOAD_NAME"]
     if variables & {"getattr", "setattr", "delattr", "vars", "attrgetter"}:
-        attributes |= {each for each in code.co_consts if isinstance(each, str)}
-    parts: tuple[Any, ...] = (variables, attributes, modules, rebound)
-    inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    uses = [parts, *(_uses(each, cells) for each in inner)]
-    return _Uses(*(frozenset().union(*each) for each in zip(*uses, strict=True)))
+        constants = [part for each in codes for part in each.co_consts]
+        attributes.update(part for part in constants if isinstance(part, str))
+    rebound = by_operation["STORE_DEREF"] | by_operation["DELETE_DEREF"]
+    rebound &= {*code.co_freevars}
+    rebound |= by_operation["STORE_GLOBAL"] | by_operation["DELETE_GLOBAL"]
+    return _Uses(variables, attributes, by_operation["IMPORT_NAME"], rebound)
 
 
 class Reach:
@@ -117,7 +117,6 @@ class Reach:
         self.names: set[str] = set()
         self.spaces: list[tuple[str, Any, dict[str, Any]]] = []  # with what was in them
         self.seen: dict[int, Any] = {}
-        self.looked_up: set[tuple[int, str]] = set()
 
     def add(self, values: Iterable[tuple[str, Any]]) -> None:
         waiting = list(values)
@@ -128,14 +127,12 @@ class Reach:
 
     def _named(self) -> list[tuple[str, Any]]:
         """Where the names lead in classes and modules that were not looked at yet."""
-        found = []
-        for label, holder, _ in self.spaces:
-            space = vars(holder)
-            for name in self.names & space.keys():
-                if (id(holder), name) not in self.looked_up:
-                    self.looked_up.add((id(holder), name))
-                    found.append((f"{label}.{name}", space[name]))
-        return found
+        return [
+            (f"{label}.{name}", vars(holder)[name])
+            for label, holder, _ in self.spaces
+            for name in self.names & vars(holder).keys()
+            if id(vars(holder)[name]) not in self.seen
+        ]
 
     def __enter__(self) -> None:
         pass
@@ -165,23 +162,20 @@ class Reach:
                 if not is_library(value.__name__):
                     self._add_space(label, value)
             case property():
-                for function in (value.fget, value.fset, value.fdel):
-                    self._add(label, function)
+                self._add_all(label, (value.fget, value.fset, value.fdel))
             case classmethod() | staticmethod():
                 self._add(label, value.__func__)
             case functools.cached_property():
                 self._add(label, value.func)
             case types.MethodType():
-                self._add(label, value.__func__)
-                self._add(label, value.__self__)
+                self._add_all(label, (value.__func__, value.__self__))
             case functools.partial():
-                for part in (value.func, *value.args, *value.keywords.values()):
-                    self._add(label, part)
+                parts = (value.func, *value.args, *value.keywords.values())
+                self._add_all(label, parts)
             case weakref.ref():
                 self._add(label, value())
             case tuple() | frozenset():
-                for item in value:
-                    self._add(label, item)
+                self._add_all(label, value)
             case enum.Enum():
                 self._add(label, type(value))
             case types.BuiltinFunctionType():
@@ -189,6 +183,10 @@ class Reach:
             case _ if not is_immutable(value) and not isinstance(value, _BUILTIN_CODE):
                 kind = type(value).__name__
                 raise NotIsolatedError(f"its code uses `{label}`, a {kind} outside of it")
+
+    def _add_all(self, label: str, values: Iterable[Any]) -> None:
+        for value in values:
+            self._add(label, value)
 
     def _add_class(self, cls: type) -> None:
         if is_library(cls.__module__):
@@ -209,10 +207,9 @@ class Reach:
         cells = _cells(function)
         # Not by `__module__`: a decorator's function takes over that of yours.
         if is_library(variables.get("__name__")):
-            for each in filter(callable, cells.values()):
-                self._add(label, each)
+            self._add_all(label, filter(callable, cells.values()))
             return
-        uses = _uses(code, frozenset(code.co_freevars))
+        uses = _uses(code)
         if uses.rebound:
             raise NotIsolatedError(f"its code sets `{min(uses.rebound)}` outside of it")
         if lookups := uses.attributes & _LOOKUPS:
@@ -226,12 +223,9 @@ class Reach:
                 self._add(name, module)
         for name, value in cells.items():
             self._add(name, value)
-        defaults = (
-            *(function.__defaults__ or ()),
-            *(function.__kwdefaults__ or {}).values(),
-        )
-        for value in defaults:
-            self._add(f"{label}'s defaults", value)
+        named = function.__kwdefaults__ or {}
+        defaults = (*(function.__defaults__ or ()), *named.values())
+        self._add_all(f"{label}'s defaults", defaults)
 
 
 def _cells(function: types.FunctionType) -> dict[str, Any]:
@@ -251,42 +245,3 @@ def _modules(name: str, package: str) -> list[types.ModuleType]:
     above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     names = [name, *(f"{each}.{name}".rstrip(".") for each in above)]
     return [sys.modules[each] for each in names if each in sys.modules]
-
-
-def copy_object(
-    value: Any,
-    of: Callable[[Any], Any],
-    is_left_out: Callable[[Any], bool],
-    register: Callable[[Any], None],
-) -> Any:
-    """Copies an object as `copy.deepcopy` does, without attributes that are left out.
-
-    Args:
-        value: The object.
-        of: Copies what is in it.
-        is_left_out: Whether something in it is not to be copied.
-        register: Called with the copy, before anything is put into it.
-    """
-    reduced: list[Any] = [*value.__reduce_ex__(4), None, None, None]
-    make, arguments, state, items, pairs = reduced[:5]
-    is_own = make is type(value) or is_library(getattr(make, "__module__", None))
-    if not is_own or any(map(is_left_out, arguments)):
-        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
-    copy = make(*(each if each is type(value) else of(each) for each in arguments))
-    if copy is value:
-        raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
-    register(copy)
-    if state is not None and hasattr(copy, "__setstate__"):
-        copy.__setstate__(of(state))
-    elif state is not None:
-        parts = state if isinstance(state, tuple) else (state,)
-        for name, item in [each for part in parts if part for each in part.items()]:
-            if not is_left_out(item):
-                object.__setattr__(copy, name, of(item))
-    for item in items or ():
-        if not is_left_out(item):
-            copy.append(of(item))
-    for key, item in pairs or ():
-        if not is_left_out(item):
-            copy[of(key)] = of(item)
-    return copy

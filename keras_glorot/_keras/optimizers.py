@@ -1,6 +1,5 @@
 """The first state and the first learning rates of optimizers."""
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_glorot import _backends as backends
+from keras_glorot._keras.rebuild import ReplayScope
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import attributes, signature, unique
 
@@ -25,14 +25,8 @@ def optimizer_values(
     state = _optimizer_state(original)
     if all(variable is original._iterations for variable in state):
         return [(variable, lambda: 0) for variable in state]
-    try:
-        scope = keras.StatelessScope(initialize_variables=False)
-        rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
-    except Exception:  # some make variables of values, which needs a real copy
-        scope = None
-        rebuilt = backends.outside_traces(
-            _rebuild_optimizer, original, contextlib.nullcontext()
-        )
+    scope = ReplayScope()
+    rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
     copies = _optimizer_state(rebuilt)
     if list(map(signature, state)) != list(map(signature, copies)):
         raise ValueError(f"a copy of {original.name} has other variables")
@@ -42,17 +36,17 @@ def optimizer_values(
     ]
 
 
-def _first_value(copy: keras.Variable, scope: keras.StatelessScope | None) -> Any:
-    assigned = None if scope is None else scope.get_current_value(copy)
-    return copy.value if assigned is None else assigned
+def _first_value(copy: keras.Variable, scope: ReplayScope) -> Any:
+    value = scope.final_value(copy)
+    return copy.value if value is None else value
 
 
-def _rebuild_optimizer(original: Any, scope: Any) -> Any:
+def _rebuild_optimizer(original: Any, scope: ReplayScope) -> Any:
     with unmoved_generators():
         copy = type(original).from_config(original.get_config())
         # A LossScaleOptimizer does not always keep its own list.
         source = getattr(original, "inner_optimizer", original)
-        with scope:
+        with scope, scope.values_allowed():
             copy.build(source._trainable_variables)
     return copy
 
@@ -90,8 +84,8 @@ def used_learning_rates(
             continue  # a schedule, which follows the steps
         if attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
-        if backends.to_array(optimizer.iterations).any():
+        if backends.held_value(optimizer.iterations).any():
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
-            _first_rates[optimizer] = float(backends.to_array(rate))
+            _first_rates[optimizer] = float(backends.held_value(rate))
     return found

@@ -1,12 +1,13 @@
 """How a layer makes its weights: seen by building a copy of it."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -16,8 +17,8 @@ from keras_glorot import _backends as backends
 from keras_glorot._keras.isolation import (
     NotIsolatedError,
     Reach,
-    copy_object,
     is_immutable,
+    is_library,
 )
 from keras_glorot._keras.state import (
     get_global_attribute,
@@ -27,7 +28,6 @@ from keras_glorot._keras.state import (
 from keras_glorot._keras.tree import (
     Tree,
     attributes,
-    direct_sublayers,
     own_variables,
     signature,
 )
@@ -35,6 +35,7 @@ from keras_glorot._keras.tree import (
 __all__ = [
     "BuildValue",
     "NotIsolatedError",
+    "ReplayScope",
     "build_values",
     "may_assign",
     "may_hold_given_vectors",
@@ -42,11 +43,9 @@ __all__ = [
 ]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class BuildValue:
     """The value that a layer assigns to a variable in `build`, or makes it of.
-
-    Called as an initializer, it gives what `build` would assign if each weight of the
-    layer had been made with its present value.
 
     Attributes:
         declared: The initializer that the variable was made with before.
@@ -54,40 +53,28 @@ class BuildValue:
         rebuild: The `_Rebuild` that builds a copy of the layer.
     """
 
-    def __init__(self, declared: Any, variable: keras.Variable, rebuild: "_Rebuild"):
-        self.declared, self.variable, self.rebuild = declared, variable, rebuild
-
-    def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        (value,) = build_values([self])
-        return value
+    declared: Any
+    variable: keras.Variable
+    rebuild: "_Rebuild"
 
 
 def build_values(sources: list[BuildValue]) -> list[Any]:
     """The value of each, all from the same weights: build copies each layer once."""
-    assigned: dict[int, dict[int, Any]] = {}
-    for source in sources:
-        if id(source.rebuild) not in assigned:
-            assigned[id(source.rebuild)] = source.rebuild.assigned_values()
+    rebuilds = {id(source.rebuild): source.rebuild for source in sources}
+    assigned = {key: rebuild.assigned_values() for key, rebuild in rebuilds.items()}
     return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
-def may_hold_given_vectors(
-    layer: keras.Layer, variable: keras.Variable, is_in_graph: bool
-) -> bool:
+def may_hold_given_vectors(layer: keras.Layer, variable: keras.Variable) -> bool:
     """Whether an `Embedding` may have got these values as its argument `weights`.
 
     Keras keeps no trace of the argument, but it makes the layer build itself at once: no
-    shape is known then, and no other layer is being built, unless a model is loaded.
-
-    Args:
-        layer: The layer.
-        variable: Its weight.
-        is_in_graph: Whether it stands in a graph of Keras, which builds layers on shapes.
+    shape is known then, and no other layer is being built.
     """
     return (
         isinstance(layer, keras.layers.Embedding)
         and variable.name == "embeddings"
-        and (is_in_graph or variable.path == f"{layer.name}/embeddings")
+        and variable.path == f"{layer.name}/embeddings"
         and layer.get_build_config() == {"shapes_dict": {}}
     )
 
@@ -118,13 +105,9 @@ def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | 
     """
     sources: dict[int, Any] = {}
     errors: list[Exception] = []
-    for copy, children in (
-        (_copy_from_attributes, _attribute_children),
-        (_copy_beside_built, _attribute_children),
-        (_copy_from_config, _tracked_children),
-    ):
+    for copy in (_copy_from_attributes, _copy_beside_built, _copy_from_config):
         try:
-            rebuild = _Rebuild(original, copy, children)
+            rebuild = _Rebuild(original, copy)
             sources = rebuild.sources() | sources
             errors += rebuild.errors
         except Exception as error:  # from a layer of the user: anything
@@ -138,18 +121,15 @@ class _Rebuild:
     """Builds copies of a layer in which variables have no values of their own."""
 
     def __init__(
-        self,
-        original: keras.Layer,
-        copy: "Callable[[keras.Layer, _Replica], tuple[keras.Layer, Callable[[], None]]]",
-        children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+        self, original: keras.Layer, copy: "Callable[[keras.Layer, _Replica], keras.Layer]"
     ):
-        self.original, self.copy, self.children = original, copy, children
+        self.original, self.copy = original, copy
         self.created: list[keras.Variable | None] = []
         self.errors: list[Exception] = []
 
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
-        scope = _ReplayScope([])
+        scope = ReplayScope()
         pairs, created, replica = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
         counterparts |= {id(copy): variable for variable, copy in replica.stand_ins}
@@ -167,26 +147,28 @@ class _Rebuild:
 
     def assigned_values(self) -> dict[int, Any]:
         """By `id` of the variable, what `build` assigns if the weights are as now."""
-        scope = _ReplayScope(self.created)
+        scope = ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
-    def _build(self, scope: "_ReplayScope"):
+    def _build(self, scope: "ReplayScope"):
         replica = _Replica(self.original)
         # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
         with unmoved_generators(), scope, ignored, replica.reach:
-            copy, build = self.copy(self.original, replica)
+            replica.check()
+            copy = self.copy(self.original, replica)
+            replica.check()
             with scope.values_allowed():
                 try:
-                    build()
+                    _build_like(copy, self.original, replica)
                 except Exception as error:  # before it, some variables can be made
                     self.errors = [replica.explain(error)]
         created = list(get_global_attribute("uninitialized_variables") or ())
         new = {id(variable) for variable in (*created, *scope.made_of_values)}
         pairs = []
-        for one, other in _layer_pairs(self.original, copy, self.children):
+        for one, other in _layer_pairs(self.original, copy):
             made = [variable for variable in own_variables(other) if id(variable) in new]
             pairs += _variable_pairs(own_variables(one), made)
         return pairs, created, replica
@@ -196,10 +178,10 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
     return value
 
 
-class _ReplayScope(keras.StatelessScope):
+class ReplayScope(keras.StatelessScope):
     """Notes assignments; lets the n-th variable made read as the n-th one given."""
 
-    def __init__(self, created: list[keras.Variable | None]):
+    def __init__(self, created: Sequence[keras.Variable | None] = ()):
         super().__init__(initialize_variables=False)
         self.created = created
         self.made_of_values: list[keras.Variable] = []
@@ -252,8 +234,7 @@ def _variable_makers() -> set[Any]:
     return {code for code in codes if code and "initializer" in code.co_varnames}
 
 
-def _copy_from_config(original: keras.Layer, replica: "_Replica"):
-    replica.check()
+def _copy_from_config(original: keras.Layer, replica: "_Replica") -> keras.Layer:
     config = replica.of(original.get_config())
     if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
         # `build` has put it where an argument was.
@@ -265,32 +246,30 @@ def _copy_from_config(original: keras.Layer, replica: "_Replica"):
         for name in {"name", "trainable", "dtype"} - accepted:
             config.pop(name, None)
     replica.check()
-    copy = type(original).from_config(config)
-    return copy, functools.partial(_build_like, copy, original, replica)
+    return type(original).from_config(config)
 
 
-def _build_like(copy: keras.Layer, original: keras.Layer, replica: "_Replica") -> None:
-    if _has_build(original) and original.get_build_config():
-        copy.build_from_config(replica.of(original.get_build_config()))
-
-
-def _has_build(layer: keras.Layer) -> bool:
-    return type(layer).build not in (keras.Layer.build, keras.Model.build)
-
-
-def _copy_from_attributes(original: keras.Layer, replica: "_Replica"):
-    if not _has_build(original) or not original.get_build_config():
+def _copy_from_attributes(original: keras.Layer, replica: "_Replica") -> keras.Layer:
+    if not _build_config(original):
         raise NotImplementedError(f"{original.name} has no config and no `build`.")
-    replica.check()
-    copy = replica.of(original)
-    replica.check()
-    return copy, functools.partial(_build_like, copy, original, replica)
+    return replica.of(original)
 
 
-def _copy_beside_built(original: keras.Layer, replica: "_Replica"):
+def _copy_beside_built(original: keras.Layer, replica: "_Replica") -> keras.Layer:
     """The layers in it keep their weights: it can tie its own to them."""
     replica.keeps_built = True
     return _copy_from_attributes(original, replica)
+
+
+def _build_like(copy: keras.Layer, original: keras.Layer, replica: "_Replica") -> None:
+    if config := _build_config(original):
+        copy.build_from_config(replica.of(config))
+
+
+def _build_config(layer: keras.Layer) -> dict[str, Any] | None:
+    """The shapes that its own `build` was called with."""
+    is_own = type(layer).build not in (keras.Layer.build, keras.Model.build)
+    return layer.get_build_config() if is_own else None
 
 
 class _Replica:
@@ -323,29 +302,33 @@ class _Replica:
 
     def of(self, value: Any) -> Any:
         if id(value) not in self.copies:
-            copy = self._copy(value)
-            self.copies[id(value)] = value, copy
+            self._register(value, self._copy(value))
         return self.copies[id(value)][1]
+
+    def _register(self, value: Any, copy: Any) -> None:
+        self.copies[id(value)] = value, copy
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, keras.Layer):
             return self._copy_layer(value)
         if isinstance(value, keras.Variable):
             return self._stand_in(value)
-        if isinstance(value, dict | list | set) and _is_plain(value):
-            return self._copy_container(value)
+        if keras.ops.is_tensor(value):
+            return value if backends.is_symbolic(value) else keras.ops.copy(value)
         if type(value) is tuple:
-            return tuple(self.of(item) for _, item in self._kept(enumerate(value)))
-        if isinstance(value, np.ndarray) or keras.ops.is_tensor(value):
-            return _copy_array(value)
+            return tuple(self.of(item) for item in value if not self._is_left_out(item))
+        for kind in (dict, list, set):
+            if isinstance(value, kind) and _is_plain(value):
+                return self._copy_object(value, kind(value))
         if _is_of_keras(value) or is_immutable(value):
             return value
         if isinstance(value, types.FunctionType | type | types.ModuleType):
             return self._checked(value)
         self._checked(type(value))
-        return copy_object(
-            value, self.of, lambda item: id(item) in self.left_out, self._register(value)
-        )
+        return self._copy_object(value, value)
+
+    def _is_left_out(self, value: Any) -> bool:
+        return id(value) in self.left_out
 
     def _checked(self, code: Any) -> Any:
         """Code stays as it is. Alone first: if it reaches too far, only its object goes."""
@@ -355,12 +338,6 @@ class _Replica:
             self.code.append(named)
         return code
 
-    def _register(self, value: Any) -> Callable[[Any], None]:
-        def register(copy: Any) -> None:
-            self.copies[id(value)] = value, copy
-
-        return register
-
     def _stand_in(self, variable: keras.Variable) -> keras.Variable:
         """A variable that reads like another one, and can't change it."""
         copy = keras.Variable(
@@ -369,25 +346,38 @@ class _Replica:
         self.stand_ins.append((variable, copy))
         return copy
 
-    def _copy_container(self, value: Any) -> Any:
-        kind = next(each for each in (dict, list, set) if isinstance(value, each))
-        copy: Any = kind()
-        self._register(value)(copy)  # before its items: one of them can hold it
-        is_dict = isinstance(value, dict)
-        for key, item in self._kept(value.items() if is_dict else enumerate(value)):
-            if is_dict:
-                copy[self.of(key)] = self.of(item)
-            else:
-                (copy.add if kind is set else copy.append)(self.of(item))
+    def _copy_object(self, value: Any, source: Any) -> Any:
+        """As `copy.deepcopy` does it. The source is the object, or a plain one like it."""
+        reduced: list[Any] = [*source.__reduce_ex__(4), None, None, None]
+        make, arguments, state, items, pairs = reduced[:5]
+        is_own = make is type(source) or is_library(getattr(make, "__module__", None))
+        # NumPy counts on it that none of an array's objects is left out.
+        is_array = isinstance(value, np.ndarray) and value.dtype.hasobject
+        can_be_made = is_own and not is_array and not any(map(self._is_left_out, arguments))
+        copy = make(*map(self.of, arguments)) if can_be_made else value
+        if copy is value:
+            raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
+        self._register(value, copy)  # before what is in it, which can hold it
+        if state is not None and hasattr(copy, "__setstate__"):
+            copy.__setstate__(self.of(state))
+        elif state is not None:
+            for part in state if isinstance(state, tuple) else (state,):
+                for name, item in self._kept(part or {}):
+                    object.__setattr__(copy, name, self.of(item))
+        for item in items or ():
+            if not self._is_left_out(item):
+                copy.append(self.of(item))
+        for key, item in self._kept(dict(pairs or ())):
+            copy[self.of(key)] = self.of(item)
         return copy
 
-    def _kept(self, items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-        return [(key, item) for key, item in items if id(item) not in self.left_out]
+    def _kept(self, items: dict[Any, Any]) -> list[tuple[Any, Any]]:
+        return [each for each in items.items() if not self._is_left_out(each[1])]
 
     def _copy_layer(self, layer: keras.Layer) -> keras.Layer:
         self._checked(type(layer))
         copy: Any = type(layer).__new__(type(layer))
-        self._register(layer)(copy)
+        self._register(layer, copy)
         is_built = self.keeps_built and layer is not self.original
         own = {id(variable) for variable in own_variables(layer)}
         if is_built:
@@ -399,7 +389,7 @@ class _Replica:
         self.left_out |= {id(parameters)} - {id(None)}
         # What is made before `__init__`: `build`, and the lists of what Keras tracks.
         fresh = set(vars(copy)) - {"_lock"}
-        for name, value in self._kept(vars(layer).items()):
+        for name, value in self._kept(vars(layer)):
             if name not in fresh and not name.startswith("_self_"):  # TensorFlow's lists
                 try:
                     vars(copy)[name] = self.of(value)
@@ -408,14 +398,6 @@ class _Replica:
                     self.failed.append(name)
         vars(copy)["built"] = is_built
         return copy
-
-
-def _copy_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        raise NotIsolatedError("an array of objects can't be copied")
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    return value if backends.is_symbolic(value) else keras.ops.copy(value)
 
 
 def _is_plain(container: Any) -> bool:
@@ -428,24 +410,14 @@ def _is_of_keras(value: Any) -> bool:
     return type(value).__module__.startswith("keras.")
 
 
-def _tracked_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
-    return dict(enumerate(direct_sublayers(layer)))
-
-
-def _attribute_children(layer: keras.Layer) -> dict[Any, keras.Layer]:
-    return attributes(layer, keras.Layer)
-
-
 def _layer_pairs(
-    original: keras.Layer,
-    copy: keras.Layer,
-    children: Callable[[keras.Layer], dict[Any, keras.Layer]],
+    original: keras.Layer, copy: keras.Layer
 ) -> list[tuple[keras.Layer, keras.Layer]]:
     """The layer and its sublayers, each with its counterpart in a copy."""
     pairs, seen = [(original, copy)], {id(original)}
     for one, other in pairs:
-        others = children(other)
-        for place, child in children(one).items():
+        others = attributes(other, keras.Layer)
+        for place, child in attributes(one, keras.Layer).items():
             counterpart = others.get(place)
             if type(counterpart) is type(child) and id(child) not in seen:
                 seen.add(id(child))

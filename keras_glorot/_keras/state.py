@@ -1,6 +1,7 @@
 """Keras's global state: one set of counters, generators and scopes for each thread."""
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -41,24 +42,20 @@ def unmoved_generators() -> Iterator[None]:
     """
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global one
-    names = dict(get_global_attribute("object_name_uids") or {})
+    names = copy.copy(get_global_attribute("object_name_uids"))
     generator = get_global_attribute("global_seed_generator")
-    drawn = None if generator is None else np.array(backends.to_array(generator.state))
+    drawn = None if generator is None else backends.held_value(generator.state)
     try:
         with backends.unmoved_generators():
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
-        counts = get_global_attribute("object_name_uids")
-        if counts is not None:
-            counts.clear()
-            counts.update(names)
+        set_global_attribute("object_name_uids", names)
+        # One that was made inside has a seed that the user has not drawn.
+        set_global_attribute("global_seed_generator", generator)
         if generator is not None:
             backends.assign(generator.state, drawn)
-        elif get_global_attribute("global_seed_generator") is not None:
-            # Made inside, of a seed that the user has not drawn.
-            set_global_attribute("global_seed_generator", None)
 
 
 def is_random_seeded() -> bool:

@@ -57,11 +57,8 @@ class Tree:
         The root goes by its name. A layer with several parents has the path of the first.
         Unlike Keras's own `path`, this does not depend on how and when a layer was built.
         """
-
-        def names(holders: list[keras.Layer], children: list[keras.Layer]) -> list[str]:
-            return [child.name for child in children]
-
-        return {**self._join(names), id(self.root): self.root.name}
+        names = self._join(lambda _, children: [child.name for child in children])
+        return names | {id(self.root): self.root.name}
 
     @functools.cached_property
     def _canonical_paths(self) -> dict[int, str]:
@@ -119,19 +116,13 @@ class Tree:
         ]
 
     @functools.cached_property
-    def in_graphs(self) -> set[int]:
-        """By `id`, the layers that a functional or sequential model holds."""
-        models = [
-            layer
-            for layer in self.layers
-            if isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
-        ]
-        return {id(child) for model in models for child in self.children(model)}
-
-    @functools.cached_property
     def seed_generators(self) -> list[tuple[keras.Layer, keras.random.SeedGenerator]]:
         """Each with the layer that holds it."""
-        return [(layer, each) for layer in self.layers for each in _seed_generators(layer)]
+        return [
+            (layer, generator)
+            for layer in self.layers
+            for generator in unique(attributes(layer, keras.random.SeedGenerator).values())
+        ]
 
     @functools.cached_property
     def optimizers(self) -> list[keras.optimizers.Optimizer]:
@@ -243,12 +234,6 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [variable for name in lists for variable in getattr(layer, name, ())]
 
 
-def _seed_generators(layer: keras.Layer) -> list[keras.random.SeedGenerator]:
-    held = attributes(layer, keras.random.SeedGenerator)
-    listed = getattr(layer, "_seed_generators", ())
-    return unique([*listed, *held.values()])
-
-
 def initial_state(layer: keras.Layer, variable: keras.Variable) -> Any:
     """The value that a state of a recurrent layer starts with; None of anything else."""
     if not isinstance(layer, keras.layers.RNN) or not layer.states:
@@ -293,5 +278,5 @@ def attributes(holder: Any, kind: type) -> dict[tuple[Any, ...], Any]:
 _TRACKING = {"_layers", "_trainable_variables", "_non_trainable_variables", "_variables"}
 
 
-def unique(objects: list[Any]) -> list[Any]:
+def unique(objects: Iterable[Any]) -> list[Any]:
     return list({id(each): each for each in objects}.values())

@@ -41,17 +41,8 @@ class Map(NamedTuple):
 
     @property
     def taps(self) -> tuple[slice, ...]:
-        """The part of the window that is not zero.
-
-        It has as many taps as a stride has positions, so that none of them is left out.
-        """
-        sizes = [self.matrices.shape[axis] for axis in self.matrices.window]
-        widths = map(min, sizes, self.strides or (1,) * len(sizes))
-        return tuple(map(self._middle, sizes, widths))
-
-    def _middle(self, size: int, width: int) -> slice:
-        start = size - width if self.matrices.last_tap else (size - width) // 2
-        return slice(start, start + width)
+        """The part of the window that is not zero."""
+        return self.matrices.taps(self.strides)
 
 
 def kernel_map(step: Step, graph: Graph) -> Map | None:

@@ -31,7 +31,7 @@ from keras_glorot.layer_rules import (
     is_bias,
 )
 
-__all__ = ["Survey", "Weight", "distribution_of", "layer_fans", "unique_paths"]
+__all__ = ["Survey", "Weight", "layer_fans", "unique_paths"]
 
 Axes = tuple[Sequence[int], Sequence[int]]
 
@@ -77,10 +77,6 @@ class Survey(Tree):
         part = copy.copy(self)
         part.elsewhere = elsewhere
         return part
-
-    def drawn_from(self, weight: "Weight") -> Distribution | None:
-        """Of a weight that a recipe does not draw: its own distribution, if no other."""
-        return self.elsewhere.get(id(weight.variable), weight.distribution)
 
     @functools.cached_property
     def weights(self) -> list["Weight"]:
@@ -145,10 +141,6 @@ class Weight:
         return tuple(self.variable.shape)
 
     @property
-    def site(self) -> CallSite:
-        return CallSite(self.owner, self.variable)
-
-    @property
     def initializer(self) -> Any:
         """The one it was made with; None if that is not known."""
         return self._origin.initializer
@@ -189,8 +181,20 @@ class Weight:
         return self.distribution_of(self.initializer)
 
     def distribution_of(self, initializer: Any) -> Distribution | None:
-        """That of another initializer for this weight."""
-        return distribution_of(initializer, self.shape, self._counts, self.site, self._axes)
+        """That of an initializer of Keras or of ours for this weight; None for others.
+
+        The axes that it declares come before those that the weight is known to have.
+        """
+        own, fans = _declared_axes(initializer), self._counts
+        if isinstance(initializer, GLOROT):
+            if own is None and self._axes is not None:
+                initializer = copy.copy(initializer)
+                initializer.input_axes, initializer.output_axes = self._axes
+            site = CallSite(self.owner, self.variable)
+            return kernel_distribution(initializer, self.shape, site)
+        if own is not None:
+            fans = compute_fans(self.shape, *own)
+        return keras_distribution(initializer, self.shape, fans)
 
     @functools.cached_property
     def is_kernel(self) -> bool:
@@ -277,28 +281,6 @@ def layer_fans(layer: keras.Layer) -> dict[str, Fans]:
     return {weight.path: weight.fans for weight in weights if weight.fans is not None}
 
 
-def distribution_of(
-    initializer: Any,
-    shape: Sequence[int],
-    fans: Fans | None,
-    site: CallSite,
-    axes: Axes | None = None,
-) -> Distribution | None:
-    """The distribution of an initializer of Keras or of ours; None for everyone else's.
-
-    The axes that it declares come before `axes`, those that its weight is known to have.
-    """
-    own = _declared_axes(initializer)
-    if isinstance(initializer, GLOROT):
-        if own is None and axes is not None:
-            initializer = copy.copy(initializer)
-            initializer.input_axes, initializer.output_axes = axes
-        return kernel_distribution(initializer, tuple(shape), site)
-    if own is not None:
-        fans = compute_fans(shape, *own)
-    return keras_distribution(initializer, shape, fans)
-
-
 def unique_paths(paths: Iterable[str]) -> list[str]:
     """The paths, with a number added to each that was there before: `dense/kernel (2)`."""
     counts = Counter()
@@ -358,7 +340,7 @@ class _Origins:
         source = self.sources.get(id(variable))
         if isinstance(source, BuildValue):
             return _Origin(source)
-        if may_hold_given_vectors(owner, variable, id(owner) in self.survey.in_graphs):
+        if may_hold_given_vectors(owner, variable):
             reason = "it may hold vectors given as `weights`, which Keras does not keep"
             return _Origin(reason=reason, is_data=not variable.trainable)
         origin = _origin_by_name(owner, variable)

@@ -40,7 +40,7 @@ from keras_glorot._models.pairs import (
     through,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.gains import is_wave
+from keras_glorot.gains import is_wave, known_gain
 from keras_glorot.initializers import GlorotOrthogonal
 from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
 from keras_glorot.recipes._start import Start, Starts
@@ -91,7 +91,10 @@ def _drawn(survey: Survey) -> dict[int, Weight]:
 
 
 def _plain(weight: Weight, reason: str) -> Start:
-    initializer = GlorotOrthogonal(seed=0)
+    # What the recurrent kernel of a simple cell gives is added: that is gain enough.
+    is_sum = isinstance(weight.owner, keras.layers.SimpleRNNCell)
+    gain = 1.0 if is_sum else known_gain(weight.activation) or 1.0
+    initializer = GlorotOrthogonal(gain, seed=0)
     distribution = weight.distribution_of(initializer)
     assert distribution is not None
     return Start(type(initializer).__name__, distribution, {"pairs": reason})
@@ -104,7 +107,7 @@ def _own(weight: Weight) -> Start:
 
 def _tap(weight: Weight) -> Start:
     """Each channel as it is, or copies of it."""
-    matrices = kernel_matrices(weight.shape, *weight.site)
+    matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
     distribution = Distribution.tap(1 / math.sqrt(matrices.columns), matrices)
     return Start("Identity", distribution, {"pairs": "it hands on those of its input"})
 
@@ -241,9 +244,10 @@ class _Network:
 
     def check_bias(self, layer: Any) -> None:
         """That it moves both units of a pair by the same, or by little."""
+        bias = getattr(layer, "bias", None)
         for weight in self.survey.weights:
-            if weight.variable is getattr(layer, "bias", None):
-                drawn = self.survey.drawn_from(weight)
+            if weight.variable is bias:
+                drawn = self.survey.elsewhere.get(id(bias), weight.distribution)
                 if drawn is None or drawn.std > _SMALL_BIAS:
                     raise Lost(f"the bias of {layer.name} is not the same for all units")
 

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import keras
 
-from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._keras.call_site import CallSite
-from keras_glorot._models.survey import Weight, distribution_of
+from keras_glorot._drawing.distributions import Distribution, keras_distribution
+from keras_glorot._models.survey import Weight
 from keras_glorot.fans import Fans, compute_fans, fan_of
 from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
-from keras_glorot.layer_rules import is_relu_like, unit_axis
+from keras_glorot.layer_rules import activation_name, is_relu_like, unit_axis
 from keras_glorot.recipes import Start
 from keras_glorot.tables import Finding, Severity
 from keras_glorot.tools._fitting import Statistics, collision, is_off
@@ -178,7 +177,7 @@ def _explain_std(subject: Subject) -> str:
     weight, initializer = subject.weight, subject.start.initializer
     fans_by_shape = compute_fans(weight.shape)
     fans = weight.fans or fans_by_shape
-    stock = distribution_of(initializer, weight.shape, fans_by_shape, CallSite())
+    stock = keras_distribution(initializer, weight.shape, fans_by_shape)
     if fans == fans_by_shape or stock is None or is_off(subject.statistics, stock):
         return _UNEXPLAINED
     if weight.variable.name.startswith("lora_"):
@@ -214,7 +213,7 @@ def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict:
 
 def _tell_form(subject: Subject, expected: Distribution) -> _Verdict:
     message = subject.detail or (
-        f"Mean and std are right, but the values are not {expected.words}."
+        f"Mean and std are right, but the values are not {expected.standard.words}."
     )
     return _Verdict("warning", message, _REINITIALIZE)
 
@@ -267,9 +266,9 @@ def _slice_text(index: tuple[object, ...]) -> str:
 
 def _check_activation(subject: Subject) -> _Verdict | None:
     activation = subject.weight.activation
-    if subject.gain is not None:
+    if activation is None or subject.gain is not None:
         return None
-    name = getattr(activation, "__name__", activation)
+    name = activation_name(activation)
     message = f"The activation {name!r} has no known gain: 1 is taken."
     advice = "Give the initializer `gain` as a number, if 1 is not right."
     return _Verdict("info", message, advice)

@@ -270,7 +270,7 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
         return abs(_root_mean_square(statistics) / distribution.std - 1) > _TOLERANCE
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
     # in small tensors. In large ones, uniform and truncated values scatter less.
-    excess = distribution.kurtosis - 1 if statistics.size > 100 else 2.0
+    excess = distribution.standard.kurtosis - 1 if statistics.size > 100 else 2.0
     spread = excess / (9 * (statistics.size - 1))
     ratio = statistics.std / distribution.std
     is_significant = abs(ratio ** (2 / 3) - (1 - spread)) > _SIGMAS * math.sqrt(spread)
@@ -279,7 +279,7 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
 
 def is_little_larger(statistics: Statistics, distribution: Distribution) -> bool:
     """Whether values pass a bound by no factor that their std can tell from chance."""
-    spread = math.sqrt((distribution.kurtosis - 1) / (4 * statistics.size))
+    spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
     most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(statistics, distribution)
     return _reach(statistics, distribution) <= most < math.inf
 
@@ -327,12 +327,12 @@ def _is_too_far(statistics: Statistics, sigmas: float) -> bool:
 
 def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None:
     """Whether the kurtosis is that of a distribution, at any scale; None: it can't tell."""
-    variance = distribution.kurtosis_variance
+    variance = distribution.standard.kurtosis_variance
     if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
         return None
     # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.
-    spread = math.sqrt(variance / statistics.size) / distribution.kurtosis
-    ratio = distribution.kurtosis / statistics.kurtosis
+    spread = math.sqrt(variance / statistics.size) / distribution.standard.kurtosis
+    ratio = distribution.standard.kurtosis / statistics.kurtosis
     return abs(ratio - 1) <= max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
 
 

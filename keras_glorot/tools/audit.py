@@ -265,7 +265,7 @@ def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
 def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
     """The distributions that `initialize` may draw a kernel from."""
     gain = known_gain(weight.activation) or 1.0
-    matrices = kernel_matrices(weight.shape, *weight.site)
+    matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
     for std in dict.fromkeys(glorot_stds(weight, gain, "fan_avg")):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
