@@ -342,6 +342,19 @@ def test_as_many_threads_as_cores_but_not_too_many(
     assert len(threads) == expected
 
 
+def test_one_core_draws_in_pieces_too(either, monkeypatch):
+    # Python sees Ctrl-C between two of them.
+    def interrupted(start, stop):
+        if start:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, f"_{either.lower()}_filler", filler(interrupted))
+    monkeypatch.setattr(stream, "WORTH_THREADS", 0)
+    monkeypatch.setattr(stream, "available_cores", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        draw("uniform", (512 * 6,), 1.0, "float32", (5,))
+
+
 @pytest.mark.parametrize("in_caller", [False, True])
 def test_an_error_in_a_thread_is_raised(in_caller, either, monkeypatch):
     both, threads, filled = threading.Barrier(2), set(), []
