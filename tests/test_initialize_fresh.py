@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -419,6 +419,34 @@ def test_a_weight_of_a_layer_that_is_tied_to_another_one():
     np.testing.assert_array_equal(array(tied.offset), np.ones(4))
     assert dense.kernel is tied.dense.kernel is kernel
     assert std(dense.kernel) > 0
+
+
+class Settings(NamedTuple):
+    units: int = 64
+    initializer: Any = keras.initializers.RandomNormal(stddev=0.01)
+
+
+class Configured(layers.Layer):
+    """Its settings are a named tuple."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.settings = Settings()
+
+    def build(self, shape):
+        size, initializer = (64, self.settings.units), self.settings.initializer
+        self.table = self.add_weight(shape=size, initializer=initializer, name="table")
+
+    def call(self, x):
+        return x
+
+
+def test_a_layer_that_is_configured_by_a_named_tuple():
+    layer = Configured()
+    layer.build((None, 3))
+    disturb(layer.variables)
+    assert not initialize(layer, seed=0).findings
+    assert abs(std(layer.table) / 0.01 - 1) < 0.05
 
 
 class OverwrittenConfig(Overwritten):

@@ -204,6 +204,7 @@ class _Tracer:
                 stack.enter_context(replaced_attribute(keras_layer, "Node", node))
             for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
+                stack.enter_context(replaced_attribute(layer, "_called", True))
                 if _is_open(layer, self.walked.children(layer)):
                     name, own = "symbolic_call", self._call_inside(layer)
                 else:
