@@ -394,6 +394,26 @@ def test_a_variable_made_of_a_value():
     np.testing.assert_array_equal(array(layer.twice), 2 * array(layer.odd))
 
 
+class Counting(keras.Model):
+    """A variable that `__init__` makes of a value, beside one of an initializer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.steps = keras.Variable(5, trainable=False, dtype="int32", name="steps")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_variable_that_init_makes_of_a_value():
+    model = Counting()
+    model(np.ones((1, 2)))
+    disturb(model.variables)
+    assert not initialize(model, seed=0).findings
+    assert [float(value) for value in values(model.weights)] == [1, 5]
+
+
 class DenseTranspose(layers.Layer):
     """As in tied autoencoders: no config, and the kernel of another layer."""
 

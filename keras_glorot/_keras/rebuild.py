@@ -1,14 +1,13 @@
 """How a layer makes its weights: seen by building a copy of it."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -160,11 +159,10 @@ class _Rebuild:
             replica.check()
             copy = self.copy(self.original, replica)
             replica.check()
-            with scope.values_allowed():
-                try:
-                    _build_like(copy, self.original, replica)
-                except Exception as error:  # before it, some variables can be made
-                    self.errors = [replica.explain(error)]
+            try:
+                _build_like(copy, self.original, replica)
+            except Exception as error:  # before it, some variables can be made
+                self.errors = [replica.explain(error)]
         created = list(get_global_attribute("uninitialized_variables") or ())
         new = {id(variable) for variable in (*created, *scope.made_of_values)}
         pairs = []
@@ -179,7 +177,11 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
 
 
 class ReplayScope(keras.StatelessScope):
-    """Notes assignments; lets the n-th variable made read as the n-th one given."""
+    """Notes assignments; lets the n-th variable made read as the n-th one given.
+
+    A variable can be made of a value, which Keras forbids in such a scope: this thread is
+    told of each call, and the scope is closed during such a one.
+    """
 
     def __init__(self, created: Sequence[keras.Variable | None] = ()):
         super().__init__(initialize_variables=False)
@@ -191,18 +193,15 @@ class ReplayScope(keras.StatelessScope):
         assigned = super().get_current_value(variable)
         return variable._value if assigned is None else assigned
 
-    @contextlib.contextmanager
-    def values_allowed(self) -> Iterator[None]:
-        """Lets a variable be made of a value, which Keras forbids in such a scope.
-
-        This thread is told of each call, and the scope is closed during such a one.
-        """
-        before = sys.getprofile()
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.profiler = sys.getprofile()
         sys.setprofile(self._note_call)
-        try:
-            yield
-        finally:
-            sys.setprofile(before)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self.profiler)
+        super().__exit__(*error)
 
     def _note_call(self, frame: Any, event: str, argument: Any) -> None:
         if event not in ("call", "return") or frame.f_code not in _variable_makers():
