@@ -315,10 +315,8 @@ def _node_of(tensor: Any) -> Any:
 
 def _is_open(layer: keras.Layer, children: list[keras.Layer]) -> bool:
     """Whether its own `call` says more than its class."""
-    if isinstance(layer, LOOPS):
-        return False
     is_foreign = not type(layer).call.__module__.startswith("keras.")
-    return is_foreign or bool(children)
+    return not isinstance(layer, LOOPS) and (is_foreign or bool(children))
 
 
 @contextlib.contextmanager

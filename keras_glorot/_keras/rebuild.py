@@ -104,9 +104,9 @@ def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | 
     """
     sources: dict[int, Any] = {}
     errors: list[Exception] = []
-    for copy in (_copy_from_attributes, _copy_beside_built, _copy_from_config):
+    for way in (_Replica.from_attributes, _Replica.beside_built, _Replica.from_config):
         try:
-            rebuild = _Rebuild(original, copy)
+            rebuild = _Rebuild(original, way)
             sources = rebuild.sources() | sources
             errors += rebuild.errors
         except Exception as error:  # from a layer of the user: anything
@@ -119,9 +119,7 @@ def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | 
 class _Rebuild:
     """Builds copies of a layer in which variables have no values of their own."""
 
-    def __init__(
-        self, original: keras.Layer, copy: "Callable[[keras.Layer, _Replica], keras.Layer]"
-    ):
+    def __init__(self, original: keras.Layer, copy: "Callable[[_Replica], keras.Layer]"):
         self.original, self.copy = original, copy
         self.created: list[keras.Variable | None] = []
         self.errors: list[Exception] = []
@@ -157,10 +155,11 @@ class _Rebuild:
         ignored = warnings.catch_warnings(action="ignore")
         with unmoved_generators(), scope, ignored, replica.reach:
             replica.check()
-            copy = self.copy(self.original, replica)
+            copy = self.copy(replica)
             replica.check()
             try:
-                _build_like(copy, self.original, replica)
+                if config := _build_config(self.original):
+                    copy.build_from_config(replica.of(config))
             except Exception as error:  # before it, some variables can be made
                 self.errors = [replica.explain(error)]
         created = list(get_global_attribute("uninitialized_variables") or ())
@@ -233,38 +232,6 @@ def _variable_makers() -> set[Any]:
     return {code for code in codes if code and "initializer" in code.co_varnames}
 
 
-def _copy_from_config(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    config = replica.of(original.get_config())
-    if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
-        # `build` has put it where an argument was.
-        raise ValueError(f"The config of {original.name} holds a variable.")
-    parameters = inspect.signature(type(original).__init__).parameters.values()
-    if all(each.kind is not each.VAR_KEYWORD for each in parameters):
-        # Keras puts these into every config, whether the layer takes them or not.
-        accepted = {each.name for each in parameters}
-        for name in {"name", "trainable", "dtype"} - accepted:
-            config.pop(name, None)
-    replica.check()
-    return type(original).from_config(config)
-
-
-def _copy_from_attributes(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    if not _build_config(original):
-        raise NotImplementedError(f"{original.name} has no config and no `build`.")
-    return replica.of(original)
-
-
-def _copy_beside_built(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    """The layers in it keep their weights: it can tie its own to them."""
-    replica.keeps_built = True
-    return _copy_from_attributes(original, replica)
-
-
-def _build_like(copy: keras.Layer, original: keras.Layer, replica: "_Replica") -> None:
-    if config := _build_config(original):
-        copy.build_from_config(replica.of(config))
-
-
 def _build_config(layer: keras.Layer) -> dict[str, Any] | None:
     """The shapes that its own `build` was called with."""
     is_own = type(layer).build not in (keras.Layer.build, keras.Model.build)
@@ -288,6 +255,31 @@ class _Replica:
         self.failed: list[str] = []
         self.stand_ins: list[tuple[keras.Variable, keras.Variable]] = []
         self.reach = Reach()
+
+    def from_attributes(self) -> keras.Layer:
+        if not _build_config(self.original):
+            raise NotImplementedError("It has no config and no `build`.")
+        return self.of(self.original)
+
+    def beside_built(self) -> keras.Layer:
+        """The layers in it keep their weights: it can tie its own to them."""
+        self.keeps_built = True
+        return self.from_attributes()
+
+    def from_config(self) -> keras.Layer:
+        config = self.of(self.original.get_config())
+        if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
+            # `build` has put it where an argument was.
+            raise ValueError("Its config holds a variable.")
+        kind: Any = type(self.original)
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+            # Keras puts these into every config, whether the layer takes them or not.
+            accepted = {each.name for each in parameters}
+            for name in {"name", "trainable", "dtype"} - accepted:
+                config.pop(name, None)
+        self.check()
+        return kind.from_config(config)
 
     def check(self) -> None:
         """Raises an error if the code of the copies can reach something outside."""
