@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from cases import CASES, data, fill, mlp
+from cases import CASES, data, fill, mixed, mlp
 from keras import layers
 
 import keras_glorot
@@ -162,6 +162,35 @@ def test_an_isometric_start_is_left_as_it_is(activation):
     assert not table.findings
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("activations", [("elu", "tanh"), ("elu", "gelu", "relu")])
+def test_levels_of_an_isometric_start_stay(activations):
+    """The std before ELU is 100, before GELU and ReLU 1, before tanh 0.3."""
+    model = mixed(*activations)
+    initialize(model, "isometric", seed=1)
+    before = snapshot(model)
+    assert not calibrate(model, data(64, 64)).findings
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("activations", [("elu", "tanh"), ("tanh", "relu")])
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+def test_levels_of_an_isometric_start_are_restored(activations, factor):
+    """Nearly an isometry again, and the kernels of each activation at their own level."""
+    model, x = mixed(*activations), data(64, 64)
+    initialize(model, "isometric", seed=1)
+    spread = propagate(model, x).rows[-1]["jacobian_spread"]
+    for layer in model.layers:
+        layer.kernel.assign(factor * np.asarray(layer.kernel))
+    calibrate(model, x)
+    assert propagate(model, x).rows[-1]["jacobian_spread"] < 1.1 * spread
+
+
+def test_the_levels_of_other_starts_are_alike():
+    model = fill(mixed("elu", "tanh"))
+    stds = [row["std"] for row in calibrate(model, data(64, 64))][:-1]
+    assert max(stds) < 1.5 * min(stds)
 
 
 def test_a_shared_layer_has_one_factor_which_its_first_call_decides():
@@ -455,6 +484,22 @@ def test_a_model_whose_kernels_are_all_normalized_is_sound_as_it_is():
     assert snapshot(model) == before
     assert "normalization layers undo" in table.note
     assert are_remarks(table.findings)
+
+
+class WeightNormalized(layers.Layer):
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 32), name="kernel")
+
+    def call(self, inputs):
+        return keras.ops.relu(inputs @ keras.ops.normalize(self.kernel, axis=0))
+
+
+def test_a_layer_that_normalizes_its_own_kernel_is_not_sound_for_that():
+    hidden = [WeightNormalized() for _ in range(16)]
+    model = fill(keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(3)]))
+    (finding,) = calibrate(model, data(64, 32)).findings
+    assert finding.severity == "warning"
+    assert "normalization layer follows" not in finding.message
 
 
 def test_the_kernel_that_branches_are_added_to_does_not_count():

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from cases import CASES, TOKENS, convnet, data, fill, mlp
+from cases import CASES, TOKENS, convnet, data, fill, mixed, mlp
 from keras import layers
 from networks import HEALTHY, SICK
 from rich.console import Console
@@ -400,6 +400,21 @@ def test_small_signals_and_isometries_are_stable_whatever_the_activation():
     assert not found
 
 
+@pytest.mark.parametrize(
+    "activations", [("elu", "tanh"), ("tanh", "elu"), ("selu", "gelu", "tanh")]
+)
+def test_the_levels_of_an_isometric_start_are_no_trend(activations):
+    """The std before ELU is 100, before GELU 1, before tanh 0.3."""
+    model = mixed(*activations)
+    initialize(model, "isometric", seed=1)
+    assert not propagate(model, data(64, 64)).findings
+    for layer in model.layers:
+        layer.kernel.assign(0.5 * np.asarray(layer.kernel))
+    assert "vanishing" in codes(propagate(model, data(64, 64)))
+    fill(model, 0.5)
+    assert "vanishing" in codes(propagate(model, data(64, 64)))
+
+
 def test_plain_layers_are_sent_to_the_isometric_start_and_others_to_calibrate():
     blocks = [BareSum() for _ in range(16)]
     residual = keras.Sequential([keras.Input((32,)), *blocks, layers.Dense(3)])
@@ -691,6 +706,7 @@ class Stop(keras.layers.Layer):
         (lambda: (mlp(), data(0, 12)), ValueError, r"at least one example.*\(0, 12\)"),
         (lambda: (mlp(), [[1.0] * 12]), ValueError, "at least one example"),
         (lambda: (mlp(), data(2, 12) * np.nan), ValueError, "`x` must be finite"),
+        (lambda: (mlp(), np.zeros((2, 12))), ValueError, "`x` must hold data"),
         (lambda: (mlp(), data(2, 12), data(2, 4)), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), None, "mse"), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), data(2, 9), "mse"), ValueError, r"`y` must .*2, 9"),

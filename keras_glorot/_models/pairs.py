@@ -1,7 +1,7 @@
 """Units in pairs, z and -z, and where they stand after what is no kernel."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import keras
@@ -17,6 +17,7 @@ __all__ = [
     "Effect",
     "Lost",
     "Pairs",
+    "fitting_levels",
     "is_sum",
     "line",
     "measure_effect",
@@ -119,6 +120,23 @@ def measure_effect(
             return backends.outside_traces(_measure_effect, activation, level)
     except Exception:  # from a function of the user: anything
         return None
+
+
+def fitting_levels(activations: Sequence[Any], stds: np.ndarray) -> np.ndarray:
+    """The levels of the activations along a chain, if its stds jump where these do, as
+    after the isometric start; else ones."""
+    by_id = {id(each): each for each in activations}
+    effects = {key: each and measure_effect(each) for key, each in by_id.items()}
+    known = [effects[id(each)] for each in activations]
+    levels = np.array([each.level if each else 1.0 for each in known])
+    differ = (levels != levels[:1]).any() and ((stds > 0) & (stds < math.inf)).all()
+    fits = differ and _unevenness(stds / levels) < _unevenness(stds)
+    return levels if fits else np.ones(len(levels))
+
+
+def _unevenness(stds: np.ndarray) -> float:
+    """How much the steps of the logarithms differ."""
+    return float(np.var(np.diff(np.log(stds))))
 
 
 _SMALL = 0.1

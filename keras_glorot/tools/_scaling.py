@@ -63,6 +63,8 @@ class ScaledLayer(NamedTuple):
             branches are added to: its gradient is that of all of them.
         leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
+        own_level: What the level is multiplied by: after the isometric start, the level
+            that it has for the activation.
     """
 
     path: str
@@ -74,6 +76,7 @@ class ScaledLayer(NamedTuple):
     is_told: bool
     leads_on: bool
     is_affine: bool
+    own_level: float = 1.0
 
 
 def find_scaled_layers(
@@ -362,6 +365,7 @@ class _Scaler:
             wanted = self.aims[i] / std_or_1
             if inputs is not None:
                 most = layer.largest_gain * _std_and_size(inputs)[1] / std_or_1
+                most *= numpy.maximum(1, self.aims[i])
                 wanted = numpy.minimum(wanted, numpy.maximum(1, most))
         return numpy.where((std > 0) & (self.aims[i] > 0), wanted, 1)
 

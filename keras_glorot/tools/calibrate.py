@@ -9,12 +9,13 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._models.kernels import Flow, flow_of_model
+from keras_glorot._models.pairs import fitting_levels
 from keras_glorot._models.passes import Batch, is_float
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import activation_name
 from keras_glorot.tables import Finding, Layout, Row, Table
-from keras_glorot.tables.plots import STDS_BY_KERNEL
+from keras_glorot.tables.plots import STDS
 from keras_glorot.tools._scaling import (
     ScaledLayer,
     ScalingPass,
@@ -75,6 +76,9 @@ def calibrate(
       a lower one makes nothing better. GELU and SiLU let small differences grow, and tanh
       too, the more the higher the level is. Along a chain, the signal may then change by
       the root of what the gradient does.
+    - The isometric start gives each activation a level of its own: 100 before ELU, 1 before
+      ReLU, 0.3 before tanh. Where kernels before different ones have these stds, all of
+      this is in units of them.
     - In a residual sum of n branches, their last kernels get 1 / (2 sqrt(n)).
     - Kernels before an output of the model, a softmax or a gate, and the input kernels of
       recurrent layers keep their scale, as far as the std stays below 1. At a low level
@@ -302,6 +306,7 @@ def _measure(
     half, other = _halves(batch)
     advance(0.0, "as it is")
     run, before = _first_pass(survey, half, found, training)
+    run.layers = _with_levels(run.layers, before)
     was = _attempt(run.layers, 0.0, before)
     scaled, fresh, failed = None, None, None
     most = max(_MOST_DRIFT, was.change.drift + _SLACK)
@@ -318,7 +323,8 @@ def _measure(
         failed = (bad or [attempt])[0]
     if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
         scaled, fresh, failed = None, None, scaled  # it holds what can be held
-    unseen = [each for each in found if each not in run.layers]
+    seen = {id(each.layer) for each in run.layers}
+    unseen = [each for each in found if id(each.layer) not in seen]
     return _Result(run.layers, unseen, was, scaled, fresh, failed, run.passes)
 
 
@@ -375,12 +381,9 @@ def _aims(layers: list[ScaledLayer], was: ScalingPass, level: float) -> np.ndarr
     An output that other kernels build on keeps its own: these make up for it.
     """
     own = np.clip(np.exp(np.nan_to_num(was.signal)), _SMALLEST_OUTPUT, 1.0)
-    return np.array(
-        [
-            level * each.share if each.share else own[i] if each.leads_on else 1.0
-            for i, each in enumerate(layers)
-        ]
-    )
+    aims = np.array([each.share * each.own_level if each.share else 0 for each in layers])
+    bounds = np.where([each.leads_on for each in layers], own, 1.0)
+    return np.where(aims, level * aims, bounds)
 
 
 def _scale(
@@ -416,9 +419,10 @@ def _differ(layers: list[ScaledLayer], one: ScalingPass, other: ScalingPass) -> 
 def _is_starved(layers: list[ScaledLayer], attempt: _Attempt) -> bool:
     """Whether no sound gain makes up for the small input of the first hidden kernel."""
     for i in attempt.seen.order:
-        share = layers[i].share
+        share, own_level = layers[i].share, layers[i].own_level
         if share is not None:
-            return math.exp(attempt.seen.signal[i]) < attempt.level * share / 2
+            aim = attempt.level * own_level * share
+            return math.exp(attempt.seen.signal[i]) < aim / 2
     return False
 
 
@@ -442,12 +446,23 @@ def _first_pass(
     return run, first
 
 
+def _with_levels(layers: list[ScaledLayer], was: ScalingPass) -> list[ScaledLayer]:
+    """The layers, those on the path with the levels that the model goes with."""
+    path = _path(layers, was)
+    activations = [layers[i].kernels[0].activation for i in path]
+    levels = np.ones(len(layers))
+    levels[path] = fitting_levels(activations, np.exp(was.signal[path]))
+    both = zip(layers, levels, strict=True)
+    return [layer._replace(own_level=level) for layer, level in both]
+
+
 def _change(layers: list[ScaledLayer], seen: ScalingPass, is_scaled: bool) -> _Change:
     """By straight lines through the logarithms: in branches, one may differ widely."""
     path = _path(layers, seen)
     bounded = [seen.signal[i] for i in seen.order if layers[i].share is None]
     # The ends of branches are small on purpose.
-    aims = np.log([layers[i].share or 1.0 if is_scaled else 1.0 for i in path])
+    shares = [layers[i].share or 1.0 if is_scaled else 1.0 for i in path]
+    aims = np.log(shares) + np.log([layers[i].own_level for i in path])
     alike = seen.likeness[path]
     alike = alike[np.isfinite(alike)]
     return _Change(
@@ -507,7 +522,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
         for weight in layer.kernels
     ]
     findings += _unreached(result, flow)
-    layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
+    layout = Layout(is_sequence=True, picture=STDS)
     return Table("calibrate", rows, findings, columns, _note(result, flow), layout)
 
 

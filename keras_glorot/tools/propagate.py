@@ -11,6 +11,7 @@ import numpy as np
 from keras_glorot._keras.graph import LOOPS
 from keras_glorot._models.jacobian import singular_spread
 from keras_glorot._models.kernels import Flow, Kernel, Kinds, flow_of_calls
+from keras_glorot._models.pairs import fitting_levels
 from keras_glorot._models.passes import (
     Batch,
     Call,
@@ -27,7 +28,7 @@ from keras_glorot._models.survey import Survey
 from keras_glorot.gains import activation_growth, known_gain
 from keras_glorot.layer_rules import is_normalization
 from keras_glorot.tables import Finding, Layout, Row, Table
-from keras_glorot.tables.plots import STDS_BY_CALL
+from keras_glorot.tables.plots import STDS
 
 __all__ = ["propagate", "propagated"]
 
@@ -41,7 +42,7 @@ _LAYOUT = Layout(
     has_total=True,
     is_sequence=True,
     can_be_sound=True,
-    picture=STDS_BY_CALL,
+    picture=STDS,
 )
 
 
@@ -396,10 +397,11 @@ def _signal_trend(calls: list[Call], advice: str) -> list[Finding]:
 
     A mean over unlike positions makes the first smaller, a stride the second one larger.
     """
-    outputs = [call.output.value for call in calls]
+    outputs, levels = [call.output.value for call in calls], _levels(calls)
+    both = list(zip(outputs, levels, strict=True))
     curves = [
-        [output and output.moments.std for output in outputs],
-        [output and output.pooled_std for output in outputs],
+        [output and output.moments.std / level for output, level in both],
+        [output and output.pooled_std / level for output, level in both],
     ]
     return _trend([call.path for call in calls], curves, "Signal", advice)
 
@@ -413,13 +415,21 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
     paths: list[str] = []
     curve: list[float | None] = []
     for part in reversed(parts):
-        output = part[-1].output.value if part and paths else None
-        scale = output.moments.std if output else 1.0
-        for call in reversed(part):
+        output, levels = part[-1].output.value if part and paths else None, _levels(part)
+        scale = output.moments.std / levels[-1] if output else 1.0
+        for call, level in zip(reversed(part), reversed(levels), strict=True):
             gradient = call.output.gradient
             paths.append(call.path)
-            curve.append(None if gradient is None else scale * gradient)
+            curve.append(None if gradient is None else scale * gradient * level)
     return _trend(paths, [curve], "Gradient", advice)
+
+
+def _levels(calls: list[Call]) -> np.ndarray:
+    """What the stds of the outputs of kernels are compared with."""
+    outputs = [call.output.value for call in calls]
+    stds = np.array([output.moments.std if output else 0.0 for output in outputs])
+    activations = [call.weight.activation if call.weight else None for call in calls]
+    return fitting_levels(activations, stds)
 
 
 def _trend(

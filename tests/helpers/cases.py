@@ -26,6 +26,12 @@ def mlp(depth=3, width=20, activation="tanh", **options):
     return fill(keras.Sequential([keras.Input((12,)), *hidden, layers.Dense(4)]))
 
 
+def mixed(*activations, depth=20, width=64):
+    """So many layers of each activation, one after the other."""
+    hidden = [layers.Dense(width, each) for each in activations for _ in range(depth)]
+    return keras.Sequential([keras.Input((width,)), *hidden, layers.Dense(10)])
+
+
 def convnet():
     inputs = keras.Input((9, 9, 3))
     x = layers.Conv2D(8, 3, activation="relu", name="conv")(inputs)
