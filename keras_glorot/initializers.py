@@ -47,6 +47,7 @@ __all__ = [
     "find_initializer",
     "is_unshared",
     "kernel_distribution",
+    "standardize_seed",
     "with_config",
 ]
 
@@ -69,7 +70,7 @@ class _Glorot(keras.initializers.Initializer):
         self.mode = mode
         axes = standardize_axes(input_axes, output_axes)
         self.input_axes, self.output_axes = axes or (None, None)
-        self._init_seed = seed = _standardize_seed(seed)
+        self._init_seed = seed = standardize_seed(seed)
         # Python's `random` is what `keras.utils.set_random_seed` governs.
         self.seed = random.getrandbits(63) if seed is None else seed
         self._is_unshared = is_unshared(seed)
@@ -491,7 +492,7 @@ def _standardize_gain(gain: float | str) -> float | str:
     return float(gain)
 
 
-def _standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
+def standardize_seed(seed: Any) -> "int | keras.random.SeedGenerator | None":
     if isinstance(seed, Mapping):  # from a config
         seed = keras.saving.deserialize_keras_object(seed)
     if seed is None or isinstance(seed, keras.random.SeedGenerator):

@@ -583,7 +583,7 @@ def test_errors_say_what_to_do():
     layer = layers.Dense(3)
     layer.build((None, 3))
     for seed in (1.5, True, "1"):
-        with pytest.raises(TypeError, match="Argument `seed` must be an integer or None"):
+        with pytest.raises(TypeError, match="Argument `seed` must be an integer"):
             initialize(layer, seed=seed)
     with pytest.raises(TypeError, match="Argument `how` must be an initializer"):
         initialize(layer, None)
@@ -644,18 +644,3 @@ def test_auto_gain_with_a_seed_generator():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "tanh")])
     table = keras_glorot.initialize(model, initializer)
     assert table.rows[0]["done"] == "GlorotUniform(gain=1.667)"
-
-
-@pytest.mark.parametrize(
-    ("normalize", "gain"), [(False, "auto"), (True, "auto"), (False, 1)]
-)
-def test_gains_in_sums_without_normalization_are_a_finding(normalize, gain):
-    """There they make the signal grow; stock Keras trains better."""
-    inputs = x = keras.Input((8,))
-    for _ in range(6):
-        branch = keras.layers.LayerNormalization()(x) if normalize else x
-        x = x + keras.layers.Dense(8)(keras.layers.Dense(8, "relu")(branch))
-    model = keras.Model(inputs, keras.layers.Dense(2)(x))
-    table = initialize(model, GlorotUniform(gain=gain), seed=0)
-    codes = [finding.code for finding in table.findings]
-    assert codes == ([] if normalize or gain == 1 else ["residual-growth"])

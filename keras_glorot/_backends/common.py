@@ -33,7 +33,6 @@ __all__ = [
     "readable",
     "shares_new_variables",
     "symbols_beside_values",
-    "to_array",
     "to_sharded_tensor",
     "to_tensor",
     "unmoved_generators",
@@ -59,11 +58,6 @@ def to_tensor(array: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(array)
 
 
-def to_array(variable: keras.Variable) -> np.ndarray:
-    """The values of a variable, to be read only: no copy if the host's memory has them."""
-    return np.asarray(keras.ops.convert_to_tensor(variable))
-
-
 def to_sharded_tensor(
     shape: tuple[int, ...], layout: Any, draw_region: Callable[[Bounds], np.ndarray]
 ) -> Any:
@@ -79,12 +73,12 @@ def to_sharded_tensor(
 
 def values(variable: keras.Variable) -> Values:
     """The values of a variable, read part by part: nothing of them stays on the host."""
-    return Values.of(to_array(variable))
+    return Values.of(held_value(variable))
 
 
 def held_value(variable: keras.Variable) -> Any:
-    """The present value, for `assign` to give it back to the variable."""
-    return to_array(variable)
+    """The present value, to be read only: later assignments do not change it."""
+    return np.asarray(keras.ops.convert_to_tensor(variable))
 
 
 def new_value(variable: keras.Variable, draw_region: Callable[[Bounds], np.ndarray]) -> Any:

@@ -69,21 +69,11 @@ def _sharding(layout: Any) -> Any:
 
 def values(variable: keras.Variable) -> Values:
     array: Any = keras.ops.convert_to_tensor(variable)
-    if _is_whole_everywhere(array):
+    if array.is_fully_addressable or array.is_fully_replicated:
         return Values(array.shape, array.dtype, _parts(array, array.addressable_shards))
     # Each part once, from the first of the devices that hold it.
     firsts = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     return Values(array.shape, array.dtype, _parts(array, firsts), _stack_processes)
-
-
-def _is_whole_everywhere(array: Any) -> bool:
-    """Whether each process that has a part of an array has all of it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return True
-    held: dict[int, set[Bounds]] = {}
-    for device, index in array.sharding.devices_indices_map(array.shape).items():
-        held.setdefault(device.process_index, set()).add(_bounds(index, array.shape))
-    return len(set(map(frozenset, held.values()))) == 1
 
 
 def _parts(array: Any, shards: list[Any]) -> Callable[[], Iterable[Any]]:
@@ -105,10 +95,6 @@ def _bounds(index: Any, shape: Iterable[int]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _index(bounds: Bounds) -> tuple[slice, ...]:
-    return tuple(slice(*each) for each in bounds)
-
-
 def held_value(variable: keras.Variable) -> Any:
     return variable.value
 
@@ -127,7 +113,9 @@ def assign(variable: keras.Variable, value: Any) -> None:
     else:  # `device_put` would compare all values with those of the other processes
         check_same(variable, value)
         array = np.asarray(value).astype(old.dtype, copy=False)
-        value = new_value(variable, lambda bounds: array[_index(bounds)].copy())
+        value = new_value(
+            variable, lambda bounds: array[tuple(slice(*each) for each in bounds)].copy()
+        )
     variable.assign(value)
 
 

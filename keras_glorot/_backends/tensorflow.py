@@ -151,8 +151,11 @@ def differentiator(run: Run) -> Differentiator:
 
         sources = [tensor for tensor in keras.tree.flatten(arguments) if is_float(tensor)]
         sources = list(map(tf.convert_to_tensor, sources))
-        quiet = _without_retracing_warnings(tf.get_logger())
-        with quiet, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            # Keras compiles grouped convolutions anew: here they run once.
+            logger = tf.get_logger()
+            logger.addFilter(_tells_no_retracing)
+            stack.callback(logger.removeFilter, _tells_no_retracing)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(sources)
                 flat = iter(sources)
@@ -168,15 +171,5 @@ def differentiator(run: Run) -> Differentiator:
     return differentiate
 
 
-@contextlib.contextmanager
-def _without_retracing_warnings(logger: logging.Logger) -> Iterator[None]:
-    """Hides that Keras compiles grouped convolutions anew: here they run once."""
-
-    def is_worth_saying(record: logging.LogRecord) -> bool:
-        return "triggered tf.function retracing" not in record.getMessage()
-
-    logger.addFilter(is_worth_saying)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_worth_saying)
+def _tells_no_retracing(record: logging.LogRecord) -> bool:
+    return "triggered tf.function retracing" not in record.getMessage()

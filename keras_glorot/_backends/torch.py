@@ -14,6 +14,7 @@ from keras_glorot._backends.signals import Differentiator, EagerSignals, Results
 from keras_glorot._backends.values import Values
 
 untouched = torch.compiler.disable
+without_compilation = functools.partial(torch.compiler.set_stance, "force_eager")
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -24,16 +25,12 @@ def to_tensor(array: np.ndarray) -> Any:
     return keras.ops.convert_to_tensor(tensor)  # moves it to Keras's device
 
 
-def to_array(variable: keras.Variable) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)))
-
-
 def values(variable: keras.Variable) -> Values:
-    return Values.of(to_array(variable))
+    return Values.of(held_value(variable))
 
 
 def held_value(variable: keras.Variable) -> Any:
-    return to_array(variable).copy()  # a new value goes into the same memory
+    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
 def assign(variable: keras.Variable, value: Any) -> None:
@@ -66,12 +63,6 @@ def current_trace() -> Any:
         return None
     hooks = _top_saved_tensors_default_hooks(True)
     return maybe_current_level(), _current_level, hooks
-
-
-def without_compilation() -> contextlib.AbstractContextManager[Any]:
-    if hasattr(torch.compiler, "set_stance"):  # since 2.6
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
 
 
 def unmoved_generators() -> contextlib.AbstractContextManager[Any]:

@@ -20,10 +20,6 @@ CHUNK = 1 << 16
 Parts = Callable[[], Iterable[tuple[Bounds, np.ndarray]]]
 
 
-def _stack_alone(array: np.ndarray) -> np.ndarray:
-    return array[None]
-
-
 class Values:
     """The values of a tensor, to be read only.
 
@@ -42,7 +38,7 @@ class Values:
         shape: Sequence[int],
         dtype: Any,
         parts: Parts,
-        stack: Callable[[np.ndarray], np.ndarray] = _stack_alone,
+        stack: Callable[[np.ndarray], np.ndarray] = lambda array: array[None],
     ):
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self.parts, self.stack = parts, stack

@@ -46,7 +46,7 @@ def _rebuild_optimizer(original: Any, scope: ReplayScope) -> Any:
         copy = type(original).from_config(original.get_config())
         # A LossScaleOptimizer does not always keep its own list.
         source = getattr(original, "inner_optimizer", original)
-        with scope, scope.values_allowed():
+        with scope:
             copy.build(source._trainable_variables)
     return copy
 
@@ -84,8 +84,8 @@ def used_learning_rates(
             continue  # a schedule, which follows the steps
         if attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
-        if backends.to_array(optimizer.iterations).any():
+        if backends.held_value(optimizer.iterations).any():
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
-            _first_rates[optimizer] = float(backends.to_array(rate))
+            _first_rates[optimizer] = float(backends.held_value(rate))
     return found

@@ -44,7 +44,7 @@ def unmoved_generators() -> Iterator[None]:
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global one
     names = copy.copy(get_global_attribute("object_name_uids"))
     generator = get_global_attribute("global_seed_generator")
-    drawn = None if generator is None else np.array(backends.to_array(generator.state))
+    drawn = None if generator is None else backends.held_value(generator.state)
     try:
         with backends.unmoved_generators():
             yield

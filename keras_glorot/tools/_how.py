@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
 from keras_glorot.initializers import find_initializer
-from keras_glorot.recipes import RECIPES, Start, Starts
+from keras_glorot.recipes import RECIPES, Recipe, Start, Starts
 from keras_glorot.tools._fitting import measure
 
 __all__ = ["find_starts"]
@@ -23,44 +23,44 @@ def find_starts(survey: Survey, how: Any) -> Starts:
     # Keras's own dictionary for an initializer has this key.
     if isinstance(how, Mapping) and "class_name" not in how:
         return _by_patterns(survey, how)
+    if recipe := _find_recipe(how):
+        return _call(recipe, survey)
     kernels = [weight for weight in survey.weights if weight.is_kernel]
-    return _starts_of(survey, how, kernels, "how")
+    return _starts_of(kernels, how, "how")
 
 
 def _by_patterns(survey: Survey, how: Mapping[Any, Any]) -> Starts:
     """Each variable by the first pattern that is found in its path."""
-    paths, by_id, recipes, parts = _paths(survey), {}, defaultdict(dict), {}
-    remaining = dict(paths)
     if not how:
         raise ValueError("Argument `how` must have a pattern. Received: how={}")
+    by_id, recipes, parts = {}, defaultdict(set), []
+    paths = _paths(survey)
+    remaining = set(paths)
     for pattern, value in how.items():
         matched = _matched(pattern, paths)
-        mine = [key for key in matched if remaining.pop(key, None)]
+        mine = matched & remaining
+        remaining -= mine
         if not mine:
             raise ValueError(_explain_unmatched(pattern, matched, paths.values()))
-        recipe = _find_recipe(value)
         if value is None:
             by_id |= dict.fromkeys(mine, Start.left("its pattern has None"))
-        elif recipe is not None:
-            recipes[id(recipe)][pattern] = mine
+        elif recipe := _find_recipe(value):
+            recipes[recipe] |= mine
         else:
             drawn = _drawn(survey, matched)
-            parts[pattern] = _starts_of(survey, value, drawn, f"how[{pattern!r}]")
-            by_id |= _chosen(parts[pattern], mine)
+            parts.append(_starts_of(drawn, value, f"how[{pattern!r}]"))
+            by_id |= _chosen(parts[-1], mine)
     by_id |= dict.fromkeys(remaining, Start.left("no pattern matches it"))
-    for entries in recipes.values():
-        (pattern, *_), drawn = entries, {key for mine in entries.values() for key in mine}
-        part = survey.for_recipe(_elsewhere(survey, by_id, drawn))
-        parts[pattern] = _starts_of(part, how[pattern], [], f"how[{pattern!r}]")
-        by_id |= _chosen(parts[pattern], drawn)
-    ordered = [parts[pattern] for pattern in how if pattern in parts]
-    columns = dict.fromkeys(key for part in ordered for key in part.columns)
-    seeds = [part.seed for part in ordered if part.seed is not None]
+    for recipe, mine in recipes.items():
+        parts.append(_call(recipe, survey.for_recipe(_elsewhere(survey, by_id, mine))))
+        by_id |= _chosen(parts[-1], mine)
+    columns = dict.fromkeys(key for part in parts for key in part.columns)
+    seeds = [part.seed for part in parts if part.seed is not None]
     return Starts(by_id, tuple(columns), seed=seeds[0] if seeds else None)
 
 
-def _chosen(part: Starts, keys: Iterable[int]) -> dict[int, Start]:
-    return {key: part.by_id[key] for key in keys if key in part.by_id}
+def _chosen(part: Starts, keys: Set[int]) -> dict[int, Start]:
+    return {key: part.by_id[key] for key in keys & part.by_id.keys()}
 
 
 def _elsewhere(
@@ -80,10 +80,7 @@ def _kept(weight: Weight) -> Distribution | None:
     """As if a bias were drawn once more."""
     if len(weight.shape) != 1:
         return None
-    statistics = measure(weight.variable, 0.0)
-    if statistics.low == statistics.high:
-        return Distribution.constant(statistics.low)
-    return Distribution.from_std("normal", statistics.std)
+    return Distribution.from_std("normal", measure(weight.variable, 0.0).std)
 
 
 def _paths(survey: Survey) -> dict[int, str]:
@@ -94,25 +91,26 @@ def _paths(survey: Survey) -> dict[int, str]:
     return paths | {id(each): survey.path(layer, each) for layer, each in others}
 
 
-def _matched(pattern: Any, paths: dict[int, str]) -> list[int]:
+def _matched(pattern: Any, paths: dict[int, str]) -> set[int]:
     try:
-        search = re.compile(pattern).search
+        return {key for key, path in paths.items() if re.search(pattern, path)}
     except (re.error, TypeError) as error:
         raise ValueError(
             "Argument `how` must have regular expressions as its keys. "
             f"Received: {pattern!r} ({error})"
         ) from None
-    return [key for key, path in paths.items() if search(path)]
 
 
-def _explain_unmatched(pattern: str, matched: list[int], paths: Collection[str]) -> str:
+def _explain_unmatched(
+    pattern: str | re.Pattern[str], matched: Set[int], paths: Collection[str]
+) -> str:
     text = f"Argument `how` must match something with each of its patterns, but {pattern!r}"
     if matched:
         return f"{text} matches only what patterns before it do: put it before them."
     names = {name: None for path in paths for name in path.split("/")}
     unknown = [
         word
-        for word in re.findall(r"\w+", pattern)
+        for word in re.findall(r"\w+", getattr(pattern, "pattern", pattern))
         if not any(word in name for name in names)
     ]
     hints = "".join(suggestion(word, names) for word in unknown)
@@ -120,10 +118,9 @@ def _explain_unmatched(pattern: str, matched: list[int], paths: Collection[str])
     return f"{text} is found in no path, such as {first!r}.{hints}"
 
 
-def _drawn(survey: Survey, matched: Collection[int]) -> list[Weight]:
+def _drawn(survey: Survey, matched: Set[int]) -> list[Weight]:
     """The kernels among them; all of them, if there is no kernel."""
-    keys = set(matched)
-    weights = [weight for weight in survey.weights if id(weight.variable) in keys]
+    weights = [weight for weight in survey.weights if id(weight.variable) in matched]
     kernels = [weight for weight in weights if weight.is_kernel]
     return kernels or [weight for weight in weights if _can_be_drawn(weight)]
 
@@ -134,23 +131,23 @@ def _can_be_drawn(weight: Weight) -> bool:
     return keras.backend.is_float_dtype(weight.variable.dtype) and not is_quantized
 
 
-def _starts_of(survey: Survey, value: Any, weights: list[Weight], place: str) -> Starts:
-    """The starts of a recipe, or of these weights by an initializer."""
-    recipe = _find_recipe(value)
-    if recipe is None:
-        initializer = _find_initializer(value, place)
-        by_id = {id(each.variable): Start.of(each, initializer) for each in weights}
-        return Starts(by_id, seed=_own_seed(initializer))
+def _starts_of(weights: list[Weight], value: Any, place: str) -> Starts:
+    initializer = _find_initializer(value, place)
+    by_id = {id(each.variable): Start.of(each, initializer) for each in weights}
+    return Starts(by_id, seed=_own_seed(initializer))
+
+
+def _call(recipe: Recipe, survey: Survey) -> Starts:
     starts = recipe(survey)
     if not isinstance(starts, Starts):
         raise TypeError(
-            f"A recipe must return `keras_glorot.recipes.Starts`. Received: {starts!r} "
-            f"of {place}={value}"
+            "A recipe must return `keras_glorot.recipes.Starts`. "
+            f"Received: {starts!r} of {recipe}"
         )
     return starts
 
 
-def _find_recipe(value: Any) -> Any:
+def _find_recipe(value: Any) -> Recipe | None:
     """That of a name, or a function of the user; None if it is not one."""
     if isinstance(value, str):
         return RECIPES.get(value)

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import math
-import numbers
 import random
 import warnings
 from collections import Counter
@@ -18,17 +17,20 @@ import numpy as np
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
 from keras_glorot._keras.call_site import seed_words
-from keras_glorot._keras.graph import trace
 from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
 from keras_glorot._keras.rebuild import BuildValue, build_values
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import initial_state
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.initializers import check_alone, is_unshared, with_config
-from keras_glorot.layer_rules import is_normalization
+from keras_glorot.initializers import (
+    check_alone,
+    is_unshared,
+    standardize_seed,
+    with_config,
+)
 from keras_glorot.recipes import Start, Starts
-from keras_glorot.tables import Finding, Layout, Row, Severity, Table
+from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tools._how import find_starts
 
 __all__ = ["initialize"]
@@ -37,15 +39,15 @@ __all__ = ["initialize"]
 class _Assignment(NamedTuple):
     """A variable with what makes its new value (None: it is not changed), and its row.
 
-    `built` is what its layer then assigns to it in `build`, if it does; `severity` how bad
-    it is that it is not changed: None if that was chosen.
+    `built` is what its layer then assigns to it in `build`, if it does; `finding` says that
+    it is not changed, unless that was chosen.
     """
 
     variable: keras.Variable
     new_value: Callable[[], Any] | None
     row: Row
     built: BuildValue | None = None
-    severity: Severity | None = None
+    finding: Finding | None = None
 
 
 def initialize(
@@ -115,8 +117,8 @@ def initialize(
         A `Table` with a row per variable. Its keys: `path`, `layer`, `shape`, `dtype`,
         `fan_in` and `fan_out` (of kernels), `std` (None for constants), and `done`: the
         initializer, or why the variable is not changed. `"isometric"` adds `pairs`: "yes",
-        or why a kernel makes none. The codes of its findings: `not-reset` (a variable),
-        `optimizer`, and `residual-growth` (sums without normalization, with gain "auto").
+        or why a kernel makes none. The codes of its findings: `not-reset` (a variable) and
+        `optimizer`.
 
     Warns:
         UserWarning: If something can't be reset. (Data statistics of a `Normalization`
@@ -153,13 +155,12 @@ def initialize(
     _assign_all(assignments, verbose)
     findings = _reset_around(survey)
 
-    skipped = [assignment for assignment in assignments if not assignment.new_value]
-    findings += [_explain_skipped(each) for each in skipped if each.severity]
+    findings += [each.finding for each in assignments if each.finding]
     _warn(findings)
-    findings += _growing_sums(survey, how)
-    columns = ("path", "done", "std", "shape", "fan_in", "fan_out", "layer", "dtype")
-    columns = (*columns[:2], *starts.columns, *columns[2:])
-    count = f"{len(assignments) - len(skipped)} of {len(assignments)}"
+    columns = ("std", "shape", "fan_in", "fan_out", "layer", "dtype")
+    columns = ("path", "done", *starts.columns, *columns)
+    changed = [each for each in assignments if each.new_value]
+    count = f"{len(changed)} of {len(assignments)}"
     note = f"Reinitialized {count} variables (seed {root}). {starts.note}".strip()
     rows = [dict.fromkeys(starts.columns) | each.row for each in assignments]
     return Table("initialize", rows, findings, columns, note, Layout("fan_in"))
@@ -172,13 +173,16 @@ def _plan(survey: Survey, starts: Starts, root: int) -> Iterator[_Assignment]:
         seed = derive(weight.owner, weight.variable)
         yield _plan_weight(weight, starts.of(weight), seed)
     for layer, generator in survey.seed_generators:
-        seed = derive(layer, generator.state)
-        row = _empty_row(survey.path(layer, generator.state), layer, generator.state)
-        start = starts.by_id.get(id(generator.state))
-        yield _plan_generator(generator, start, row, seed)
+        derived = derive(layer, generator.state) & 0x7FFFFFFF
+        # One that was made with a seed starts from it again.
+        given = generator.get_config()["seed"]
+        seed = derived if given is None else given
+        state: Any = generator.state
+        value = np.array([seed, 0]).astype(state.dtype)
+        yield _plan_state(survey, starts, layer, state, value, f"seed {seed}")
     for layer, variable in survey.untracked_variables:
-        row = _empty_row(survey.path(layer, variable), layer, variable)
-        yield _plan_untracked(layer, variable, starts.by_id.get(id(variable)), row)
+        value = initial_state(layer, variable)
+        yield _plan_state(survey, starts, layer, variable, value, "initial state")
 
 
 def _reset_around(survey: Survey) -> list[Finding]:
@@ -189,36 +193,6 @@ def _reset_around(survey: Survey) -> list[Finding]:
         with backends.writable(metric.variables):
             metric.reset_state()
     return findings
-
-
-def _explain_skipped(assignment: _Assignment) -> Finding:
-    row, severity = assignment.row, assignment.severity or "warning"
-    advice = "Reset it manually if needed."
-    return Finding(severity, "not-reset", row["path"], f"{row['done']}.", advice)
-
-
-def _growing_sums(survey: Survey, how: Any) -> list[Finding]:
-    """With the gains of activations, every branch adds as much as the sum started with."""
-    is_normalized = any(map(is_normalization, survey.layers))
-    if getattr(how, "gain", None) != "auto" or is_normalized:
-        return []
-    try:
-        steps = trace(survey).steps
-    except Exception:  # from a layer of the user: anything
-        return []
-    sums = [s for s in steps if type(s.operation).__name__ == "Add" and len(s.inputs) > 1]
-    if len(sums) < _MANY_SUMS:
-        return []
-    message = (
-        f"It has {len(sums)} sums and no normalization layer: with gain='auto' the signal "
-        "grows at each."
-    )
-    advice = "Use `how='isometric'`, or call `calibrate(model, x)` afterwards."
-    return [Finding("info", "residual-growth", survey.root.name, message, advice)]
-
-
-# So many sums double a variance, and more.
-_MANY_SUMS = 4
 
 
 def _warn(findings: list[Finding]) -> None:
@@ -232,20 +206,12 @@ def _warn(findings: list[Finding]) -> None:
 
 
 def _root_seed(seed: int | None, starts: Starts) -> int:
-    if seed is None:
-        seed = starts.seed
-    if is_unshared(seed):
+    chosen = standardize_seed(starts.seed if seed is None else seed)
+    if is_unshared(chosen):
         check_alone()
-    if isinstance(seed, keras.random.SeedGenerator):
-        seed = int.from_bytes(np.array(seed_words(seed), ">u4").tobytes())
-    if seed is None:
-        seed = random.getrandbits(63)
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(
-            f"Argument `seed` must be an integer or None. Received: seed={seed} "
-            f"(of type {type(seed)})"
-        )
-    return int(seed)
+    if isinstance(chosen, keras.random.SeedGenerator):
+        return int.from_bytes(np.array(seed_words(chosen), ">u4").tobytes())
+    return random.getrandbits(63) if chosen is None else chosen
 
 
 def _seed_deriver(
@@ -271,24 +237,27 @@ def _plan_weight(weight: Weight, start: Start, seed: int) -> _Assignment:
         row["fan_in"], row["fan_out"] = weight.fans
     if start.is_left:
         return _left(weight.variable, start, row)
+    built = None
     if isinstance(start.initializer, BuildValue):
-        return _plan_built(weight, start.initializer, row, seed)
-    if start.distribution is not None:
+        # First as declared: the layer can assign a value that depends on it, or on others.
+        built = start.initializer
+        start = Start.of(weight, built.declared)
+    elif start.distribution is not None:
         row["std"] = start.distribution.std or None
     new_value = _value_factory(start, weight.variable, seed)
-    return _Assignment(weight.variable, new_value, row)
+    return _Assignment(weight.variable, new_value, row, built)
 
 
 def _left(variable: keras.Variable, start: Start, row: Row) -> _Assignment:
-    row["done"] = start.name
-    return _Assignment(variable, None, row, severity=start.severity)
-
-
-def _plan_built(weight: Weight, built: BuildValue, row: Row, seed: int) -> _Assignment:
-    """First as declared: the layer can assign a value that depends on it, or on others."""
-    start = Start("", weight.distribution_of(built.declared), initializer=built.declared)
-    new_value = _value_factory(start, weight.variable, seed)
-    return _Assignment(weight.variable, new_value, row, built)
+    row |= {"done": start.name}
+    finding = start.severity and Finding(
+        start.severity,
+        "not-reset",
+        row["path"],
+        f"{start.name}.",
+        "Reset it manually if needed.",
+    )
+    return _Assignment(variable, None, row, finding=finding)
 
 
 def _empty_row(path: str, owner: keras.Layer | None, variable: keras.Variable) -> Row:
@@ -343,33 +312,23 @@ def _check_range(
         )
 
 
-def _plan_generator(
-    generator: keras.random.SeedGenerator, start: Start | None, row: Row, derived: int
+def _plan_state(
+    survey: Survey,
+    starts: Starts,
+    layer: keras.Layer,
+    variable: keras.Variable,
+    value: Any,
+    name: str,
 ) -> _Assignment:
-    """A generator that was made with a seed starts from it again, others from `derived`."""
-    state: Any = generator.state
-    if start is not None:
-        return _left(state, start, row)
-    seed = generator.get_config()["seed"]
-    if seed is None:
-        seed = derived & 0x7FFFFFFF
-    value = np.array([seed, 0]).astype(state.dtype)
-    row["done"] = f"seed {seed}"
-    return _Assignment(state, lambda: value, row)
-
-
-def _plan_untracked(
-    layer: keras.Layer, variable: keras.Variable, start: Start | None, row: Row
-) -> _Assignment:
-    """The state of a recurrent layer starts again; of others nothing is known."""
-    if start is None and initial_state(layer, variable) is None:
+    """The assignment of what is no weight; without a value nothing is known of it."""
+    row = _empty_row(survey.path(layer, variable), layer, variable)
+    start = starts.by_id.get(id(variable))
+    if start is None and value is None:
         start = Start.left("Keras does not list it among the layer's variables")
         start = start._replace(severity="warning")
     if start is not None:
         return _left(variable, start, row)
-    row["done"] = "initial state"
-    new_value = functools.partial(initial_state, layer, variable)
-    return _Assignment(variable, new_value, row)
+    return _Assignment(variable, lambda: value, row | {"done": name})
 
 
 def _assign_all(assignments: list[_Assignment], verbose: Literal["auto"] | bool) -> None:
@@ -396,7 +355,7 @@ def _reset_learning_rates(survey: Survey) -> list[Finding]:
         if first is not None:
             backends.assign(rate, first)
             continue
-        present = float(backends.to_array(rate))
+        present = float(backends.held_value(rate))
         message = f"Its learning rate stays {present:.3g}: the first one is not known."
         advice = "Set it if training has changed it."
         findings.append(Finding(severity, "optimizer", optimizer.name, message, advice))
