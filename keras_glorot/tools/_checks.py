@@ -46,8 +46,10 @@ class Subject(NamedTuple):
             several. None where nothing is known.
         fault: The code of what speaks against it; None if nothing does.
         is_scaled: Whether that is no more than the scale of a declared kernel.
+        may_be_orthogonal: Whether its values are, or could be with another scale.
         repeats: Slices of it that are zero or repeated; looked for in random weights.
         detail: The fault of a kernel of the isometric start, in a sentence.
+        twin: The path of an earlier weight that has the same values.
     """
 
     weight: Weight
@@ -56,8 +58,10 @@ class Subject(NamedTuple):
     expected: Distribution | None
     fault: str | None = None
     is_scaled: bool = False
+    may_be_orthogonal: bool = False
     repeats: Sequence[Slices] = ()
     detail: str = ""
+    twin: str = ""
 
     @property
     def is_finite(self) -> bool:
@@ -259,6 +263,15 @@ def _check_repeated_slices(subject: Subject) -> _Verdict | None:
     return None
 
 
+def _check_twin(subject: Subject) -> _Verdict | None:
+    if not subject.twin:
+        return None
+    message = (
+        f"Its values are those of {subject.twin}, perhaps negated or in another order."
+    )
+    return _Verdict("warning", message, "Give each layer its own seed, or no seed.")
+
+
 def _slice_text(index: tuple[object, ...]) -> str:
     """An index as it is written: `[:, 3]`."""
     return f"[{', '.join(':' if isinstance(at, slice) else str(at) for at in index)}]"
@@ -336,6 +349,7 @@ CHECKS: dict[str, Callable[[Subject], _Verdict | None]] = {
     **{code: partial(_check_fault, code, tell) for code, tell in _FAULTS.items()},
     "zero-slice": _check_zero_slices,
     "repeated-slice": _check_repeated_slices,
+    "twin": _check_twin,
     "relu-gain": _check_relu_gain,
     "activation": _check_activation,
     "embedding": _check_embedding,

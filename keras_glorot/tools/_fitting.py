@@ -78,27 +78,28 @@ class Fitting:
         self.statistics = measure(self.values, center)
         self._disorders: dict[Matrices, np.ndarray] = {}
 
-    def best(self, plausible: Iterable[Distribution]) -> tuple[Distribution, str | None]:
-        """The distribution that least speaks against, nearest in std; and what does."""
+    def candidates(self, plausible: Iterable[Distribution]) -> list[Distribution]:
+        """Those among them that the values can be from, and the first."""
         first, *others = (self._as_drawn(distribution) for distribution in plausible)
         if not self.statistics.is_finite or self.statistics.size == 0:
-            return first, None
+            return [first]
         orthogonal = [d for d in (first, *others) if d.matrices and not self._is_chance(d)]
         # Chance can make a small matrix orthogonal: a vector always is.
         others = [d for d in others if not d.matrices or self._is_orthogonal(d)]
-        candidates = orthogonal or [first, *others]
-        faults = [self._fault(distribution) for distribution in candidates]
-        forms = [_has_form(self.statistics, distribution) for distribution in candidates]
+        return orthogonal or [first, *others]
 
-        def rank(index: int) -> tuple[bool, int, bool, float]:
-            # Not a form that the values don't have, if they have that of another.
-            is_foreign = any(forms) and faults[index] == "form"
-            distance = abs(candidates[index].std - self.statistics.std)
-            gravity = _FAULTS.index(faults[index])
-            return is_foreign, gravity, forms[index] is False, distance
+    def best(self, candidates: list[Distribution]) -> tuple[Distribution, str | None]:
+        """The one that least speaks against, nearest in std; and what does."""
+        if not self.statistics.is_finite or self.statistics.size == 0:
+            return candidates[0], None
+        return min(((each, self._fault(each)) for each in candidates), key=self._rank)
 
-        best = min(range(len(candidates)), key=rank)
-        return candidates[best], faults[best]
+    def _rank(self, fit: tuple[Distribution, str | None]) -> tuple[bool, int, float]:
+        """The less, the better: a form that the values do not have comes last."""
+        distribution, fault = fit
+        distance = abs(distribution.std - self.statistics.std)
+        is_other = _has_form(self.statistics, distribution) is False
+        return is_other, _FAULTS.index(fault), distance
 
     def is_scaled(self, distribution: Distribution) -> bool:
         """Whether nothing but the std speaks against a distribution."""

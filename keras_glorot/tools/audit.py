@@ -34,7 +34,7 @@ from keras_glorot.tools._slices import Slices, can_be_chance, find_repeats
 __all__ = ["CODES", "audit", "audited"]
 
 # The codes of all findings.
-CODES = (*CHECKS, "twin", "trained")
+CODES = (*CHECKS, "trained")
 
 
 def audit(model: keras.Layer, how: Any = None) -> Table:
@@ -112,14 +112,11 @@ def audited(survey: Survey, how: Any = None) -> Table:
         subjects = [_measure(weight, chosen.of(weight)) for weight in survey.weights]
         trained = _find_steps(survey)
     passed_over = set() if how is None else ON_THE_DECLARATION
-    findings = [each for subject in subjects for each in verdicts(subject, passed_over)]
-    findings += _find_twins(subjects)
-    may_be_trained = {each.weight.path for each in subjects if trained or each.is_left}
-    kernels = {each.weight.path for each in subjects if each.weight.is_kernel}
     findings = [
         each
-        for each in findings
-        if each.path not in may_be_trained or _is_wrong_if_trained(each, kernels)
+        for subject in _with_twins(subjects)
+        for each in verdicts(subject, passed_over)
+        if not (trained or subject.is_left) or _is_wrong_if_trained(subject, each.code)
     ]
     if trained is not None:
         findings.insert(0, trained)
@@ -209,8 +206,7 @@ def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
     subject = _measure(weight, own, others)
     # That start has pairs or zeros, or is orthogonal: right by itself, perhaps, and with
     # its gain in the next kernel.
-    is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
-    if subject.repeats or subject.is_constant_kernel or is_orthogonal:
+    if subject.may_be_orthogonal or subject.repeats or subject.is_constant_kernel:
         return _as_isometric(subject, starts)
     return subject
 
@@ -227,12 +223,17 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
         found = find_fault(weight, expected) if subject.is_finite else None
         fault, detail = found or (None, "")
         return subject._replace(fault=fault, detail=detail)
-    expected, fault = fitting.best([expected, *others])
+    candidates = fitting.candidates([expected, *others])
+    expected, fault = fitting.best(candidates)
     is_declared = weight.is_kernel and not start.name
     is_scaled = is_declared and fault in ("std", "bounds") and fitting.is_scaled(expected)
     if is_scaled and fault == "bounds" and is_little_larger(statistics, expected):
         fault = None
-    subject = subject._replace(expected=expected, fault=fault, is_scaled=is_scaled)
+    suspects = candidates if fault else [expected]
+    may_be_orthogonal = any(each.matrices for each in suspects)
+    subject = Subject(
+        weight, statistics, start, expected, fault, is_scaled, may_be_orthogonal
+    )
     return subject._replace(repeats=_find_repeats(subject, fitting.values))
 
 
@@ -258,7 +259,13 @@ def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
         return subject  # an orthogonal matrix, which it was judged as
     fault, detail = found or (None, "")
     return Subject(
-        weight, subject.statistics, subject.start, drawn, fault, fault == "std", (), detail
+        weight,
+        subject.statistics,
+        subject.start,
+        expected=drawn,
+        fault=fault,
+        is_scaled=fault == "std",
+        detail=detail,
     )
 
 
@@ -272,21 +279,17 @@ def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
         yield Distribution.orthogonal(std, matrices)
 
 
-def _find_twins(subjects: list[Subject]) -> Iterator[Finding]:
-    """Random weights with the same values, perhaps negated or in another order."""
-    candidates = defaultdict(list)
+def _with_twins(subjects: list[Subject]) -> Iterator[Subject]:
+    """Compares random weights with those before them."""
+    earlier = defaultdict(list)
     for subject in subjects:
         if _can_be_twin(subject, subjects):
             size, _, _, low, high = subject.statistics[:5]
-            candidates[size, max(-low, high)].append(subject)
-    for alike in candidates.values():
-        for number, subject in enumerate(alike):
-            twins = [each for each in alike[:number] if _is_twin(each, subject)]
-            if twins:
-                twin = twins[0].weight.path
-                message = f"Its values are those of {twin}, perhaps negated or reordered."
-                advice = "Give each layer its own seed, or no seed."
-                yield Finding("warning", "twin", subject.weight.path, message, advice)
+            alike = earlier[size, max(-low, high)]
+            twins = [each.weight.path for each in alike if _is_twin(each, subject)]
+            alike.append(subject)
+            subject = subject._replace(twin=twins[0] if twins else "")
+        yield subject
 
 
 def _is_twin(one: Subject, other: Subject) -> bool:
@@ -341,7 +344,11 @@ def _find_trained(survey: Survey, subjects: list[Subject]) -> Finding | None:
 
 
 def _find_steps(survey: Survey) -> Finding | None:
-    steps = max(map(_count_steps, survey.optimizers), default=0)
+    counts = [
+        int(keras.ops.convert_to_numpy(optimizer.iterations))  # type: ignore
+        for optimizer in survey.optimizers
+    ]
+    steps = max(counts, default=0)
     return _trained(survey, f"its optimizer has made {steps} steps") if steps else None
 
 
@@ -351,20 +358,11 @@ def _trained(survey: Survey, reason: str) -> Finding:
     return Finding("info", "trained", survey.root.name, message, advice)
 
 
-def _count_steps(optimizer: keras.optimizers.Optimizer) -> int:
-    steps: Any = keras.ops.convert_to_numpy(optimizer.iterations)
-    return int(steps)
-
-
-# Wrong in a trained model too.
-_WRONG_IF_TRAINED = {"not-finite", "negative-variance", "constant-kernel"}
-
-
-def _is_wrong_if_trained(finding: Finding, kernels: set[str]) -> bool:
-    """In a kernel also dead and equal units; rows of embeddings may be unused."""
-    if finding.code in ("zero-slice", "repeated-slice"):
-        return finding.path in kernels
-    return finding.code in _WRONG_IF_TRAINED
+def _is_wrong_if_trained(subject: Subject, code: str) -> bool:
+    """Dead and equal units only in a kernel; rows of embeddings may be unused."""
+    if code in ("zero-slice", "repeated-slice"):
+        return subject.weight.is_kernel
+    return code in ("not-finite", "negative-variance", "constant-kernel")
 
 
 def _row(subject: Subject) -> Row:
