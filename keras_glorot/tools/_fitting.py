@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
 
 
 class Fitting:
-    """The values of a weight, and how well distributions fit them.
+    """The values of a weight, and how well distributions fit them, if all are finite.
 
     Args:
         weight: The weight.
@@ -81,17 +81,14 @@ class Fitting:
     def candidates(self, plausible: Iterable[Distribution]) -> list[Distribution]:
         """Those among them that the values can be from, and the first."""
         first, *others = (self._as_drawn(distribution) for distribution in plausible)
-        if not self.statistics.is_finite or self.statistics.size == 0:
-            return [first]
-        orthogonal = [d for d in (first, *others) if d.matrices and not self._is_chance(d)]
+        every = [first, *others]
+        sure = [d for d in every if d.matrices and not self._is_chance(d.matrices)]
         # Chance can make a small matrix orthogonal: a vector always is.
-        others = [d for d in others if not d.matrices or self._is_orthogonal(d)]
-        return orthogonal or [first, *others]
+        others = [d for d in others if not d.matrices or self._is_orthogonal(d.matrices)]
+        return sure or [first, *others]
 
     def best(self, candidates: list[Distribution]) -> tuple[Distribution, str | None]:
         """The one that least speaks against, nearest in std; and what does."""
-        if not self.statistics.is_finite or self.statistics.size == 0:
-            return candidates[0], None
         return min(((each, self._fault(each)) for each in candidates), key=self._rank)
 
     def _rank(self, fit: tuple[Distribution, str | None]) -> tuple[bool, int, float]:
@@ -150,30 +147,29 @@ class Fitting:
     def _is_other_form(self, distribution: Distribution) -> bool:
         """Whether the values are not of this form, at any scale."""
         if distribution.matrices is not None:
-            return not self._is_orthogonal(distribution)
+            return not self._is_orthogonal(distribution.matrices)
         return _has_form(self.statistics, distribution) is False
 
-    def _is_orthogonal(self, distribution: Distribution) -> bool:
+    def _is_orthogonal(self, matrices: Matrices) -> bool:
         """Whether the values are so, at any scale. Single ones are all but normal."""
-        if self._disorder(distribution).max() >= self._slack:
+        if self._disorder(matrices).max() >= self._slack:
             return False
-        matrices, reach = distribution.matrices, _reach(self.statistics, distribution)
+        reach = max(-self.statistics.low, self.statistics.high)
         std = _root_mean_square(self.statistics) * math.sqrt(matrices.window_size)
         return not _is_too_far(self.statistics, reach / std)
 
-    def _is_chance(self, distribution: Distribution) -> bool:
+    def _is_chance(self, matrices: Matrices) -> bool:
         """Whether independent values can be as orthogonal as these are."""
-        disorders = np.sort(self._disorder(distribution))
+        disorders = np.sort(self._disorder(matrices))
         middle = disorders[len(disorders) // 2]  # one of many matrices can be wrong
-        return _is_chance(middle, distribution.matrices, self._slack)
+        return _is_chance(middle, matrices, self._slack)
 
     @property
     def _slack(self) -> float:
         """Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards."""
         return max(1e-3, 2 * self.statistics.rounding)
 
-    def _disorder(self, distribution: Distribution) -> np.ndarray:
-        matrices = distribution.matrices
+    def _disorder(self, matrices: Matrices) -> np.ndarray:
         if matrices not in self._disorders:
             # Most weights need not be read to the end.
             is_other = self._is_flat(matrices) or self._is_first_chance(matrices)

@@ -1,29 +1,45 @@
 """Whether a kernel is as the isometric start draws it, and what is wrong if it is not."""
 
 import math
-from itertools import product
 
 import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._drawing.mirrored import Side
+from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._models.survey import Weight
 from keras_glorot.tools._fitting import disorder
 from keras_glorot.tools._slices import ONE_IN
 
-__all__ = ["find_fault", "is_marked", "is_part", "is_start"]
+__all__ = ["find_fault", "find_start", "is_marked"]
 
 # Float32 keeps orthogonality to 1e-6, half precision to its own rounding.
 _TOLERANCE = 1e-2
 
 
-def is_start(weight: Weight, start: Distribution) -> bool:
-    """Whether the values come from this start, perhaps with a fault, and not by chance."""
-    values = _values(weight)
-    mirror = start.mirror
+def find_start(weight: Weight, start: Distribution) -> Distribution | None:
+    """The start that the values come from, perhaps with a fault, and not by chance.
+
+    That is this one, or one whose pairs have no partners in a neighbour, which was drawn
+    otherwise, and whose scale follows from that; None if it is neither.
+    """
+    values, mirror = _values(weight), start.mirror
     if mirror is None:
-        return start.form == "tap" and _is_tapped(values, _tapped(values, start))
+        is_tapped = start.form == "tap" and _is_tapped(values, _tapped(values, start))
+        return start if is_tapped else None
+    if _is_drawn(values, mirror):
+        return start
+    alone = [
+        Side.of(np.full(len(side.places), -1), mirror.matrices.parts)
+        for side in (mirror.inputs, mirror.outputs)
+    ]
+    for other in (mirror._replace(inputs=alone[0]), mirror._replace(outputs=alone[1])):
+        if _has_pairs(other) and _is_drawn(values, other):
+            return Distribution.mirrored(_disorder(other.fold(values))[1], other)
+    return None
+
+
+def _is_drawn(values: np.ndarray, mirror: Mirror) -> bool:
     if not values.any() or not np.isfinite(values).all():
         return False
     folded = mirror.fold(values)
@@ -36,30 +52,17 @@ def is_start(weight: Weight, start: Distribution) -> bool:
     return least < 1 or _disorder(folded)[0] < 0.5
 
 
-def is_part(weight: Weight, start: Distribution) -> bool:
-    """Whether the values come from this start, perhaps without the pairs of a neighbour."""
-    mirror = start.mirror
-    if mirror is None:
-        return is_start(weight, start)
-    sides = [
-        (side, Side.of(np.full(len(side.places), -1), mirror.matrices.parts))
-        for side in (mirror.inputs, mirror.outputs)
-    ]
-    return any(
-        is_start(weight, start._replace(mirror=mirror._replace(inputs=one, outputs=other)))
-        for one, other in product(*sides)
-    )
-
-
 def is_marked(start: Distribution) -> bool:
     """Whether more than an orthogonal matrix tells it: pairs, or zeros beside a tap."""
     mirror = start.mirror
     if mirror is None:
         return start.form == "tap"
-    sides = mirror.inputs, mirror.outputs
-    has_pairs = any(bool((side.factors < 0).any()) for side in sides)
     taps = math.prod(tap.stop - tap.start for tap in mirror.taps)
-    return has_pairs or taps < mirror.matrices.window_size
+    return _has_pairs(mirror) or taps < mirror.matrices.window_size
+
+
+def _has_pairs(mirror: Mirror) -> bool:
+    return any(bool((side.factors < 0).any()) for side in (mirror.inputs, mirror.outputs))
 
 
 def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_glorot import _backends as backends
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.state import unmoved_generators
@@ -28,7 +29,7 @@ from keras_glorot.tools._checks import (
 )
 from keras_glorot.tools._fitting import Fitting, collision, is_little_larger
 from keras_glorot.tools._how import find_starts
-from keras_glorot.tools._isometry import find_fault, is_marked, is_part, is_start
+from keras_glorot.tools._isometry import find_fault, find_start, is_marked
 from keras_glorot.tools._slices import Slices, can_be_chance, find_repeats
 
 __all__ = ["CODES", "audit", "audited"]
@@ -103,7 +104,7 @@ def audit(model: keras.Layer, how: Any = None) -> Table:
 def audited(survey: Survey, how: Any = None) -> Table:
     """As `audit`, of a model that has been looked at."""
     if how is None:
-        starts = _IsometricStarts(survey)
+        starts = functools.cache(lambda: isometric(survey).by_id)
         subjects = [_measure_declared(weight, starts) for weight in survey.weights]
         trained = _find_trained(survey, subjects)
     else:
@@ -159,43 +160,7 @@ def _note(subjects: list[Subject], findings: list[Finding]) -> str:
     return f"{'; '.join(parts)}."
 
 
-class _IsometricStarts:
-    """How the isometric start draws a model, or the part that it seems to have drawn."""
-
-    def __init__(self, survey: Survey):
-        self._survey = survey
-
-    def find(self, weight: Weight, is_sound: bool) -> Distribution | None:
-        """The one that its values come from; of a sound one not that of a part."""
-        drawn = _start_of(weight, self._of_all)
-        return drawn if drawn or is_sound else _start_of(weight, self._of_a_part)
-
-    @functools.cached_property
-    def _of_all(self) -> dict[int, Start]:
-        return isometric(self._survey).by_id
-
-    @functools.cached_property
-    def _of_a_part(self) -> dict[int, Start]:
-        others = {
-            id(weight.variable): None
-            for weight in self._survey.weights
-            if id(weight.variable) in self._of_all
-            and not _start_of(weight, self._of_all, is_part)
-        }
-        return isometric(self._survey.for_recipe(others)).by_id
-
-
-def _start_of(
-    weight: Weight,
-    starts: dict[int, Start],
-    fits: Callable[[Weight, Distribution], bool] = is_start,
-) -> Distribution | None:
-    start = starts.get(id(weight.variable))
-    drawn = start and start.distribution
-    return drawn if drawn and fits(weight, drawn) else None
-
-
-def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
+def _measure_declared(weight: Weight, starts: Callable[[], dict[int, Start]]) -> Subject:
     """A kernel can be what its layer declares, or what `initialize` draws."""
     severity = "warning" if weight.reason else None
     own = Start("", weight.distribution, initializer=weight.initializer, severity=severity)
@@ -207,7 +172,7 @@ def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
     # That start has pairs or zeros, or is orthogonal: right by itself, perhaps, and with
     # its gain in the next kernel.
     if subject.may_be_orthogonal or subject.repeats or subject.is_constant_kernel:
-        return _as_isometric(subject, starts)
+        return _as_isometric(subject, starts())
     return subject
 
 
@@ -217,11 +182,10 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
     fitting = Fitting(weight, 0.0 if expected is None else expected.mean)
     statistics = fitting.statistics
     subject = Subject(weight, statistics, start, expected)
-    if expected is None:
+    if expected is None or not subject.is_finite or not statistics.size:
         return subject
     if expected.form in ("mirrored", "tap"):
-        found = find_fault(weight, expected) if subject.is_finite else None
-        fault, detail = found or (None, "")
+        fault, detail = find_fault(weight, expected) or (None, "")
         return subject._replace(fault=fault, detail=detail)
     candidates = fitting.candidates([expected, *others])
     expected, fault = fitting.best(candidates)
@@ -239,7 +203,7 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
 
 def _find_repeats(subject: Subject, values: Values) -> list[Slices]:
     weight, random = subject.weight, subject.random
-    if random is None or not subject.statistics.std or not subject.is_finite:
+    if random is None or not subject.statistics.std:
         return []
     if random.matrices is not None and random.matrices.window:
         values = Values.of(random.matrices.at_tap(values))  # beside it, all are zero
@@ -247,10 +211,11 @@ def _find_repeats(subject: Subject, values: Values) -> list[Slices]:
     return list(find_repeats(values, window, collision(weight, random)))
 
 
-def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
+def _as_isometric(subject: Subject, starts: dict[int, Start]) -> Subject:
     """A kernel that the isometric start has made, as far as its values tell, is one."""
     weight, is_sound = subject.weight, subject.fault is None and not subject.repeats
-    drawn = starts.find(weight, is_sound) if subject.is_finite else None
+    start = starts.get(id(weight.variable))
+    drawn = start and start.distribution and find_start(weight, start.distribution)
     if drawn is None:
         return subject
     found = find_fault(weight, drawn)
@@ -344,10 +309,7 @@ def _find_trained(survey: Survey, subjects: list[Subject]) -> Finding | None:
 
 
 def _find_steps(survey: Survey) -> Finding | None:
-    counts = [
-        int(keras.ops.convert_to_numpy(optimizer.iterations))  # type: ignore
-        for optimizer in survey.optimizers
-    ]
+    counts = [int(backends.held_value(each.iterations)) for each in survey.optimizers]
     steps = max(counts, default=0)
     return _trained(survey, f"its optimizer has made {steps} steps") if steps else None
 
