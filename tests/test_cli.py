@@ -274,6 +274,16 @@ def test_bad_files_are_one_line(kind, command, model_file, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["bad.keras", "out.keras"]
 
 
+def test_a_file_of_another_keras(tmp_path, capsys):
+    foreign = tmp_path / "foreign.keras"
+    with zipfile.ZipFile(foreign, "w") as file:
+        file.writestr("metadata.json", '{"keras_version": "4.0.0"}')
+        file.writestr("config.json", '{"module": "keras", "class_name": "New"}')
+    assert main(["audit", str(foreign)]) == 2
+    versions = f" (saved by Keras 4.0.0, loaded by {keras.__version__})\n"
+    assert capsys.readouterr().err.endswith(versions)
+
+
 @keras.saving.register_keras_serializable("test_cli")
 class Broken(layers.Layer):
     """Fails on examples; on torch, which builds with some, when it is built."""
