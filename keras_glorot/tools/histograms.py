@@ -87,7 +87,7 @@ def plotted_histograms(
     if axes is None:
         room = _MOST_NAMES
         height = max(0.3 * min(max(count, 4), 22), 0.11 * min(count * lines, room))
-        axes = new_axes((1, 2), (9, 1.4 + height))
+        axes = new_axes(9, 1.4 + height, columns=2)
     step = -(-count * lines // room)
     _draw_bands(axes[0], "activation", [call.output.value for call in calls])
     _draw_bands(
