@@ -515,6 +515,12 @@ def test_a_page_that_can_not_be_written_fails_before_the_work(
     assert fault in capsys.readouterr().err
 
 
+def test_a_name_that_is_too_long_is_one_line(model_file, tmp_path, capsys):
+    out = tmp_path / f"{'x' * 300}.keras"
+    assert main(["init", model_file, "-o", str(out)]) == 2
+    assert "-o must be a file that can be written" in capsys.readouterr().err
+
+
 def test_an_unwritable_folder_fails_before_the_work(
     model_file, tmp_path, no_work, monkeypatch, capsys
 ):
