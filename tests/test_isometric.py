@@ -16,7 +16,7 @@ import pytest
 from keras import layers, ops
 from models import WITH_STATE, Late, attention, mobile, nested_twice
 
-from keras_glorot import audit, initialize, layer_fans
+from keras_glorot import GlorotOrthogonal, audit, initialize, layer_fans
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._drawing.mirrored import Mirror, Side
@@ -473,7 +473,27 @@ def test_a_model_that_can_not_be_followed():
     reason = start(model)
     assert all("can't be followed" in each for each in reason.values())
     matrix = values(kernel(model))
-    np.testing.assert_allclose(matrix.T @ matrix, np.eye(32), atol=1e-5)
+    np.testing.assert_allclose(matrix.T @ matrix, 2 * np.eye(32), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "gain"),
+    [
+        (lambda: layers.TimeDistributed(layers.Dense(32, "relu")), math.sqrt(2)),
+        (lambda: layers.LSTM(32, return_sequences=True), 5 / 3),
+        (lambda: layers.SimpleRNN(32, return_sequences=True), 1),
+    ],
+    ids=["wrapped", "gates", "sum"],
+)
+def test_a_kernel_that_can_not_be_followed_has_the_gain_of_its_activation(layer, gain):
+    """But for a simple recurrent layer: its recurrent kernel adds to the signal."""
+    model = keras.Sequential([keras.Input((5, 32)), layer(), layers.Dense(4)])
+    start(model)
+    lengths = np.linalg.svd(values(kernel(model)), compute_uv=False)
+    np.testing.assert_allclose(lengths / lengths[0], 1, atol=1e-5)
+    ours = GlorotOrthogonal(gain).stddev(model.weights[0].shape)
+    assert values(kernel(model)).std() == pytest.approx(ours, rel=1e-3)
+    assert audit(model).findings == audit(model, "isometric").findings == []
 
 
 def test_other_weights_keep_their_own_initializer():

@@ -194,6 +194,11 @@ class Batch(NamedTuple):
             raise _not_numbers(x) from error
         if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
             raise ValueError(f"Argument `x` must be finite. Received: x={x}")
+        if all(is_float(t) and not ops.any(t) for t in tree.flatten(x)):
+            raise ValueError(
+                "Argument `x` must hold data: without bias, nothing comes out of zeros. "
+                f"Received: x of shapes {shapes[:4]}, all zero"
+            )
         loss = None if loss is None else keras.losses.get(loss)
         return cls(x, y, loss, int(seed))
 
