@@ -226,7 +226,7 @@ def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict | None:
 
 def _tell_form(subject: Subject, expected: Distribution) -> _Verdict:
     message = subject.detail or (
-        f"Mean and std are right, but the values are not {expected.words}."
+        f"Mean and std are right, but the values are not {expected.standard.words}."
     )
     return _Verdict("warning", message, _REINITIALIZE)
 

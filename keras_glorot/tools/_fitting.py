@@ -169,7 +169,7 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
     # in small tensors. In large ones, uniform and truncated values scatter less.
     degrees_of_freedom = statistics.size - 1.0
     if statistics.size > 100:
-        degrees_of_freedom *= 2 / (distribution.kurtosis - 1)
+        degrees_of_freedom *= 2 / (distribution.standard.kurtosis - 1)
     ratio = statistics.std / distribution.std
     spread = 2 / (9 * degrees_of_freedom)
     sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
@@ -204,7 +204,7 @@ def is_little_larger(
     weight: Weight, statistics: Statistics, distribution: Distribution
 ) -> bool:
     """Whether values pass a bound by no factor that their std can tell from chance."""
-    spread = math.sqrt((distribution.kurtosis - 1) / (4 * statistics.size))
+    spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
     most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(weight, distribution)
     return _reach(statistics, distribution) <= most < math.inf
 
@@ -259,12 +259,12 @@ def _is_other_form(
 
 def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None:
     """Whether the kurtosis is that of a distribution, at any scale; None: it can't tell."""
-    variance = distribution.kurtosis_variance
+    variance = distribution.standard.kurtosis_variance
     if variance is None or statistics.size < _FEWEST_FOR_KURTOSIS:
         return None
     # The reciprocal of a sample's kurtosis is all but normal, the kurtosis is skewed.
-    spread = math.sqrt(variance / statistics.size) / distribution.kurtosis
-    ratio = distribution.kurtosis / statistics.kurtosis
+    spread = math.sqrt(variance / statistics.size) / distribution.standard.kurtosis
+    ratio = distribution.standard.kurtosis / statistics.kurtosis
     return abs(ratio - 1) <= max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
 
 
