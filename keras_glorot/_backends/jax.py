@@ -302,8 +302,7 @@ def differentiator(run: Run) -> Differentiator:
         arguments, placement = _with_all_processes(arguments)
         gradients, (values, extras) = compiled(placement)(*arguments)
         signals = []
-        while gradients:  # frees each as it goes
-            of_value, of_gradient, _ = taps[len(signals)]
+        for of_value, of_gradient, _ in taps:  # frees each as it goes
             value, gradient = values.pop(0), gradients.pop(0)
             signals.append(
                 Signal(
