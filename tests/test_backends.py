@@ -134,7 +134,7 @@ def test_shape_inference_draws_nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore:os.fork")
 def test_after_a_fork(native, monkeypatch):
     if not native:
-        monkeypatch.setattr(stream, "_native", None)
+        monkeypatch.setattr(stream, "native", None)
     monkeypatch.setattr(stream, "WORTH_THREADS", 0)  # so that threads are at work
     monkeypatch.setattr(stream, "NATIVE_PIECE", 1 << 12)
     monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 12)
@@ -503,7 +503,7 @@ def test_no_array_is_larger_than_a_shard_and_its_scratch(name, eight_devices, mo
         return array
 
     monkeypatch.setattr("keras_glorot._drawing.distributions.draw", recording)
-    monkeypatch.setattr(stream, "_native", None)  # which has all of it on its stack
+    monkeypatch.setattr(stream, "native", None)  # which has all of it on its stack
     monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 14)
     monkeypatch.setattr(stream, "available_cores", lambda: 1)
     shape = (2048, 1024)
