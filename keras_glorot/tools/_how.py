@@ -144,7 +144,8 @@ def _call(recipe: Recipe, survey: Survey) -> Starts:
     starts = recipe(survey)
     if not isinstance(starts, Starts):
         raise TypeError(
-            "A recipe must return `keras_glorot.recipes.Starts`. "
+            "A recipe must return `keras_glorot.recipes.Starts`, and an initializer must "
+            "take the arguments `shape` and `dtype`. "
             f"Received: {starts!r} of {recipe}"
         )
     return starts
