@@ -95,6 +95,9 @@ def calculate_gain(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
     - [He et al., 2015](https://arxiv.org/abs/1502.01852)
     """
+    if isinstance(nonlinearity, keras.Layer) and not nonlinearity.built:
+        # A call would build it, and not for the shape that it will see.
+        nonlinearity = type(nonlinearity).from_config(nonlinearity.get_config())
     name = _name(nonlinearity)
     slope = _slope(name, param)
     if name == "leaky_relu":

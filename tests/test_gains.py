@@ -156,6 +156,13 @@ def test_callables():
     assert calculate_gain(lambda z: 2 * z) == 0.5
 
 
+def test_a_layer_is_not_built_by_asking_for_its_gain():
+    layer = keras.layers.PReLU(keras.initializers.Constant(0.3))
+    assert calculate_gain(layer) == pytest.approx(calculate_gain("leaky_relu", 0.3))
+    assert layer(np.ones((2, 5), "float32")).shape == (2, 5)
+    assert tuple(layer.alpha.shape) == (5,)
+
+
 def test_selu_normalizes_itself_at_its_exact_gain():
     """50 layers hold the signal; with PyTorch's 3/4 they let it fall to a fifth."""
     assert calculate_gain("selu") == 0.75
