@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from keras_glorot._backends import common
 from keras_glorot._backends.signals import (
     Differentiator,
-    Results,
     Run,
     Signal,
     Summary,
@@ -271,7 +270,7 @@ def readable(tensor: Any) -> Any:
 
 
 def differentiator(run: Run) -> Differentiator:
-    taps: list[tuple[Summary | None, Summary]] = []
+    taps: list[tuple[Signal, Summary | None, Summary]] = []
 
     def objective(probes: Sequence[Any], *arguments: Any) -> Any:
         """A tensor that a probe is added to has the gradient of the probe."""
@@ -279,9 +278,10 @@ def differentiator(run: Run) -> Differentiator:
         taps.clear()
 
         def tap(tensor, of_value, of_gradient):
-            taps.append((of_value, of_gradient))
+            signal = Signal()
+            taps.append((signal, of_value, of_gradient))
             values.append(tensor if of_value else None)
-            return tensor + next(rest), len(taps) - 1
+            return tensor + next(rest), signal
 
         with run(tap, *arguments) as (target, extras):
             return target, (values, extras)
@@ -291,7 +291,7 @@ def differentiator(run: Run) -> Differentiator:
 
         def tap(tensor, of_value, of_gradient):
             shapes.append((tensor.shape, tensor.dtype))
-            return tensor + 0, len(shapes) - 1
+            return tensor + 0, Signal()
 
         def target(*arguments: Any) -> Any:
             with run(tap, *arguments) as (target, _):
@@ -310,19 +310,14 @@ def differentiator(run: Run) -> Differentiator:
         options: Any = {"xla_backend_optimization_level": 0}
         return jax.jit(program, compiler_options=options, out_shardings=placement)
 
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         arguments, placement = _with_all_processes(arguments)
         gradients, (values, extras) = compiled(placement)(*arguments)
-        signals = []
-        while gradients:  # frees each as it goes
-            of_value, of_gradient = taps[len(signals)]
-            value, gradient = values.pop(0), gradients.pop(0)
-            signals.append(
-                Signal(
-                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
-                )
-            )
-        return signals, list(map(to_numpy, extras))
+        for signal, of_value, of_gradient in taps:
+            value, gradient = values.pop(0), gradients.pop(0)  # frees each as it goes
+            signal.value = of_value and of_value(to_numpy(value))
+            signal.gradient = of_gradient(to_numpy(gradient))
+        return list(map(to_numpy, extras))
 
     return differentiate
 

@@ -15,9 +15,9 @@ from keras_glorot._backends import common
 from keras_glorot._backends.signals import (
     Differentiator,
     EagerSignals,
-    Results,
     Run,
     is_float,
+    to_numpy,
 )
 from keras_glorot._backends.traced import Program
 
@@ -133,21 +133,21 @@ program = _Program()
 
 
 def differentiator(run: Run) -> Differentiator:
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         seen = EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor, of_value, of_gradient)
+            signal, see_gradient = seen.see(tensor, of_value, of_gradient)
 
             @tf.custom_gradient
             def identity(tensor):
                 def gradient(upstream):
-                    seen.see_gradient(position, tf.convert_to_tensor(upstream))
+                    see_gradient(tf.convert_to_tensor(upstream))
                     return upstream
 
                 return tf.identity(tensor), gradient
 
-            return identity(tensor), position
+            return identity(tensor), signal
 
         sources = [tensor for tensor in keras.tree.flatten(arguments) if is_float(tensor)]
         sources = list(map(tf.convert_to_tensor, sources))
@@ -166,7 +166,8 @@ def differentiator(run: Run) -> Differentiator:
                 objective, extras = stack.enter_context(run(tap, *watched))
             seen.is_called = True
             tape.gradient(objective, sources)
-            return seen.results(extras)
+            seen.finish()
+            return list(map(to_numpy, extras))
 
     return differentiate
 

@@ -7,26 +7,17 @@ factor that its output needs, whatever came before it.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import Outcome, Signal, Tap, Tensor, is_float
 from keras_glorot._keras.graph import replaced_attribute
 from keras_glorot._models.kernels import Flow
-from keras_glorot._models.passes import (
-    Batch,
-    Outcome,
-    Recorder,
-    Signal,
-    Tap,
-    Tensor,
-    is_float,
-    likeness,
-    moments,
-)
+from keras_glorot._models.passes import Batch, Recorder, likeness, moments
 from keras_glorot._models.survey import Survey, Weight
 
 __all__ = ["ScaledLayer", "ScalingPass", "ScalingPasses", "find_scaled_layers", "scaled"]
@@ -203,38 +194,38 @@ class ScalingPasses:
         The level is that of the hidden kernels, which heads need not make up for.
         """
         self.passes += 1
-        wanted = np.zeros(len(self.layers)) if aims is None else aims
-        held = [ops.convert_to_tensor(np.float32(each)) for each in (wanted, level)]
+        # Apart, not as one array: XLA then sees that layers of a kind need the same code.
+        wanted = [0.0] * len(self.layers) if aims is None else aims
+        numbers = [np.float32(each) for each in (level, *wanted)]
         values = None if factors is None else self._values(factors)
-        return self._collect(*self.recorder(batch, *held, values=values))
+        return self._collect(*self.recorder(batch, *numbers, values=values))
 
     def _values(self, factors: np.ndarray) -> list[Tensor]:
-        variables = self.survey.root.variables
-        values: dict[int, Any] = {id(each): each.value for each in variables}
+        values: dict[int, Any] = {id(each): each.value for each in self.recorder.variables}
         for layer, factor in zip(self.layers, factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
                 key = id(weight.variable)
                 values[key] = _product(values[key], factor ** (1 / len(layer.kernels)))
-        return [values[id(each)] for each in variables]
+        return list(values.values())
 
     def _start(
-        self, tap: Tap, scope: Any, x: Any, aims: Tensor, level: Tensor
+        self, tap: Tap, scope: Any, x: Any, level: Any, *aims: Any
     ) -> tuple[Any, dict[int, Callable]]:
         describe = functools.partial(_std_and_likeness, self.recorder.batch.size)
         tapped = functools.partial(tap, of_value=describe, of_gradient=_length)
-        held = backends.readable(aims), backends.readable(level)
-        self.latest = _Scaler(self.layers, tapped, scope, *held)
+        self.latest = _Scaler(self.layers, tapped, scope, aims, level)
         return x, self.latest.wrappers()
 
     def _finish(self, batch: Batch, outputs: Any) -> Outcome:
         objective = batch.objective(outputs)
-        return objective, self.latest.extras(objective)
+        factors = [self.latest.factors.get(i, 1) for i in range(len(self.layers))]
+        both = numpy.stack(list(map(numpy.float32, factors)))
+        return objective, [both, ops.cast(objective, "float32")]
 
-    def _collect(self, signals: list[Signal], extras: list[np.ndarray]) -> ScalingPass:
+    def _collect(self, factors: np.ndarray, objective: np.ndarray) -> ScalingPass:
         """From calls to layers."""
-        factors, follows, objective = extras
         calls = np.array([layer for layer, _ in self.latest.calls], int)
-        seen = [signals[position] for _, position in self.latest.calls]
+        seen = [signal for _, signal in self.latest.calls]
         stds = np.array([each.value[0] for each in seen])
         likenesses = np.array([each.value[1] for each in seen], float)
         lengths = np.nan_to_num([each.gradient for each in seen])
@@ -259,8 +250,8 @@ class ScalingPasses:
             gradient,
             likeness,
             share,
-            factors.astype(np.float64),
-            follows > 0,
+            np.nan_to_num(factors.astype(np.float64), nan=1.0),
+            ~np.isnan(factors),
             order,
             bool(np.isfinite(objective) and np.isfinite(stds).all()),
         )
@@ -273,21 +264,17 @@ class _Scaler:
     """
 
     def __init__(
-        self, layers: list[ScaledLayer], tap: Callable, scope: Any, aims: Any, level: Any
+        self,
+        layers: list[ScaledLayer],
+        tap: Callable,
+        scope: Any,
+        aims: Sequence[Any],
+        level: Any,
     ):
         self.layers, self.tap, self.scope = layers, tap, scope
         self.aims, self.level = aims, level
-        self.calls: list[tuple[int, int]] = []  # of which layer, and where its signal is
-        self.factors: dict[int, Any] = {}
-        self.follows: dict[int, Any] = {}
-
-    def extras(self, objective: Tensor) -> list[Any]:
-        """The numbers of the pass: of the layers, and the objective."""
-        numbers = [
-            numpy.stack([numpy.float32(each.get(i, 1)) for i in range(len(self.layers))])
-            for each in (self.factors, self.follows)
-        ]
-        return [*numbers, ops.cast(objective, "float32")]
+        self.calls: list[tuple[int, Signal]] = []  # of which layer
+        self.factors: dict[int, Any] = {}  # nan where the output does not follow
 
     def wrappers(self) -> dict[int, Callable]:
         """What stands for `call` of each layer."""
@@ -303,15 +290,14 @@ class _Scaler:
         inputs = _first_float((args, kwargs))
         kernel: Any = self.scope.get_current_value(layer.kernels[0].variable)
         z = ops.matmul(ops.cast(inputs, kernel.dtype), kernel)
-        self._tap(i, self._scale(i, layer, inputs, z))
+        self._tap(i, self._scale(i, layer, (args, kwargs), z))
         return call(*args, **kwargs)
 
     def _call_layer(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
-        is_first = i not in self.factors
         with self._without_bias(layer.owner), _activation(layer.owner, _linear):
-            z = _first_float(call(*args, **kwargs))
-            if z is not None and is_first:
-                bare, z = z, self._scale(i, layer, _first_float((args, kwargs)), z)
+            bare = z = _first_float(call(*args, **kwargs))
+            if z is not None and i not in self.factors:
+                z = self._scale(i, layer, (args, kwargs), z)
                 if not layer.is_affine and i in self.factors:
                     self._check_follows(i, layer, bare, _first_float(call(*args, **kwargs)))
         if z is None:
@@ -340,46 +326,41 @@ class _Scaler:
         return tree.pack_sequence_as(outputs, tensors)
 
     def _tap(self, i: int, z: Tensor) -> Tensor:
-        tapped, position = self.tap(z)
-        self.calls.append((i, position))
+        tapped, signal = self.tap(z)
+        self.calls.append((i, signal))
         return tapped
 
-    def _scale(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
+    def _scale(self, i: int, layer: ScaledLayer, arguments: Any, z: Tensor) -> Tensor:
         """The output of the layer's first call, times the factor that it needs."""
-        is_free = not isinstance(self.aims, np.ndarray) or self.aims[i] > 0
-        if i not in self.factors and is_free:
-            with np.errstate(all="ignore"):
-                factor = self._factor(i, layer, inputs, z)
-            self._multiply(i, layer, factor)
-            z = _product(z, factor)
-        return z
+        if i in self.factors or (isinstance(self.aims[i], np.generic) and not self.aims[i]):
+            return z
+        with np.errstate(all="ignore"):
+            self.factors[i] = self._factor(self.aims[i], layer, arguments, z)
+        self._multiply(layer, self.factors[i])
+        return _product(z, self.factors[i])
 
-    def _factor(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Any:
-        std, size = _std_and_size(z)
-        std_or_1 = numpy.where(std > 0, std, 1)
+    def _factor(self, aim: Any, layer: ScaledLayer, arguments: Any, z: Tensor) -> Any:
         if layer.share is None:
             # It makes up for a low level, and for nothing else.
-            most = self.aims[i] / numpy.where(size > 0, size, 1)
-            wanted = numpy.minimum(1 / self.level, most)
+            size = _size(z)
+            factor = numpy.minimum(1 / self.level, aim / size)
         else:
-            wanted = self.aims[i] / std_or_1
+            size, goal, inputs = _std(z), aim, _first_float(arguments)
             if inputs is not None:
-                most = layer.largest_gain * _std_and_size(inputs)[1] / std_or_1
-                most *= numpy.maximum(1, self.aims[i])
-                wanted = numpy.minimum(wanted, numpy.maximum(1, most))
-        return numpy.where((std > 0) & (self.aims[i] > 0), wanted, 1)
+                most = layer.largest_gain * _size(inputs) * numpy.maximum(1, aim)
+                goal = numpy.minimum(aim, numpy.maximum(size, most))
+            factor = goal / size
+        return numpy.where((size > 0) & (aim > 0), factor, 1)
 
     def _check_follows(self, i: int, layer: ScaledLayer, bare: Tensor, again: Any) -> None:
         """Takes the factor back if the output did not follow it."""
         factor = self.factors[i]
-        expected = _std_and_size(bare)[0] * factor
-        follows = abs(_std_and_size(again)[0] - expected) <= _FOLLOWS * expected
-        self._multiply(i, layer, numpy.where(follows, 1, 1 / factor))
-        self.factors[i] = numpy.where(follows, factor, 1)
-        self.follows[i] = follows
+        expected = _std(bare) * factor
+        follows = abs(_std(again) - expected) <= _FOLLOWS * expected
+        self._multiply(layer, numpy.where(follows, 1, 1 / factor))
+        self.factors[i] = numpy.where(follows, factor, math.nan)
 
-    def _multiply(self, i: int, layer: ScaledLayer, factor: Any) -> None:
-        self.factors[i] = factor
+    def _multiply(self, layer: ScaledLayer, factor: Any) -> None:
         for weight in layer.kernels:
             value: Any = self.scope.get_current_value(weight.variable)
             value = _product(value, factor ** (1 / len(layer.kernels)))
@@ -447,13 +428,22 @@ def _product(tensor: Tensor, factor: Any) -> Tensor:
     return tensor * ops.cast(factor, tensor.dtype)
 
 
-def _std_and_size(tensor: Tensor) -> tuple[Any, Any]:
-    """Std and root mean square, scaled so that squares neither vanish nor overflow."""
+def _std(tensor: Tensor) -> Any:
+    values, scale = _of_size_1(tensor)
+    return values.std() * scale
+
+
+def _size(tensor: Tensor) -> Any:
+    """The root mean square."""
+    values, scale = _of_size_1(tensor)
+    return numpy.sqrt((values * values).mean()) * scale
+
+
+def _of_size_1(tensor: Tensor) -> tuple[Any, Any]:
+    """Values whose squares neither vanish nor overflow, and what they are divided by."""
     values = backends.readable(tensor)
-    scale = abs(values).max()
-    scale = numpy.where(scale > 0, scale, 1)
-    values = values / scale
-    return values.std() * scale, numpy.sqrt((values * values).mean()) * scale
+    scale = numpy.maximum(abs(values).max(), np.finfo(np.float32).tiny)
+    return values / scale, scale
 
 
 def _std_and_likeness(examples: int, values: np.ndarray) -> tuple[float, float | None]:

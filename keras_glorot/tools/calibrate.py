@@ -8,9 +8,10 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import is_float
 from keras_glorot._models.kernels import Flow, flow_of_model
 from keras_glorot._models.pairs import fitting_levels
-from keras_glorot._models.passes import Batch, is_float
+from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import activation_name

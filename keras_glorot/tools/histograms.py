@@ -71,7 +71,7 @@ def plotted_histograms(
     survey: Survey, batch: Batch, layers: Iterable[str] | None = None, axes: Any = None
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
-    calls = record(survey, batch, of_tensor=_sample).calls[:-1]
+    calls = record(survey, batch, of_value=_sample, of_gradient=_sample).calls[:-1]
     if layers is None:
         calls = [call for call in calls if call.weight is not None][:-1]
     else:
@@ -149,7 +149,7 @@ def _finite(sample: np.ndarray | None) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _sample(values: np.ndarray) -> np.ndarray:
+def _sample(layer: keras.Layer, values: np.ndarray, is_input: bool) -> np.ndarray:
     """Some values, taken at random: each n-th one would always be of the same channels."""
     flat = np.asarray(values).reshape(-1)
     if flat.size <= _SAMPLE:

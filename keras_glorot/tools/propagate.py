@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import keras
 import numpy as np
 
+from keras_glorot._backends.signals import Signal
 from keras_glorot._keras.graph import LOOPS
 from keras_glorot._models.jacobian import singular_spread
 from keras_glorot._models.kernels import Flow, Kernel, Kinds, flow_of_calls
@@ -16,7 +17,6 @@ from keras_glorot._models.passes import (
     Batch,
     Call,
     Moments,
-    Pass,
     gradient_std,
     likeness,
     moments,
@@ -139,14 +139,14 @@ def propagated(
 ) -> Table:
     """As `propagate`, of a model that has been looked at."""
 
-    def of_output(layer: keras.Layer, values: np.ndarray) -> _Output:
-        return _summarize(layer, values, batch.size)
+    def of_value(layer: keras.Layer, values: np.ndarray, is_input: bool) -> Any:
+        return moments(values) if is_input else _summarize(layer, values, batch.size)
 
     def of_gradient(layer: keras.Layer, values: np.ndarray, is_input: bool) -> float:
         return gradient_std(values, batch.size, _unit_axes(layer, is_input))
 
     with progress("propagate", verbose) as advance:
-        seen = record(survey, batch, training, of_output, of_gradient, advance=advance)
+        seen = record(survey, batch, training, of_value, of_gradient, advance)
         rows = _rows(seen.calls)
         inside = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None]
         if not any(row["gradient_std"] for row in inside or rows):
@@ -155,20 +155,12 @@ def propagated(
                 "output, and the gradient there must not be zero. "
                 f"Received: model={survey.root}"
             )
-        spread = rows[-1]["jacobian_spread"] = _spread(survey, batch, seen, training)
+        spread = singular_spread(survey, batch, seen, training)
+        rows[-1]["jacobian_spread"] = spread
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
     flow = flow_of_calls(survey, batch, seen.calls)
     found = _findings(seen.calls, rows, flow) + _unseen_findings(survey, seen.unseen)
     return Table("propagate", rows, found, filled, _note(spread), _LAYOUT)
-
-
-def _spread(survey: Survey, batch: Batch, seen: Pass, training: bool) -> float | None:
-    if not seen.gradients:
-        return None
-    if batch.loss is not None:  # its gradient has no random direction
-        batch = batch._replace(y=None, loss=None)
-        seen = record(survey, batch, training)
-    return singular_spread(survey, batch, seen.gradients, training)
 
 
 def _note(spread: float | None) -> str:
@@ -182,7 +174,7 @@ def _rows(calls: list[Call]) -> list[Row]:
         # Token ids have no std and no gradient: the model then starts at its first output.
         first = calls[0].output
         value = first.value and first.value.moments
-        calls[-1] = calls[-1]._replace(input=first._replace(value=value))
+        calls[-1] = calls[-1]._replace(input=Signal(value, first.gradient))
     return [_row(call) for call in calls]
 
 
@@ -199,7 +191,7 @@ def _row(call: Call) -> Row:
         "forward_gain": _ratio(statistics["std"], input_std),
         "gradient_std": call.output.gradient,
         "backward_gain": _ratio(call.input.gradient, call.output.gradient),
-        "kernel_gradient_std": call.kernel.gradient and call.kernel.gradient.std,
+        "kernel_gradient_std": call.kernel.gradient,
         "jacobian_spread": None,
     }
 
