@@ -35,12 +35,14 @@ __all__ = [
     "Pass",
     "Recorder",
     "arguments_of",
+    "first_float",
     "gradient_std",
     "likeness",
     "lock",
     "moments",
     "position_axes",
     "record",
+    "replaced",
 ]
 
 ops: Any = keras.ops  # Keras declares that many of these may return None
@@ -179,8 +181,9 @@ class Batch(NamedTuple):
                 x = tree.map_structure(ops.convert_to_tensor, x)
         except Exception as error:
             raise _not_numbers(x) from error
-        if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
-            raise ValueError(f"Argument `x` must be finite. Received: x={x}")
+        floats = [ops.cast(t, "float32") for t in tree.flatten(x) if is_float(t)]
+        if not all(ops.all(ops.isfinite(each)) for each in floats):
+            raise ValueError(f"Argument `x` must be finite, as float32. Received: x={x}")
         loss = None if loss is None else keras.losses.get(loss)
         return cls(x, y, loss, int(seed))
 
@@ -506,8 +509,7 @@ class _Listener:
         self, structure: Any, layer: keras.Layer, is_input: bool
     ) -> tuple[Any, Signal]:
         """Taps the first float tensor that is not empty."""
-        tensors = tree.flatten(structure)
-        first = next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
+        first = first_float(structure)
         if first is None:
             return structure, Signal()
         tapped, signal = self.tap(
@@ -519,8 +521,7 @@ class _Listener:
         origin = self._origin(first)
         if origin is not None:
             self._remember(tapped, origin)
-        tensors = [tapped if tensor is first else tensor for tensor in tensors]
-        return tree.pack_sequence_as(structure, tensors), signal
+        return replaced(structure, first, tapped), signal
 
     def _remember(self, tensor: Tensor, origin: int) -> None:
         self.origins[id(tensor)] = weakref.ref(tensor), origin
@@ -540,6 +541,17 @@ class _Listener:
         if known or not tensors or not self.calls:
             return tuple(sorted(known))
         return (len(self.calls) - 1,)
+
+
+def first_float(structure: Any) -> Tensor | None:
+    """The first float tensor that is not empty."""
+    tensors = tree.flatten(structure)
+    return next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
+
+
+def replaced(structure: Any, tensor: Tensor, other: Tensor) -> Any:
+    """The structure with another tensor in the place of one."""
+    return tree.map_structure(lambda each: other if each is tensor else each, structure)
 
 
 def _std(values: np.ndarray) -> float:

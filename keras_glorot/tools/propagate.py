@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -140,7 +140,9 @@ def propagated(
     """As `propagate`, of a model that has been looked at."""
 
     def of_value(layer: keras.Layer, values: np.ndarray, is_input: bool) -> Any:
-        return moments(values) if is_input else _summarize(layer, values, batch.size)
+        if is_input:
+            return moments(values).std
+        return _statistics(layer, values, batch.size)
 
     def of_gradient(layer: keras.Layer, values: np.ndarray, is_input: bool) -> float:
         return gradient_std(values, batch.size, _unit_axes(layer, is_input))
@@ -173,22 +175,20 @@ def _rows(calls: list[Call]) -> list[Row]:
     if calls[-1].input.gradient is None:
         # Token ids have no std and no gradient: the model then starts at its first output.
         first = calls[0].output
-        value = first.value and first.value.moments
+        value = first.value and first.value["std"]
         calls[-1] = calls[-1]._replace(input=Signal(value, first.gradient))
     return [_row(call) for call in calls]
 
 
 def _row(call: Call) -> Row:
-    output = call.output.value
-    statistics = output.statistics if output else dict.fromkeys(_STATISTICS)
-    input_std = call.input.value and call.input.value.std
+    output = call.output.value or {}
     return {
         "path": call.path,
         "layer": type(call.layer).__name__,
         "shape": call.shape,
-        **statistics,
-        "input_std": input_std,
-        "forward_gain": _ratio(statistics["std"], input_std),
+        **{name: output.get(name) for name in _STATISTICS},
+        "input_std": call.input.value,
+        "forward_gain": _ratio(output.get("std"), call.input.value),
         "gradient_std": call.output.gradient,
         "backward_gain": _ratio(call.input.gradient, call.output.gradient),
         "kernel_gradient_std": call.kernel.gradient,
@@ -208,23 +208,14 @@ _LARGE_SPREAD = 2.0
 Statistic = Callable[[Any, np.ndarray, Moments, int], float | None]
 
 
-class _Output(NamedTuple):
-    """What is kept of an output."""
-
-    moments: Moments
-    pooled_std: float  # of the means over positions
-    statistics: dict[str, Any]
-
-
-def _summarize(layer: keras.Layer, values: np.ndarray, examples: int) -> _Output:
+def _statistics(layer: Any, values: np.ndarray, examples: int) -> dict[str, Any]:
+    """All of them, and the std of the means over positions."""
     both = moments(values)
     axes = position_axes(values, examples, _unit_axes(layer))
-    pooled_std = moments(values.mean(axes)).std if axes else both.std
-    statistics = {
-        name: statistic(layer, values, both, examples)
-        for name, statistic in _STATISTICS.items()
+    found = {
+        name: each(layer, values, both, examples) for name, each in _STATISTICS.items()
     }
-    return _Output(both, pooled_std, statistics)
+    return {"pooled_std": moments(values.mean(axes)).std if axes else both.std, **found}
 
 
 def _unit_axes(layer: Any, is_input: bool = False) -> tuple[int, ...]:
@@ -392,8 +383,8 @@ def _signal_trend(calls: list[Call], advice: str) -> list[Finding]:
     outputs, levels = [call.output.value for call in calls], _levels(calls)
     both = list(zip(outputs, levels, strict=True))
     curves = [
-        [output and output.moments.std / level for output, level in both],
-        [output and output.pooled_std / level for output, level in both],
+        [output and output["std"] / level for output, level in both],
+        [output and output["pooled_std"] / level for output, level in both],
     ]
     return _trend([call.path for call in calls], curves, "Signal", advice)
 
@@ -408,7 +399,7 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
     curve: list[float | None] = []
     for part in reversed(parts):
         output, levels = part[-1].output.value if part and paths else None, _levels(part)
-        scale = output.moments.std / levels[-1] if output else 1.0
+        scale = output["std"] / levels[-1] if output else 1.0
         for call, level in zip(reversed(part), reversed(levels), strict=True):
             gradient = call.output.gradient
             paths.append(call.path)
@@ -419,7 +410,7 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
 def _levels(calls: list[Call]) -> np.ndarray:
     """What the stds of the outputs of kernels are compared with."""
     outputs = [call.output.value for call in calls]
-    stds = np.array([output.moments.std if output else 0.0 for output in outputs])
+    stds = np.array([output["std"] if output else 0.0 for output in outputs])
     activations = [call.weight.activation if call.weight else None for call in calls]
     return fitting_levels(activations, stds)
 
@@ -529,7 +520,7 @@ def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
 
 def _level(call: Call) -> float:
     """The std before the activation, as far as the gain tells."""
-    std = call.output.value.moments.std if call.output.value else 1.0
+    std = call.output.value["std"] if call.output.value else 1.0
     gain = known_gain(call.weight.activation if call.weight else None)
     return std * (gain or 1.0) if std > 0 else 1.0
 
