@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
 import sys
 import tempfile
 import types
@@ -29,8 +30,7 @@ Set KERAS_BACKEND to tensorflow, jax or torch to choose the backend.
 exit codes:
   0  done; with --fail-on: and nothing of that severity was found
   1  --fail-on: something was found
-  2  the arguments are wrong, or the model can't be read or written: the config
-     in its file may have 100 MB
+  2  the arguments are wrong, or the model can't be read or written
 """
 PROGRAM = "keras-glorot"
 
@@ -39,15 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(_with_values_joined(arguments))
+    options.arguments = arguments
     # TensorFlow's remarks about the machine are no answer to anything asked here.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         with _without_early_log_lines():
             from keras_glorot import cli
+        return cli.run(options)
     except ModuleNotFoundError as error:  # of a backend
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
-    return cli.run(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,11 +224,11 @@ def _output(text: str) -> Path:
 
 def _page(text: str) -> Path:
     target = Path(os.path.realpath(text))
-    if not target.parent.is_dir():
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
-            f"must be a file in an existing folder. Received: {text}"
+            f"must be a file in an existing folder that can be written. Received: {text}"
         )
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         kind = "a directory" if target.is_dir() else "a device"
         raise argparse.ArgumentTypeError(f"must be a file, not {kind}. Received: {text}")
     return Path(text)

@@ -1,28 +1,27 @@
 """The commands of the command line, whose arguments `keras_glorot_cli.py` reads."""
 
-import _thread
 import argparse
 import contextlib
 import json
 import os
-import signal
+import shlex
 import sys
-import threading
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import keras
 import numpy as np
 import rich
 
+from keras_glorot._keras.calls import error_reason
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
 from keras_glorot.recipes import RECIPES
-from keras_glorot.tables import Severity, Table, printable
-from keras_glorot.tools._files import drafted
+from keras_glorot.tables import Table, printable
+from keras_glorot.tables.findings import SEVERITIES
+from keras_glorot.tools._files import write_whole
 from keras_glorot.tools.audit import CODES, audit
 from keras_glorot.tools.calibrate import calibrate
 from keras_glorot.tools.initialize import initialize
@@ -32,23 +31,17 @@ from keras_glorot.tools.report import audit_section, write_page
 __all__ = ["run"]
 
 PROGRAM = "keras-glorot"
-# A model of a thousand layers has a config of a megabyte.
-LARGEST_JSON = 100_000_000
 # Keras quotes whole configs.
 LONGEST_LINE = 1000
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command that was asked for, and returns the exit code."""
-    with _signals_as_exceptions(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             return _COMMANDS[options.command](options)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
-        except Exception as error:  # a damaged file makes Keras raise anything
-            from keras_glorot._keras.calls import error_reason
-
+        except Exception as error:
             _complain("error", error_reason(error))
             return 2
 
@@ -62,40 +55,33 @@ def _audit(options: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # what layers print is not JSON
         table = audit(_load(options.model), how)
     table.findings = [each for each in table.findings if each.code in codes]
-    wrote = _write_page(options, table) if options.html is not None else ""
-    return _show(options, table, wrote)
+    said = _write_page(options, table) if options.html is not None else ""
+    return _show(options, table, said)
 
 
 def _write_page(options: argparse.Namespace, table: Table) -> str:
-    chosen = "" if options.expect is None else f" --expect {options.expect}"
-    chosen += "".join(
-        f" --{name} {' '.join(getattr(options, name))}"
-        for name in ("ignore", "only")
-        if getattr(options, name)
-    )
-    command = f"{PROGRAM} audit {options.model}{chosen} --html {options.html}"
-    write_page(options.html, Path(options.model).name, [audit_section(table)], command)
+    command = shlex.join([PROGRAM, *options.arguments])
+    sections = [audit_section({"": table})]
+    write_page(options.html, Path(options.model).name, sections, command)
     return _wrote(options.html)
 
 
 def _show(options: argparse.Namespace, table: Table, said: str = "") -> int:
     """Prints a table, and returns the exit code that its findings ask for."""
     _write(table.to_json() + "\n" if options.json else said + _render(table, options.all))
-    severities = get_args(Severity)  # the worst first
-    worst = severities[: severities.index(options.fail_on) + 1] if options.fail_on else ()
+    worst = SEVERITIES[: SEVERITIES.index(options.fail_on) + 1] if options.fail_on else ()
     return int(any(finding.severity in worst for finding in table.findings))
 
 
 def _init(options: argparse.Namespace) -> int:
-    how = _how(options)  # may fail, as may the folder: before the work
-    with drafted(options.output, "-o") as put:
-        model = _load(options.model)
-        tables = [initialize(model, how, seed=options.seed)]
-        said = ""
-        if options.calibrate is not None:
-            x, said = _batch(model, options.calibrate)
-            tables.append(calibrate(model, x))
-        put(model.save)
+    how = _how(options)  # may fail: before the work
+    model = _load(options.model)
+    tables = [initialize(model, how, seed=options.seed)]
+    said = ""
+    if options.calibrate is not None:
+        x, said = _batch(model, options.calibrate)
+        tables.append(calibrate(model, x))
+    write_whole(options.output, "-o", model.save)
     _write(said + "\n".join([*map(_render, tables), _wrote(options.output)]))
     return 0
 
@@ -169,17 +155,17 @@ def _batch(model: Any, name: str) -> tuple[Any, str]:
 
 
 def _load(name: str) -> Any:
-    if os.path.isdir(name):
-        raise ValueError(f"MODEL must be a .keras file, not a directory. Received: {name}")
     if os.path.exists(name):
         if not zipfile.is_zipfile(name):
             raise ValueError(f"MODEL must be a whole .keras file. Received: {name}")
-        _check_sizes(name)
         with warnings.catch_warnings():
             # Compiled, but it has made no step: it has no state to be loaded.
             text = "Skipping variable loading .* saved optimizer has [12] variables"
             warnings.filterwarnings("ignore", text)
-            return keras.saving.load_model(name, safe_mode=True)
+            try:
+                return keras.saving.load_model(name, safe_mode=True)
+            except Exception as error:  # a damaged file makes Keras raise anything
+                raise ValueError(error_reason(error) + _other_keras(name)) from error
     architectures = {
         name: build for name, build in vars(keras.applications).items() if callable(build)
     }
@@ -191,15 +177,13 @@ def _load(name: str) -> Any:
     )
 
 
-def _check_sizes(name: str) -> None:
-    """Refuses what would fill the memory: JSON of gigabytes can be packed into a few kB."""
-    with zipfile.ZipFile(name) as file:
-        for each in file.infolist():
-            if each.filename.endswith(".json") and each.file_size > LARGEST_JSON:
-                raise ValueError(
-                    f"MODEL must not have JSON of more than {LARGEST_JSON:,} bytes. "
-                    f"Received: {name}, in which {each.filename} has {each.file_size:,}"
-                )
+def _other_keras(name: str) -> str:
+    """The Keras that saved a file, if it is not this one."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(name) as file:
+        saver = json.loads(file.read("metadata.json"))["keras_version"]
+        if saver != keras.__version__:
+            return f" (saved by Keras {saver}, loaded by {keras.__version__})"
+    return ""
 
 
 def _render(table: Table, all: bool = False) -> str:
@@ -221,7 +205,8 @@ def _write(text: str) -> None:
     if sys.stdout is None:
         return
     try:
-        sys.stdout.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         # The rest of the buffer goes nowhere, without a word about it at exit.
@@ -241,40 +226,3 @@ def _complain(kind: str, message: str) -> None:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     _complain("warning", str(message))
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Lets a signal that would end the process at once clean up first."""
-    hook = sys.unraisablehook
-
-    def stop(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
-        raise SystemExit(128 + number)
-
-    def stop_again(swallowed: Any) -> None:
-        """Finalizers and callbacks of the garbage collector swallow what is raised."""
-        code = getattr(swallowed.exc_value, "code", None)
-        number = code - 128 if isinstance(code, int) else 0
-        if number in numbers:
-            signal.signal(number, stop)
-            threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
-        else:
-            hook(swallowed)
-
-    numbers = []
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            # `nohup` has it ignored, and so it stays.
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                numbers.append(number)
-    for number in numbers:
-        signal.signal(number, stop)
-    sys.unraisablehook = stop_again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)

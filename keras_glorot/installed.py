@@ -18,15 +18,8 @@ def missing_backend() -> str | None:
         return None
     there = [name for name in BACKENDS if importlib.util.find_spec(name)]
     ways = [f"set KERAS_BACKEND={name} before Keras is imported" for name in there]
-    if backend in BACKENDS:
-        ways.append(f'pip install "keras-glorot[{backend}]"')
-        if not there:
-            others = " or ".join(name for name in BACKENDS if name != backend)
-            ways.append(f"install {others} and set KERAS_BACKEND to it")
-    elif not there:
-        ways.append(
-            'pip install "keras-glorot[tensorflow]" and set KERAS_BACKEND=tensorflow'
-        )
+    wanted = backend if backend in BACKENDS else "tensorflow"
+    ways.append(f'pip install "keras-glorot[{wanted}]" and set KERAS_BACKEND={wanted}')
     return f"Keras's backend {backend!r} is not installed: {', or '.join(ways)}."
 
 

@@ -486,6 +486,22 @@ def test_a_model_whose_kernels_are_all_normalized_is_sound_as_it_is():
     assert are_remarks(table.findings)
 
 
+class WeightNormalized(layers.Layer):
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 32), name="kernel")
+
+    def call(self, inputs):
+        return keras.ops.relu(inputs @ keras.ops.normalize(self.kernel, axis=0))
+
+
+def test_a_layer_that_normalizes_its_own_kernel_is_not_sound_for_that():
+    hidden = [WeightNormalized() for _ in range(16)]
+    model = fill(keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(3)]))
+    (finding,) = calibrate(model, data(64, 32)).findings
+    assert finding.severity == "warning"
+    assert "normalization layer follows" not in finding.message
+
+
 def test_the_kernel_that_branches_are_added_to_does_not_count():
     """Its gradient is that of the whole sum, ten times that of one of ten branches."""
     inputs = keras.Input((8, 32))

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -394,6 +394,26 @@ def test_a_variable_made_of_a_value():
     np.testing.assert_array_equal(array(layer.twice), 2 * array(layer.odd))
 
 
+class Counting(keras.Model):
+    """A variable that `__init__` makes of a value, beside one of an initializer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.steps = keras.Variable(5, trainable=False, dtype="int32", name="steps")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_variable_that_init_makes_of_a_value():
+    model = Counting()
+    model(np.ones((1, 2)))
+    disturb(model.variables)
+    assert not initialize(model, seed=0).findings
+    assert [float(value) for value in values(model.weights)] == [1, 5]
+
+
 class DenseTranspose(layers.Layer):
     """As in tied autoencoders: no config, and the kernel of another layer."""
 
@@ -419,6 +439,34 @@ def test_a_weight_of_a_layer_that_is_tied_to_another_one():
     np.testing.assert_array_equal(array(tied.offset), np.ones(4))
     assert dense.kernel is tied.dense.kernel is kernel
     assert std(dense.kernel) > 0
+
+
+class Settings(NamedTuple):
+    units: int = 64
+    initializer: Any = keras.initializers.RandomNormal(stddev=0.01)
+
+
+class Configured(layers.Layer):
+    """Its settings are a named tuple."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.settings = Settings()
+
+    def build(self, shape):
+        size, initializer = (64, self.settings.units), self.settings.initializer
+        self.table = self.add_weight(shape=size, initializer=initializer, name="table")
+
+    def call(self, x):
+        return x
+
+
+def test_a_layer_that_is_configured_by_a_named_tuple():
+    layer = Configured()
+    layer.build((None, 3))
+    disturb(layer.variables)
+    assert not initialize(layer, seed=0).findings
+    assert abs(std(layer.table) / 0.01 - 1) < 0.05
 
 
 class OverwrittenConfig(Overwritten):

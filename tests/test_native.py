@@ -10,7 +10,7 @@ import pytest
 
 from keras_glorot._drawing import stream
 
-NATIVE = stream._native
+NATIVE = stream.native
 FUZZER = Path(__file__).parent / "helpers" / "fuzz_native.py"
 SOURCE = Path(stream.__file__).parent / "_native.c"
 
@@ -24,6 +24,24 @@ def fuzz(file, count, **environment):
 @pytest.mark.skipif(NATIVE is None, reason="about the native kernel")
 def test_arguments_at_random_are_refused_or_fill_their_part():
     fuzz(NATIVE.__file__, 2000)
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_compiles_without_a_warning(compiler, tmp_path):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    include = python_headers()
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
+    command = [compiler, "-c", *warnings, f"-I{include}", SOURCE, "-o", tmp_path / "out.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def python_headers():
+    include = sysconfig.get_paths()["include"]
+    if not Path(include, "Python.h").exists():
+        pytest.skip("Python's headers are not installed")
+    return include
 
 
 def sanitizers(compiler):
@@ -46,9 +64,7 @@ def test_sanitizers_find_nothing(tmp_path):
     libraries = sanitizers(compiler)
     if len(libraries) < 2:
         pytest.skip("gcc's libasan or libubsan is not installed")
-    include = sysconfig.get_paths()["include"]
-    if not Path(include, "Python.h").exists():
-        pytest.skip("Python's headers are not installed")
+    include = python_headers()
     file = tmp_path / "_native.so"
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command = [compiler, "-O1", "-g", "-shared", "-fPIC", "-ffp-contract=off", *checks]

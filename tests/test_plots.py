@@ -15,7 +15,7 @@ import pytest
 from keras_glorot import audit, initialize, plot_histograms, propagate
 from keras_glorot._drawing.stream import draw
 from keras_glorot.tables import Finding, Layout, Table
-from keras_glorot.tables.plots import OFF_COLOR, RATIOS, STDS_BY_CALL
+from keras_glorot.tables.plots import OFF_COLOR, RATIOS, STDS
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
@@ -45,7 +45,7 @@ def net(depth=4, width=30):
 HIDDEN = ["h0", "h1", "h2", "h3"]
 X = draw("truncated_normal", (50, 9), 1.0, "float32", (7,))
 AUDIT = Layout(picture=RATIOS)
-PROPAGATE = Layout(picture=STDS_BY_CALL, has_total=True, can_be_sound=True)
+PROPAGATE = Layout(picture=STDS, has_total=True, can_be_sound=True)
 
 
 TABLE = Table(
@@ -163,8 +163,7 @@ def stds(count):
 
 def test_names_do_not_overlap():
     assert len(ratios(5000).plot().get_yticks()) <= 48
-    label = stds(300).plot().get_xlabel()
-    assert label == "number of the call of a layer, input to output"
+    assert stds(300).plot().get_xlabel() == "layers, input to output"
 
 
 def test_long_names_are_whole_and_do_not_overlap():
@@ -219,6 +218,18 @@ def test_histograms_are_those_of_the_activations_and_gradients():
                 np.testing.assert_allclose(part, counts / values.size, atol=2e-3)
 
 
+@pytest.mark.parametrize("scale", [0.05, 0.4, 1.0, 30.0])
+def test_the_values_of_histograms_do_not_overlap(scale):
+    model = net(12)
+    for layer in model.layers:
+        layer.kernel.assign(scale * layer.kernel.numpy())
+    for ax in plot_histograms(model, X):
+        ax.figure.canvas.draw()
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert len(boxes) == 5
+        assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
+
+
 @pytest.mark.parametrize("count", [5, 80])
 def test_each_histogram_has_a_name(count):
     rows = plot_histograms(net(count, 12), X)[0]
@@ -261,8 +272,9 @@ def test_pictures(name, request, tmp_path):
 
 
 def test_histograms_of_layers_that_are_not_there():
-    with pytest.raises(ValueError, match="Argument `layers`"):
-        plot_histograms(net(1), X, layers=["h9"])
+    for layers in (["h9"], ["h0", "h9"], [], "h0"):
+        with pytest.raises(ValueError, match="Argument `layers`"):
+            plot_histograms(net(1), X, layers=layers)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):

@@ -707,6 +707,7 @@ class Stop(keras.layers.Layer):
         (lambda: (mlp(), [[1.0] * 12]), ValueError, "at least one example"),
         (lambda: (mlp(), data(2, 12) * np.nan), ValueError, "`x` must be finite"),
         (lambda: (mlp(), np.float64(data(2, 12)) * 1e300), ValueError, "must be finite"),
+        (lambda: (mlp(), np.zeros((2, 12))), ValueError, "`x` must hold data"),
         (lambda: (mlp(), data(2, 12), data(2, 4)), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), None, "mse"), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), data(2, 9), "mse"), ValueError, r"`y` must .*2, 9"),

@@ -305,7 +305,7 @@ def test_a_sum_of_two_uniform_draws_in_every_dtype(dtype):
     np.testing.assert_array_equal(part, whole[3:9, 10:])
     values = whole.astype(np.float64)
     # The relative variance of a sample variance is (kurtosis - 1) / n; five stds.
-    tolerance = 5 * math.sqrt((distribution.kurtosis - 1) / values.size) / 2
+    tolerance = 5 * math.sqrt((distribution.standard.kurtosis - 1) / values.size) / 2
     assert abs(values.std() / distribution.std - 1) < tolerance
     assert np.abs(values).max() <= distribution.bound * 1.01
 

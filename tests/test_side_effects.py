@@ -348,6 +348,13 @@ class InRegistry(Holder):
         return REGISTRY
 
 
+class BesideRegistry(Holder):
+    """As in KerasHub: a method for later reaches out, and `build` does not call it."""
+
+    def register(self):
+        REGISTRY.append(self)
+
+
 class ByFunction(InRegistry):
     def keep(self, weight):
         register(weight)
@@ -553,7 +560,7 @@ RESET = (
     *(Holder, InNested, InDataclass, InSlots, InHelper, ByBoundMethod, InSequence),
     *(InListInDict, InArray, ByPartial, FromConfigToo, InInitializer),
     *(InClosure, InCell, ByLambdaOfSelf, ByGenerator, ByWeakReference),
-    CountsOnClass,
+    *(CountsOnClass, BesideRegistry),
 )
 
 

@@ -39,10 +39,14 @@ enum { KNOTS = (1 << 12) + 1, SHIFT = 19, POSITION = (1 << SHIFT) - 1 };
 typedef enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 } Dtype;
 typedef enum { UNIFORM, TRUNCATED_NORMAL } Form;
 
+INLINE size_t item_of(Dtype dtype) {
+    return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
+}
+
 /* A region of a tensor: runs of neighbouring elements, all of one length, whose starts are
    given by extents and strides, innermost first. */
 typedef struct {
-    char *out; /* of element `first` of the region */
+    char *out; /* of the whole region */
     Dtype dtype;
     Form form;
     uint32_t key[2];
@@ -152,9 +156,14 @@ INLINE void make_quantiles(uint32_t *words, size_t count, const int32_t *knots) 
 #ifdef X86
 #define V2 /* what every x86-64 has */
 #define V3 __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")))
+#ifdef __clang__ /* does not know the last option, and would ignore all of them */
+#define WIDTH_OF_V4 ""
+#else
+#define WIDTH_OF_V4 ",prefer-vector-width=512"
+#endif
 #define V4                                                                                 \
     __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,avx512f,avx512bw,"       \
-                          "avx512cd,avx512dq,avx512vl,prefer-vector-width=512")))
+                          "avx512cd,avx512dq,avx512vl" WIDTH_OF_V4)))
 
 #define MULTIPLY_V2(a, b) (Wide_v2) _mm_mul_epu32((__m128i)(a), (__m128i)(b))
 #define MULTIPLY_V3(a, b) (Wide_v3) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
@@ -235,9 +244,9 @@ INLINE void fill_job(const Job *job, MakeWords *make_words, MakeQuantiles *make_
     ALIGNED union { uint16_t halves[WORDS]; double doubles[WORDS / 2]; } values;
     uint16_t offsets[BATCH], lengths[BATCH]; /* what the region has of a batch */
     const size_t per_block = job->dtype == FLOAT64 ? 2 : 4;
-    const size_t item = job->dtype == FLOAT64 ? 8 : job->dtype == FLOAT32 ? 4 : 2;
+    const size_t item = item_of(job->dtype);
     const void *source = job->dtype == FLOAT32 ? (void *)floats : (void *)&values;
-    char *out = job->out;
+    char *out = job->out + job->first * item;
     uint64_t run = job->first / job->run, inside = job->first % job->run;
     uint64_t left = job->last - job->first, start = start_of(job, run);
 
@@ -323,10 +332,6 @@ static PyObject *philox(PyObject *self, PyObject *args) {
     return Py_BuildValue("IIII", counter[0], counter[1], counter[2], counter[3]);
 }
 
-static int is_aligned(const void *pointer, size_t boundary) {
-    return (uintptr_t)pointer % boundary == 0;
-}
-
 /* Copies the steps, and returns whether they are some that can be counted with. */
 static int read_steps(Job *job, const Py_buffer *steps) {
     if (steps->len % 16 || (size_t)steps->len > sizeof job->steps) return 0;
@@ -338,56 +343,46 @@ static int read_steps(Job *job, const Py_buffer *steps) {
 }
 
 static PyObject *fill(PyObject *self, PyObject *args) {
-    PyObject *target;
     Py_buffer out, knots, rational, steps;
     int dtype, form, clone;
     unsigned int k0, k1;
     unsigned long long first, last, base, run;
     double scale;
-    if (!PyArg_ParseTuple(args, "iOii(II)dy*y*KKKKy*", &clone, &target, &dtype, &form, &k0,
+    if (!PyArg_ParseTuple(args, "iw*ii(II)dy*y*KKKKy*", &clone, &out, &dtype, &form, &k0,
                           &k1, &scale, &knots, &rational, &first, &last, &base, &run,
                           &steps))
         return NULL;
-    /* With its format: bytes, and not the references of an array of objects. */
-    int right = !PyObject_GetBuffer(target, &out, PyBUF_WRITABLE | PyBUF_FORMAT | PyBUF_ND);
-    if (right) {
-        const size_t item = dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2;
-        Job job = {
-            .out = (char *)out.buf,
-            .dtype = (Dtype)dtype,
-            .form = (Form)form,
-            .key = {k0, k1},
-            .scale = scale,
-            .knots = knots.buf,
-            .rational = rational.buf,
-            .first = first,
-            .last = last,
-            .base = base,
-            .run = run,
-        };
-        if (clone < 0) clone += clone_count; /* -1: the best */
-        right = clone >= 0 && clone < clone_count && dtype >= FLOAT16 && dtype <= FLOAT64
-                && (form == UNIFORM || form == TRUNCATED_NORMAL) && first <= last && run
-                && out.format && !strcmp(out.format, "B")
-                && (unsigned long long)out.len / item >= last
-                && knots.len == KNOTS * (Py_ssize_t)sizeof(int32_t)
-                && is_aligned(knots.buf, sizeof(int32_t))
-                && rational.len == 19 * (Py_ssize_t)sizeof(double)
-                && is_aligned(rational.buf, sizeof(double)) && read_steps(&job, &steps);
-        if (!right) {
-            PyErr_SetString(PyExc_ValueError, "arguments that stream.py would not give");
-        } else {
-            job.out += first * item;
-            if (last - first <= 4096) { /* the lock's hand-over would take longer */
-                clones[clone].fill(&job);
-            } else {
-                Py_BEGIN_ALLOW_THREADS
-                clones[clone].fill(&job);
-                Py_END_ALLOW_THREADS
-            }
-        }
-        PyBuffer_Release(&out);
+    Job job = {
+        .out = out.buf,
+        .dtype = (Dtype)dtype,
+        .form = (Form)form,
+        .key = {k0, k1},
+        .scale = scale,
+        .knots = knots.buf,
+        .rational = rational.buf,
+        .first = first,
+        .last = last,
+        .base = base,
+        .run = run,
+    };
+    if (clone < 0) clone += clone_count; /* -1: the best */
+    const int right = clone >= 0 && clone < clone_count && dtype >= FLOAT16
+                      && dtype <= FLOAT64 && (form == UNIFORM || form == TRUNCATED_NORMAL)
+                      && first <= last && run
+                      && (unsigned long long)out.len / item_of((Dtype)dtype) >= last
+                      && knots.len == KNOTS * (Py_ssize_t)sizeof(int32_t)
+                      && rational.len == 19 * (Py_ssize_t)sizeof(double)
+                      && read_steps(&job, &steps);
+    if (!right) {
+        PyErr_SetString(PyExc_ValueError, "arguments that stream.py would not give");
+    } else if (last - first <= 4096) { /* the lock's hand-over would take longer */
+        clones[clone].fill(&job);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        clones[clone].fill(&job);
+        Py_END_ALLOW_THREADS
     }
+    PyBuffer_Release(&out);
     PyBuffer_Release(&knots);
     PyBuffer_Release(&rational);
     PyBuffer_Release(&steps);

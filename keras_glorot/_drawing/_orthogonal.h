@@ -65,7 +65,7 @@ TILE(_plain, , Lanes_plain, 4, 4)
 TILE(_plain, , double, 2, 4)
 #endif
 
-/* Coefficients of sampling's contract, highest power first. */
+/* Coefficients of orthogonal.py's contract, highest power first. */
 static const double LOG[] = {2.0 / 11, 2.0 / 9, 2.0 / 7, 2.0 / 5, 2.0 / 3, 2.0};
 static const double SINE[] = {-1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120,
                               -1.0 / 6, 1.0};
@@ -189,7 +189,7 @@ INLINE void solve(double *products, const double *sums, size_t count, size_t col
 }
 
 INLINE void store(const Place *place, size_t index, const double *in, size_t count) {
-    const size_t item = place->dtype == FLOAT64 ? 8 : place->dtype == FLOAT32 ? 4 : 2;
+    const size_t item = item_of(place->dtype);
     char *out = place->out + index * item;
     double values[CHUNK];
     float floats[CHUNK];
@@ -281,7 +281,7 @@ INLINE size_t work_size(const Product *p, Phase phase) {
 
 static int are_large_enough(const Product *p, const Place *place, Phase phase, size_t last,
                             size_t out, size_t vectors, size_t sums) {
-    const size_t item = place->dtype == FLOAT64 ? 8 : place->dtype == FLOAT32 ? 4 : 2;
+    const size_t item = item_of(place->dtype);
     size_t area = (place->rows[1] - place->rows[0]) * (place->columns[1] - place->columns[0]);
     if (phase == MATRICES) return out / item / (p->rows * p->columns) >= last;
     size_t count = phase == PANELS ? up_to(p->columns, PANEL) / PANEL : blocks_of(p);
@@ -300,7 +300,7 @@ INLINE void multiply_job(Product p, Place place, Phase phase, size_t first, size
         for (size_t i = first; i < last; i++)
             make_panel(&p, &place, i * PANEL, (double *)work, tile);
     if (phase == MATRICES) {
-        const size_t item = place.dtype == FLOAT64 ? 8 : place.dtype == FLOAT32 ? 4 : 2;
+        const size_t item = item_of(place.dtype);
         char *out = place.out;
         double *panel = (double *)work;
         p.sums = (double *)((char *)panel + panel_size(&p));

@@ -91,22 +91,12 @@ class Distribution(NamedTuple):
     @property
     def bound(self) -> float:
         """How far from the mean a value can lie."""
-        return self.scale * _FORMS[self.form].bound if self.scale else 0.0
+        return self.scale * self.standard.bound if self.scale else 0.0
 
     @property
-    def kurtosis(self) -> float:
-        """The fourth central moment over the squared variance."""
-        return _FORMS[self.form].kurtosis
-
-    @property
-    def kurtosis_variance(self) -> float | None:
-        """The variance of a sample's kurtosis, times its size; None if it can't judge."""
-        return _FORMS[self.form].kurtosis_variance
-
-    @property
-    def words(self) -> str:
-        """How its values are, in words."""
-        return _FORMS[self.form].words
+    def standard(self) -> "Form":
+        """The standard form, at scale 1."""
+        return _FORMS[self.form]
 
     def range_fault(self, dtype: str) -> str | None:
         """How the values must be instead, if a dtype can't hold them: not nan, nor
@@ -138,13 +128,13 @@ class Distribution(NamedTuple):
             seed: One or more integers.
             region: A start and a stop for each axis.
         """
-        return _FORMS[self.form].draw(self, shape, dtype, seed, region)
+        return self.standard.draw(self, shape, dtype, seed, region)
 
     def region_drawer(
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
         """Draws one region after the other; a form without a stream whole, once."""
-        if self.matrices is not None or _FORMS[self.form].is_regional:
+        if self.matrices is not None or self.standard.is_regional:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
 
@@ -225,13 +215,16 @@ def _cut(values, dtype, region) -> np.ndarray:
     return np.ascontiguousarray(values, dtype)
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """A form of distributions.
 
     Attributes:
-        std, bound, kurtosis: Those at scale 1.
+        std, bound: Those at scale 1.
+        kurtosis: The fourth central moment over the squared variance.
         draw: Draws a tensor.
-        kurtosis_variance, words: As `Distribution` has them.
+        kurtosis_variance: That of a sample's kurtosis, times its size; None if it can't
+            judge.
+        words: How the values are, in words.
         is_regional: Whether a region costs what it holds.
     """
 
@@ -245,33 +238,30 @@ class _Form(NamedTuple):
 
 
 # A new form is one entry here and, if Keras draws from it, one case below. The kurtosis's
-# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; where there is no
-# bound, the estimate is too wild to judge by. Those of a truncated normal are integrated.
+# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; four times that
+# of a normal one, where single values can be so far out that they decide it. Those of a
+# truncated normal are integrated.
 _FORMS = {
-    "constant": _Form(0.0, 0.0, 1.0, _draw_constant, is_regional=True),
-    "uniform": _Form(
+    "constant": Form(0.0, 0.0, 1.0, _draw_constant, is_regional=True),
+    "uniform": Form(
         1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream, 1.32, "uniform", is_regional=True
     ),
-    "triangular": _Form(
+    "triangular": Form(
         math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular, 4.28, "the sum of two uniform draws",
         is_regional=True,
     ),
-    "truncated_normal": _Form(
+    "truncated_normal": Form(
         TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal",
         is_regional=True,
     ),
-    "normal": _Form(1.0, math.inf, 3.0, _draw_normal),
+    "normal": Form(1.0, math.inf, 3.0, _draw_normal, 96, "normal"),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
-    "orthogonal": _Form(
+    "orthogonal": Form(
         math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix"
     ),
-    "mirrored": _Form(math.nan, math.inf, 3.0, _draw_mirrored, is_regional=True),
-    "tap": _Form(math.nan, math.inf, 3.0, _draw_tap),
+    "mirrored": Form(math.nan, math.inf, 3.0, _draw_mirrored, is_regional=True),
+    "tap": Form(math.nan, math.inf, 3.0, _draw_tap),
 }  # fmt: skip
-
-
-# Where Keras's name for a form is another one.
-_KERAS_FORMS: dict[str, Any] = {"untruncated_normal": "normal"}
 
 
 def keras_distribution(
@@ -307,6 +297,7 @@ def keras_distribution(
         case keras.initializers.VarianceScaling(mode=mode, distribution=form):
             fan = fan_of(fans or compute_fans(shape), mode)
             std = math.sqrt(initializer.scale / max(1, fan))
-            own_form = _KERAS_FORMS.get(form, form)
-            return Distribution.from_std(own_form, std)
+            if form == "untruncated_normal":
+                form = "normal"
+            return Distribution.from_std(form, std)
     return None

@@ -204,6 +204,7 @@ class _Tracer:
                 stack.enter_context(replaced_attribute(keras_layer, "Node", node))
             for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
+                stack.enter_context(replaced_attribute(layer, "_called", True))
                 if _is_open(layer, self.walked.children(layer)):
                     name, own = "symbolic_call", self._call_inside(layer)
                 else:
@@ -314,10 +315,8 @@ def _node_of(tensor: Any) -> Any:
 
 def _is_open(layer: keras.Layer, children: list[keras.Layer]) -> bool:
     """Whether its own `call` says more than its class."""
-    if isinstance(layer, LOOPS):
-        return False
     is_foreign = not type(layer).call.__module__.startswith("keras.")
-    return is_foreign or bool(children)
+    return not isinstance(layer, LOOPS) and (is_foreign or bool(children))
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ _BUILTIN_CODE = (
     *(types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType),
     *(types.MethodDescriptorType, types.ClassMethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
+    type(NamedTuple("_", [("field", int)]).field),
 )
 # They lead to objects that the code does not name.
 _LOOKUPS = {"__import__", "__subclasses__", "eval", "exec", "globals", "import_module"}
@@ -106,8 +107,9 @@ def _uses(code: types.CodeType) -> _Uses:
 class Reach:
     """Follows names from functions and classes to functions and classes.
 
-    Methods called `call` are left out, unless something names them: they run later. Inside
-    of `with` the code may run; its end puts back the attributes that it has set.
+    The methods of a class that Keras or Python knows are read, but for `call`,
+    which runs later, and those that something names. Inside of `with` the code may run; its
+    end puts back the attributes that it has set.
 
     Raises:
         NotIsolatedError: Of `add`, if something leads to an object that can change.
@@ -191,9 +193,11 @@ class Reach:
     def _add_class(self, cls: type) -> None:
         if is_library(cls.__module__):
             return
+        bases = [base for base in cls.__mro__ if is_library(base.__module__)]
         for name, value in vars(cls).items():
             kinds = types.FunctionType | property | classmethod | staticmethod
-            if name != "call" and isinstance(value, kinds):
+            is_known = name.startswith("__") or any(hasattr(base, name) for base in bases)
+            if is_known and name != "call" and isinstance(value, kinds):
                 self._add(f"{cls.__name__}.{name}", value)
         self._add_space(cls.__name__, cls)
         for base in (*cls.__mro__[1:], type(cls)):

@@ -46,7 +46,7 @@ def _rebuild_optimizer(original: Any, scope: ReplayScope) -> Any:
         copy = type(original).from_config(original.get_config())
         # A LossScaleOptimizer does not always keep its own list.
         source = getattr(original, "inner_optimizer", original)
-        with scope, scope.values_allowed():
+        with scope:
             copy.build(source._trainable_variables)
     return copy
 

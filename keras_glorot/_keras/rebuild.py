@@ -1,14 +1,13 @@
 """How a layer makes its weights: seen by building a copy of it."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -105,9 +104,9 @@ def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | 
     """
     sources: dict[int, Any] = {}
     errors: list[Exception] = []
-    for copy in (_copy_from_attributes, _copy_beside_built, _copy_from_config):
+    for way in (_Replica.from_attributes, _Replica.beside_built, _Replica.from_config):
         try:
-            rebuild = _Rebuild(original, copy)
+            rebuild = _Rebuild(original, way)
             sources = rebuild.sources() | sources
             errors += rebuild.errors
         except Exception as error:  # from a layer of the user: anything
@@ -120,9 +119,7 @@ def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | 
 class _Rebuild:
     """Builds copies of a layer in which variables have no values of their own."""
 
-    def __init__(
-        self, original: keras.Layer, copy: "Callable[[keras.Layer, _Replica], keras.Layer]"
-    ):
+    def __init__(self, original: keras.Layer, copy: "Callable[[_Replica], keras.Layer]"):
         self.original, self.copy = original, copy
         self.created: list[keras.Variable | None] = []
         self.errors: list[Exception] = []
@@ -158,13 +155,13 @@ class _Rebuild:
         ignored = warnings.catch_warnings(action="ignore")
         with unmoved_generators(), scope, ignored, replica.reach:
             replica.check()
-            copy = self.copy(self.original, replica)
+            copy = self.copy(replica)
             replica.check()
-            with scope.values_allowed():
-                try:
-                    _build_like(copy, self.original, replica)
-                except Exception as error:  # before it, some variables can be made
-                    self.errors = [replica.explain(error)]
+            try:
+                if config := _build_config(self.original):
+                    copy.build_from_config(replica.of(config))
+            except Exception as error:  # before it, some variables can be made
+                self.errors = [replica.explain(error)]
         created = list(get_global_attribute("uninitialized_variables") or ())
         new = {id(variable) for variable in (*created, *scope.made_of_values)}
         pairs = []
@@ -179,7 +176,11 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
 
 
 class ReplayScope(keras.StatelessScope):
-    """Notes assignments; lets the n-th variable made read as the n-th one given."""
+    """Notes assignments; lets the n-th variable made read as the n-th one given.
+
+    A variable can be made of a value, which Keras forbids in such a scope: this thread is
+    told of each call, and the scope is closed during such a one.
+    """
 
     def __init__(self, created: Sequence[keras.Variable | None] = ()):
         super().__init__(initialize_variables=False)
@@ -191,18 +192,15 @@ class ReplayScope(keras.StatelessScope):
         assigned = super().get_current_value(variable)
         return variable._value if assigned is None else assigned
 
-    @contextlib.contextmanager
-    def values_allowed(self) -> Iterator[None]:
-        """Lets a variable be made of a value, which Keras forbids in such a scope.
-
-        This thread is told of each call, and the scope is closed during such a one.
-        """
-        before = sys.getprofile()
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.profiler = sys.getprofile()
         sys.setprofile(self._note_call)
-        try:
-            yield
-        finally:
-            sys.setprofile(before)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self.profiler)
+        super().__exit__(*error)
 
     def _note_call(self, frame: Any, event: str, argument: Any) -> None:
         if event not in ("call", "return") or frame.f_code not in _variable_makers():
@@ -234,38 +232,6 @@ def _variable_makers() -> set[Any]:
     return {code for code in codes if code and "initializer" in code.co_varnames}
 
 
-def _copy_from_config(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    config = replica.of(original.get_config())
-    if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
-        # `build` has put it where an argument was.
-        raise ValueError(f"The config of {original.name} holds a variable.")
-    parameters = inspect.signature(type(original).__init__).parameters.values()
-    if all(each.kind is not each.VAR_KEYWORD for each in parameters):
-        # Keras puts these into every config, whether the layer takes them or not.
-        accepted = {each.name for each in parameters}
-        for name in {"name", "trainable", "dtype"} - accepted:
-            config.pop(name, None)
-    replica.check()
-    return type(original).from_config(config)
-
-
-def _copy_from_attributes(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    if not _build_config(original):
-        raise NotImplementedError(f"{original.name} has no config and no `build`.")
-    return replica.of(original)
-
-
-def _copy_beside_built(original: keras.Layer, replica: "_Replica") -> keras.Layer:
-    """The layers in it keep their weights: it can tie its own to them."""
-    replica.keeps_built = True
-    return _copy_from_attributes(original, replica)
-
-
-def _build_like(copy: keras.Layer, original: keras.Layer, replica: "_Replica") -> None:
-    if config := _build_config(original):
-        copy.build_from_config(replica.of(config))
-
-
 def _build_config(layer: keras.Layer) -> dict[str, Any] | None:
     """The shapes that its own `build` was called with."""
     is_own = type(layer).build not in (keras.Layer.build, keras.Model.build)
@@ -289,6 +255,31 @@ class _Replica:
         self.failed: list[str] = []
         self.stand_ins: list[tuple[keras.Variable, keras.Variable]] = []
         self.reach = Reach()
+
+    def from_attributes(self) -> keras.Layer:
+        if not _build_config(self.original):
+            raise NotImplementedError("It has no config and no `build`.")
+        return self.of(self.original)
+
+    def beside_built(self) -> keras.Layer:
+        """The layers in it keep their weights: it can tie its own to them."""
+        self.keeps_built = True
+        return self.from_attributes()
+
+    def from_config(self) -> keras.Layer:
+        config = self.of(self.original.get_config())
+        if any(isinstance(part, keras.Variable) for part in keras.tree.flatten(config)):
+            # `build` has put it where an argument was.
+            raise ValueError("Its config holds a variable.")
+        kind: Any = type(self.original)
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        if all(each.kind is not each.VAR_KEYWORD for each in parameters):
+            # Keras puts these into every config, whether the layer takes them or not.
+            accepted = {each.name for each in parameters}
+            for name in {"name", "trainable", "dtype"} - accepted:
+                config.pop(name, None)
+        self.check()
+        return kind.from_config(config)
 
     def check(self) -> None:
         """Raises an error if the code of the copies can reach something outside."""

@@ -125,7 +125,8 @@ class Flow(NamedTuple):
 
     def is_normalized(self, layer: Any) -> bool:
         """Whether a normalization follows, which gives its output a scale of its own."""
-        return all("normalization" in kernel.kinds for kernel in self.of_layer(layer))
+        calls = self.of_layer(layer)
+        return bool(calls) and all("normalization" in call.kinds for call in calls)
 
     def feeds_gate(self, layer: Any) -> bool:
         """Whether a softmax follows, or a sigmoid that is a gate or an output.

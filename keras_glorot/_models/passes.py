@@ -184,6 +184,11 @@ class Batch(NamedTuple):
         floats = [ops.cast(t, "float32") for t in tree.flatten(x) if is_float(t)]
         if not all(ops.all(ops.isfinite(each)) for each in floats):
             raise ValueError(f"Argument `x` must be finite, as float32. Received: x={x}")
+        if all(is_float(t) and not ops.any(t) for t in tree.flatten(x)):
+            raise ValueError(
+                "Argument `x` must hold data: without bias, nothing comes out of zeros. "
+                f"Received: x of shapes {shapes[:4]}, all zero"
+            )
         loss = None if loss is None else keras.losses.get(loss)
         return cls(x, y, loss, int(seed))
 

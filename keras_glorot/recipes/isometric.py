@@ -40,7 +40,7 @@ from keras_glorot._models.pairs import (
     through,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.gains import is_wave
+from keras_glorot.gains import is_wave, known_gain
 from keras_glorot.initializers import GlorotOrthogonal
 from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
 from keras_glorot.recipes._start import Start, Starts
@@ -91,7 +91,10 @@ def _drawn(survey: Survey) -> dict[int, Weight]:
 
 
 def _plain(weight: Weight, reason: str) -> Start:
-    initializer = GlorotOrthogonal(seed=0)
+    # What the recurrent kernel of a simple cell gives is added: that is gain enough.
+    is_sum = isinstance(weight.owner, keras.layers.SimpleRNNCell)
+    gain = 1.0 if is_sum else known_gain(weight.activation) or 1.0
+    initializer = GlorotOrthogonal(gain, seed=0)
     distribution = weight.distribution_of(initializer)
     assert distribution is not None
     return Start(type(initializer).__name__, distribution, {"pairs": reason})

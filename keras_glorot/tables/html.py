@@ -5,7 +5,7 @@ from html import escape
 
 from keras_glorot.tables.findings import Group, count
 from keras_glorot.tables.text import not_shown
-from keras_glorot.tables.view import Row, View, cell, printable
+from keras_glorot.tables.view import Row, View, printable
 
 __all__ = ["STYLE", "findings_html", "rows_html", "to_html"]
 
@@ -94,41 +94,40 @@ def rows_html(view: View) -> str:
     if shown < total or not view.layout.is_sequence:
         rows = sorted(rows, key=view.rank)
     path, *others = view.columns
-    styles = {key: ' class="number"' if view.is_number(key) else "" for key in others}
-    ours = {"number": ' class="number"'} if view.numbers else {}
-    ours |= {"finding": ""} if view.found else {}
-    styles = {path: "", **ours, **styles}
+    ours = [key for key in ("number", "finding") if any(row[key] for row in rows)]
+    styles = {
+        key: ' class="number"' if view.is_number(key) else ""
+        for key in (path, *ours, *others)
+    }
     heads = "".join(
         f"<th{style}><button>{key.replace('_', ' ')}</button></th>"
         for key, style in styles.items()
     )
+    more = ' class="more"'
     body = "".join(
-        f"<tr{style}>{_cells_html(row, styles, view)}</tr>"
+        f"<tr{'' if i < shown else more}>{_cells_html(row, styles, view)}</tr>"
         for i, row in enumerate(rows)
-        for style in ["" if i < shown else ' class="more"']
     )
-    part, search, more = "", "", ""
+    part, search, button = "", "", ""
     if total > _FILTERED_ROWS:
         act = "this.closest('details').onclick(event)"
         search = f'<label>Filter rows: <input type="search" oninput="{act}"></label>'
     if shown < total:
         part = f"{shown} of "
-        more = f'<button class="all" value="{shown}">Show all rows</button>'
+        button = f'<button class="all" value="{shown}">Show all rows</button>'
     return (
         f'<details{"" if view.is_brief else " open"} onclick="{escape(_SCRIPT)}">'
         f"<summary><output>{part}{count(total, 'row')}</output></summary>{search}"
         f'<div class="scroll" tabindex="0" role="region" aria-label="{view.kind}: rows">'
         f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"{more}<p>{not_shown(view)}</p></details>"
+        f"{button}<p>{not_shown(view)}</p></details>"
     )
 
 
 def _cells_html(row: Row, styles: dict[str, str], view: View) -> str:
     path, *others = styles
-    codes = [finding.code for finding in view.found.get(row[path], ())]
-    texts = {"number": view.numbers.get(id(row)), "finding": ", ".join(codes), **row}
-    cells = (f"<td{styles[key]}>{escape(cell(texts[key]))}</td>" for key in others)
     name = f'<td class="{view.severity(row)}">{_name_html(row[path])}</td>'
+    cells = (f"<td{styles[key]}>{escape(view.text(row[key]))}</td>" for key in others)
     return name + "".join(cells)
 
 

@@ -1,26 +1,22 @@
 """Pictures of tables. matplotlib is imported when one is drawn.
 
 Colors are told apart in grey too, and by their marks; text and axes have the colors of the
-user's style. Names of layers are drawn as they are: no `$` in them is a formula. The names
-of points are the id of their group in an SVG file, as a list in JSON.
+user's style. Names of layers are drawn as they are: no `$` in them is a formula.
 """
 
-import json
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from keras_glorot.tables.view import Picture, Row, cell, fold, printable
+from keras_glorot.tables.view import Picture, Row, fold, printable
 
 __all__ = [
     "NAMES_DOWN",
     "OFF_COLOR",
     "RATIOS",
-    "STDS_BY_CALL",
-    "STDS_BY_KERNEL",
+    "STDS",
     "fold_names",
     "new_axes",
 ]
@@ -52,19 +48,20 @@ def _off(table: Any) -> dict[str, str]:
     return {finding.path: finding.code for finding in reversed(found)}
 
 
-def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
+def _draw_ratios(
+    table: Any, rows: list[Row], ax: Any = None, scaled: Iterable[Row] = ()
+) -> Any:
     """A dot per kernel, in the order of the model from the top down.
 
-    Where there is no room for all names, those with a finding have one. At the left edge
-    stands what has no spread, at the right edge what is not finite.
+    Where there is no room for all names, those with a finding have one. Kernels without
+    spread stand at the left edge, those that are not finite at the right one.
     """
     off = _off(table)
     count = len(rows)
     room = min(max(count, 10), NAMES_DOWN)  # for lines of names
-    ax = ax or new_axes((1, 1), (7, 1.2 + 0.14 * room))[0]
+    ax = ax or new_axes(7, 1.2 + 0.14 * room)[0]
     ratios = np.array([row["ratio"] or 0.0 for row in rows], float)
-    is_usual = np.isfinite(ratios) & (ratios > 0)
-    usual = ratios[is_usual]
+    usual = _positive([*rows, *scaled], "ratio")
     # At least a factor of two to each side, so that chance looks as small as it is.
     left, right = min(0.5, *usual, 1) / 1.3, max(2.0, *usual, 1) * 1.3
     places = np.where(np.isnan(ratios), right, np.clip(ratios, left, right))
@@ -73,58 +70,71 @@ def _draw_ratios(table: Any, rows: list[Row], ax: Any = None) -> Any:
 
     ax.axvline(1, color=_SOUND, linewidth=1)
     size = 16 if count <= 100 else 5
-    sound = ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND,
-                       rasterized=count > 1000)  # fmt: skip
+    ax.scatter(places[~is_off], depth[~is_off], size, color=_SOUND,
+               rasterized=count > 1000)  # fmt: skip
     ax.hlines(
         depth[is_off], left, places[is_off], color=OFF_COLOR, alpha=0.3, linewidth=0.8
     )
-    other = ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR,
-                       marker="D", clip_on=False, zorder=3)  # fmt: skip
-    _name_points(sound, rows, "ratio", ~is_off)
-    _name_points(other, rows, "ratio", is_off)
+    ax.scatter(places[is_off], depth[is_off], size * 1.5, color=OFF_COLOR,
+               marker="D", clip_on=False, zorder=3)  # fmt: skip
     ax.set_xscale("log")
     ax.set_xlim(left, right)
     ax.set_ylim(count + 0.8, 0.2)
     _plain_ticks(ax.xaxis, right / left)
     ax.set_xlabel("std over expected std")
     ax.set_ylabel("kernels, input to output")
-    weights = np.where(is_usual, np.abs(np.log(places)), math.inf)
-    names, lines = fold_names((row["path"] for row in rows), 48)
-    fit = count * lines <= room
-    named = range(count) if fit else _spread(weights, is_off, lines * count / room)
-    codes = [off.get(rows[i]["path"], "std") for i in named]
-    names = [
-        names[i] if code == "std" else f"{names[i]} ({code})"
-        for i, code in zip(named, codes, strict=True)
-    ]
-    ax.set_yticks(depth[list(named)], names, fontsize=7, parse_math=False)
-    for i, label in zip(named, ax.get_yticklabels(), strict=True):
-        if is_off[i]:
-            label.set_color(OFF_COLOR)
-    ax.tick_params("y", length=0)
+    _name_kernels(ax, rows, off, np.abs(np.log(places)), room)
     title = f"{is_off.sum()} of {count} have an error or a warning"
     ax.set_title(title, loc="left", fontsize=10)
     return ax
 
 
-def _spread(weights: np.ndarray, allowed: np.ndarray, apart: float) -> list[int]:
-    """Positions to name: the heaviest first, none so near another that they overlap."""
+def _name_kernels(
+    ax: Any, rows: list[Row], off: dict[str, str], weights: np.ndarray, room: int
+) -> None:
+    """Beside the dots; where there is no room, only the heaviest that are off."""
+    count = len(rows)
+    names, lines = fold_names((row["path"] for row in rows), 48)
+    named = list(range(count))
+    if count * lines > room:
+        allowed = [i for i in named if rows[i]["path"] in off]
+        named = _spread(weights, allowed, lines * count / room)
+    codes = [off.get(rows[i]["path"]) for i in named]
+    labels = [
+        names[i] if code in (None, "std") else f"{names[i]} ({code})"
+        for i, code in zip(named, codes, strict=True)
+    ]
+    ax.set_yticks([i + 1 for i in named], labels, fontsize=7, parse_math=False)
+    for code, label in zip(codes, ax.get_yticklabels(), strict=True):
+        if code:
+            label.set_color(OFF_COLOR)
+    ax.tick_params("y", length=0)
+
+
+def _positive(rows: Iterable[Row], *keys: str) -> list[float]:
+    """The values that a logarithmic axis can show."""
+    values = (row[key] for row in rows for key in keys)
+    return [value for value in values if value and 0 < value < math.inf]
+
+
+def _spread(weights: np.ndarray, allowed: list[int], apart: float) -> list[int]:
+    """The heaviest positions, none so near another that their names overlap."""
     named: list[int] = []
-    for i in sorted(np.flatnonzero(allowed), key=lambda i: -weights[i]):
+    for i in sorted(allowed, key=lambda i: -weights[i]):
         if all(abs(i - other) >= apart for other in named):
-            named.append(int(i))
+            named.append(i)
     return sorted(named)
 
 
-def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> Any:
+def _draw_stds(
+    table: Any, rows: list[Row], ax: Any = None, scaled: Iterable[Row] = ()
+) -> Any:
     """Signal and gradient by depth.
 
-    They have no lines, for what stands side by side in the order of calls may belong to two
-    branches.
+    No lines join the points: calls side by side may belong to two branches.
     """
     count = len(rows)
-    width = 4 + 0.14 * min(max(count, 6), 40)
-    ax = ax or new_axes((1, 1), (width, 3.8))[0]
+    ax = ax or new_axes(4 + 0.14 * min(max(count, 6), 40), 3.8)[0]
     depth = np.arange(1, count + 1)
     size = 5 if count <= 40 else 3
     series = (
@@ -134,10 +144,10 @@ def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> 
     for key, label, marker, color in series:
         stds = np.array([row[key] or math.nan for row in rows], float)
         fill = color if marker == "o" else "none"
-        (points,) = ax.plot(
+        ax.plot(
             depth, stds, marker, color=color, markerfacecolor=fill, markersize=size,
             markeredgewidth=0.8, label=label, rasterized=count > 1000)  # fmt: skip
-        _name_points(points, rows, key, np.isfinite(stds))
+    ax.update_datalim([(1, std) for std in _positive(scaled, "std", "gradient_std")])
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high < 10 * low:  # level numbers should look level
@@ -152,28 +162,14 @@ def _draw_stds(table: Any, rows: list[Row], ax: Any = None, thing: str = "") -> 
         ax.set_xticks(depth, names, rotation=45, ha="right", rotation_mode="anchor",
                       fontsize=8, parse_math=False)  # fmt: skip
     else:
-        ax.set_xlabel(f"number of the {thing}, input to output")
+        ax.set_xlabel("layers, input to output")
     ax.set_title(table.summary or table.kind, loc="left", fontsize=10)
     ax.legend(fontsize=8)
     return ax
 
 
-_BY_DEPTH = "The std of signal and gradient by depth"
 RATIOS = Picture("The std of each kernel over the expected one", _ratio_rows, _draw_ratios)
-STDS_BY_CALL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="call of a layer"))
-STDS_BY_KERNEL = Picture(_BY_DEPTH, _std_rows, partial(_draw_stds, thing="kernel"))
-
-
-def _name_points(points: Any, rows: list[Row], key: str, are_drawn: Iterable[bool]) -> None:
-    """By number, as in the table of a page, with path and value."""
-    if points.get_rasterized():
-        return
-    names = [
-        f"{number}: {printable(row['path'])}, {cell(row[key]) or 'no std'}"
-        for number, (row, is_drawn) in enumerate(zip(rows, are_drawn, strict=True), 1)
-        if is_drawn
-    ]
-    points.set_gid(json.dumps(names))
+STDS = Picture("The std of signal and gradient by depth", _std_rows, _draw_stds)
 
 
 def fold_names(paths: Iterable[str], letters: int) -> tuple[list[str], int]:
@@ -192,12 +188,13 @@ def _plain_ticks(axis: Any, span: float) -> None:
     axis.set_minor_formatter("")
 
 
-def new_axes(shape: tuple[int, int], size: tuple[float, float]) -> Any:
+def new_axes(width: float, height: float, columns: int = 1) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError(
             "Plots need matplotlib: `pip install keras-glorot[plot]`."
         ) from None
-    _, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    return axes.ravel()
+    size = (width, height)
+    _, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    return axes[0]

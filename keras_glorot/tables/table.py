@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import rich
-from rich.console import Console
+from rich.console import Console, Group
 
 from keras_glorot.tables.findings import Finding, are_remarks, count_severities
 from keras_glorot.tables.html import to_html
@@ -54,12 +54,6 @@ class Table:
     ):
         self.kind = kind
         self.rows = list(rows)
-        for row in self.rows:
-            if "path" not in row:
-                raise ValueError(
-                    'Argument `rows` must hold dictionaries with the key "path". '
-                    f"Received: a row {row}"
-                )
         self.findings = list(findings)
         self.note = note
         self.layout = layout or Layout()
@@ -102,8 +96,8 @@ class Table:
             ValueError: If the table holds no std to draw; that of `initialize` never does.
         """
         picture = self.layout.picture
-        rows = picture.select(self) if picture else []
-        if not picture or not rows:
+        rows = picture.select(self)
+        if not rows:
             raise ValueError(
                 "Argument `table` must come from `audit`, `propagate` or `calibrate`, with "
                 "a std to draw. "
@@ -117,13 +111,14 @@ class Table:
         Args:
             all: Whether to show all rows, and not only those of kernels.
         """
-        console, view = rich.get_console(), View(self, all)
+        console = rich.get_console()
+        view = View(self, all, console.encoding)
         if console.is_jupyter:
             from IPython.display import HTML, display
 
             display(HTML(to_html(view)))
         else:
-            console.print(to_text(view, console.width, console.encoding))
+            console.print(Group(*to_text(view, console.width)))
 
     @property
     def summary(self) -> str:
@@ -144,4 +139,4 @@ class Table:
         return to_html(View(self))
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield to_text(View(self), options.max_width, options.encoding)
+        yield from to_text(View(self, encoding=options.encoding), options.max_width)

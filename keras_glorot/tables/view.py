@@ -16,19 +16,24 @@ Row = dict[str, Any]
 _RANKS = [*SEVERITIES, ""]
 
 
+def _nothing(*_: Any) -> Any:
+    return []
+
+
 class Picture(NamedTuple):
-    """How rows are drawn.
+    """How rows are drawn; without arguments, none is.
 
     Attributes:
         label: One sentence for those who can't see it.
         select: Of a table, the rows that can be drawn.
         draw: Draws these rows of the table on `Axes`, or on new ones, and returns them:
-            `draw(table, rows, ax=None)`.
+            `draw(table, rows, ax=None, scaled=())`. The scale has room for the values of
+            the rows `scaled`, too.
     """
 
-    label: str
-    select: Callable[[Any], list[Row]]
-    draw: Callable[..., Any]
+    label: str = ""
+    select: Callable[[Any], list[Row]] = _nothing
+    draw: Callable[..., Any] = _nothing
 
 
 class Layout(NamedTuple):
@@ -41,7 +46,7 @@ class Layout(NamedTuple):
         is_sequence: Whether the rows tell something by their order, as calls do.
         can_be_sound: Whether the verdict says "sound" where nothing is wrong.
         is_brief: Whether the verdict of a sound table is enough.
-        picture: How the rows are drawn, if they can be.
+        picture: How the rows are drawn.
     """
 
     kernel_key: str = ""
@@ -49,7 +54,7 @@ class Layout(NamedTuple):
     is_sequence: bool = False
     can_be_sound: bool = False
     is_brief: bool = False
-    picture: Picture | None = None
+    picture: Picture = Picture()
 
 
 class View:
@@ -59,42 +64,52 @@ class View:
         verdict: The first line: how many findings, and the table's note.
         groups: The findings, the worst first.
         found: By path, the findings there, the worst first.
-        rows: The rows, in the order of the table.
-        columns: Keys of the rows, the path first; without those that hold nothing.
+        rows: The rows, in the order of the table, with the "number" of each in the picture
+            and the codes of its "finding".
+        columns: Keys of the table, the path first; without those that hold nothing.
         others: How many rows without a kernel are left out.
-        numbers: By `id` of a row, its number in the picture.
         is_brief: Whether the rows tell nothing that the verdict does not.
     """
 
-    def __init__(self, table: Any, all: bool = False):
+    def __init__(self, table: Any, all: bool = False, encoding: str = "utf-8"):
         self.kind, self.layout, self.is_whole = table.kind, table.layout, all
+        self.encoding = encoding
         summary = f"{table.summary}. " if table.summary else ""
         self.verdict = f"{summary}{table.note}".strip()
         self.groups, self.found = grouped(table.findings), by_path(table.findings)
-        self.total = table.rows[-1] if self.layout.has_total and table.rows else None
-        key = self.layout.kernel_key
-        self.rows = [
-            row
+        drawn = enumerate(self.layout.picture.select(table), 1)
+        numbers = {id(row): number for number, row in drawn}
+        rows = [
+            {**row, "number": numbers.get(id(row)), "finding": self._codes(row)}
             for row in table.rows
-            if all
-            or not key
-            or row.get(key) is not None
-            or row is self.total
-            or self.severity(row)
-        ] or table.rows
-        self.others = len(table.rows) - len(self.rows)
+        ]
+        self.total = rows[-1] if self.layout.has_total and rows else None
+        key = self.layout.kernel_key
+        kept = [
+            row
+            for row in rows
+            if row.get(key) is not None or row is self.total or row["finding"]
+        ]
+        self.rows = kept if kept and key and not all else rows
+        self.others = len(rows) - len(self.rows)
         self.columns = [
             key for key in table.columns if any(row[key] is not None for row in self.rows)
         ]
-        picture = self.layout.picture
-        drawn = picture.select(table) if picture else []
-        self.numbers = {id(row): number for number, row in enumerate(drawn, 1)}
         self.is_brief = self.layout.is_brief and are_remarks(table.findings) and not all
+
+    def _codes(self, row: Row) -> str | None:
+        found = self.found.get(row["path"], ())
+        return ", ".join(finding.code for finding in found) or None
 
     def severity(self, row: Row) -> str:
         """The worst that was found in a row, if anything was."""
         found = self.found.get(row["path"])
         return found[0].severity if found else ""
+
+    def text(self, value: Any) -> str:
+        """A value as it is shown, where some signs may not be in the encoding."""
+        shown = cell(value).encode(self.encoding, "backslashreplace")
+        return shown.decode(self.encoding)
 
     def rank(self, row: Row) -> int:
         """Its place where there is no room for all rows: the lowest first."""
@@ -126,20 +141,20 @@ class View:
         return shown
 
 
-def cell(value: Any, encoding: str = "utf-8") -> str:
+def cell(value: Any) -> str:
     """A value as a table shows it."""
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value), encoding)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
-def printable(text: str, encoding: str = "utf-8") -> str:
-    """Escapes what a terminal can't show, or would obey instead of showing it."""
+def printable(text: str) -> str:
+    """Escapes the signs that a terminal would obey instead of showing them."""
     shown = (
         sign if sign.isprintable() else sign.encode("unicode_escape").decode()
         for sign in text
     )
-    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(shown)
 
 
 def fold(name: str, width: int, marks: str = "/_") -> list[str]:
@@ -147,7 +162,7 @@ def fold(name: str, width: int, marks: str = "/_") -> list[str]:
     if cell_len(name) <= width:
         return [name]
     if not marks:
-        return chop_cells(name, width)
+        return chop_cells(name, max(width, 2))  # room for one sign
     lines: list[str] = []
     for part in re.split(f"(?<={marks[0]})", name):
         if lines and cell_len(lines[-1] + part) <= width:

@@ -16,7 +16,7 @@ from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import activation_name
 from keras_glorot.tables import Finding, Layout, Row, Table
-from keras_glorot.tables.plots import STDS_BY_KERNEL
+from keras_glorot.tables.plots import STDS
 from keras_glorot.tools._scaling import (
     ScaledLayer,
     ScalingPass,
@@ -489,7 +489,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
         for weight in layer.kernels
     ]
     findings += _unreached(result, flow)
-    layout = Layout(is_sequence=True, picture=STDS_BY_KERNEL)
+    layout = Layout(is_sequence=True, picture=STDS)
     return Table("calibrate", rows, findings, columns, _note(result, flow), layout)
 
 

@@ -1,6 +1,5 @@
 """`plot_histograms`: how activations and their gradients are distributed, by layer."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,34 +71,26 @@ def plotted_histograms(
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
     calls = record(survey, batch, of_value=_sample, of_gradient=_sample).calls[:-1]
-    if layers is None:
-        calls = [call for call in calls if call.weight is not None][:-1]
-    else:
-        selected = set(layers)
-        calls = [call for call in calls if call.path in selected]
-    if not calls:
+    kernels = [call.path for call in calls if call.weight is not None]
+    selected = set(kernels[:-1] if layers is None else layers)
+    if not selected or not selected <= {call.path for call in calls}:
         raise ValueError(
             "Argument `layers` must name rows of `propagate(model, x)`; without it, there "
             f"must be a hidden layer with a kernel. Received: layers={layers}"
         )
+    calls = [call for call in calls if call.path in selected]
     count = len(calls)
     names, lines = fold_names((call.path for call in calls), 32)
     room = NAMES_DOWN
     if axes is None:
         room = _MOST_NAMES
-        height = 0.3 * min(max(count, 4), 22)
-        height = 1.4 + max(height, 0.11 * min(count * lines, room))
-        axes = new_axes((1, 2), (9, height))
-    sides = {
-        "activation": [_finite(call.output.value) for call in calls],
-        "back-propagated gradient": [_finite(call.output.gradient) for call in calls],
-    }
-    bands = [_bands(samples) for samples in sides.values()]
-    most = max(float(parts.max()) for _, _, parts in bands)
-    for ax, label, (linear, edges, parts) in zip(axes, sides, bands, strict=True):
-        _draw_bands(ax, linear, edges, parts, most)
-        ax.set_xlabel(label)
+        height = max(0.3 * min(max(count, 4), 22), 0.11 * min(count * lines, room))
+        axes = new_axes(9, 1.4 + height, columns=2)
     step = -(-count * lines // room)
+    _draw_bands(axes[0], "activation", [call.output.value for call in calls])
+    _draw_bands(
+        axes[1], "back-propagated gradient", [call.output.gradient for call in calls]
+    )
     size = 8 if count <= 24 else 6
     places = np.arange(count)[::step]
     axes[0].set_yticks(places, names[::step], fontsize=size, parse_math=False)
@@ -114,8 +105,12 @@ _BINS = 81  # odd: zero is in the middle of one
 _LEAST = 1e-3  # less, a sample can't tell from nothing
 
 
-def _bands(samples: list[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
-    """Where the axis is linear, the edges of the bins, and each sample's part in each."""
+def _draw_bands(ax: Any, label: str, samples: Iterable[np.ndarray | None]) -> None:
+    """A band for each sample, from the top down."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import AsinhLocator
+
+    samples = [np.zeros(0) if sample is None else sample for sample in samples]
     stds = [float(sample.std()) for sample in samples if sample.size]
     linear = min((std for std in stds if std), default=1.0)
     reach = max(float(np.abs(sample).max(initial=linear)) for sample in samples)
@@ -123,52 +118,25 @@ def _bands(samples: list[np.ndarray]) -> tuple[float, np.ndarray, np.ndarray]:
     end = np.arcsinh(reach / linear) * 1.02
     edges = np.sinh(np.linspace(-end, end, _BINS + 1)) * linear
     counts = [np.histogram(sample, edges)[0] / max(sample.size, 1) for sample in samples]
-    return linear, edges, np.array(counts)
-
-
-def _draw_bands(
-    ax: Any, linear: float, edges: np.ndarray, parts: np.ndarray, most: float
-) -> None:
-    """A band per row of `parts`, from the top down."""
-    from matplotlib.colors import LogNorm
 
     ax.set_xscale("asinh", linear_width=linear)
-    rows = np.arange(len(parts) + 1) - 0.5
-    norm = LogNorm(_LEAST, max(most, 10 * _LEAST), clip=True)
-    shown = np.ma.masked_equal(parts, 0)
+    rows = np.arange(len(counts) + 1) - 0.5
     # The lightest color is next to nothing, whose place stays empty.
     ax.set_facecolor("white")
-    ax.pcolormesh(edges, rows, shown, norm=norm, cmap="viridis_r", rasterized=True)
+    ax.pcolormesh(edges, rows, np.ma.masked_equal(counts, 0), cmap="viridis_r",
+                  norm=LogNorm(_LEAST, 1, clip=True), rasterized=True)  # fmt: skip
     ax.set_xlim(edges[0], edges[-1])
-    ax.set_ylim(len(parts) - 0.5, -0.5)
-    _signed_ticks(ax, linear, edges[-1])
-
-
-def _finite(sample: np.ndarray | None) -> np.ndarray:
-    values = np.zeros(0) if sample is None else np.asarray(sample, float)
-    return values[np.isfinite(values)]
+    ax.set_ylim(len(counts) - 0.5, -0.5)
+    ax.set_xticks(AsinhLocator(linear, numticks=5, base=0).tick_values(-reach, reach))
+    ax.xaxis.set_major_formatter("{x:.3g}")
+    ax.tick_params("x", labelsize=8)
+    ax.set_xlabel(label)
 
 
 def _sample(layer: keras.Layer, values: np.ndarray, is_input: bool) -> np.ndarray:
-    """Some values, taken at random: each n-th one would always be of the same channels."""
+    """Some finite values, at random: each n-th would always be of the same channels."""
     flat = np.asarray(values).reshape(-1)
-    if flat.size <= _SAMPLE:
-        return np.array(flat, np.float32)
-    places = np.random.default_rng(0).integers(0, flat.size, _SAMPLE)
-    return flat[places].astype(np.float32)
-
-
-def _signed_ticks(ax: Any, linear: float, reach: float) -> None:
-    """Evenly where the axis is almost linear; else zero and a few powers of ten."""
-    from matplotlib.ticker import MaxNLocator
-
-    if reach < 20 * linear:
-        ticks = MaxNLocator(6).tick_values(-reach, reach)
-    else:
-        first, last = math.ceil(math.log10(linear)), math.floor(math.log10(reach))
-        step = -(-(last - first + 1) // 3)
-        powers = [10.0**power for power in range(last, first - 1, -step)]
-        ticks = [-power for power in powers] + [0.0] + powers[::-1]
-    ticks = [float(tick) for tick in ticks if abs(tick) <= reach]
-    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
-    ax.set_xticks([], minor=True)
+    if flat.size > _SAMPLE:
+        flat = flat[np.random.default_rng(0).integers(0, flat.size, _SAMPLE)]
+    finite = flat.astype(float)
+    return finite[np.isfinite(finite)]

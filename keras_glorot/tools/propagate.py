@@ -28,7 +28,7 @@ from keras_glorot._models.survey import Survey
 from keras_glorot.gains import activation_growth, known_gain
 from keras_glorot.layer_rules import is_normalization
 from keras_glorot.tables import Finding, Layout, Row, Table
-from keras_glorot.tables.plots import STDS_BY_CALL
+from keras_glorot.tables.plots import STDS
 
 __all__ = ["propagate", "propagated"]
 
@@ -42,7 +42,7 @@ _LAYOUT = Layout(
     has_total=True,
     is_sequence=True,
     can_be_sound=True,
-    picture=STDS_BY_CALL,
+    picture=STDS,
 )
 
 

@@ -4,16 +4,17 @@ The rows, findings and pictures are those of the tables.
 """
 
 import html
+import importlib
 import importlib.util
 import io
-import json
+import os
 import platform
 import re
 import string
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from os import PathLike
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from keras_glorot.tables import Table, printable
 from keras_glorot.tables.html import STYLE, findings_html, rows_html
 from keras_glorot.tables.plots import OFF_COLOR
 from keras_glorot.tables.view import View
-from keras_glorot.tools._files import drafted
+from keras_glorot.tools._files import write_whole
 from keras_glorot.tools.audit import audited
 from keras_glorot.tools.histograms import plotted_histograms
 from keras_glorot.tools.propagate import propagated
@@ -37,12 +38,14 @@ Pictures = dict[str, Callable[[], Any]]
 
 
 class Section(NamedTuple):
-    """A table, and by their labels functions that draw a picture and return its `Axes`."""
+    """A table, or those of before and after, and by their labels functions for pictures.
+
+    Each function draws one and returns its `Axes`.
+    """
 
     title: str
-    table: Table
+    tables: dict[str, Table]
     pictures: Pictures
-    before: "Section | None" = None
 
 
 def report(
@@ -51,7 +54,7 @@ def report(
     y: Any = None,
     loss: Any = None,
     *,
-    path: str | PathLike = "report.html",
+    path: str | os.PathLike = "report.html",
     seed: int = 0,
     before: keras.Layer | None = None,
 ) -> Path:
@@ -87,79 +90,79 @@ def report(
     """
     _check(path)
     batch = None if x is None else Batch.check(x, y, loss, seed)
-    sections = _sections(Survey(model), batch)
-    arguments = ["model"]
+    surveys, arguments = {"": Survey(model)}, ["model"]
     if batch is not None:
         arguments += ["x", *([] if loss is None else ["y", "loss"]), f"seed={seed}"]
     if before is not None:
-        others = _sections(Survey(before, "before"), batch)
-        sections = [
-            section._replace(before=other)
-            for section, other in zip(sections, others, strict=True)
-        ]
+        surveys = {"Before: ": Survey(before, "before"), "After: ": surveys[""]}
         arguments.append("before=before")
+    sections = [audit_section({when: audited(each) for when, each in surveys.items()})]
+    if batch is not None:
+        sections.append(_signal_section(surveys, batch))
     command = f"keras_glorot.report({', '.join(arguments)})"
-    return write_page(path, model.name, sections, command, None if x is None else seed)
+    return write_page(path, model.name, sections, command)
 
 
-def _sections(survey: Survey, batch: Batch | None) -> list[Section]:
-    sections = [audit_section(audited(survey))]
-    return sections if batch is None else [*sections, _signal_section(survey, batch)]
+def audit_section(tables: dict[str, Table]) -> Section:
+    """The findings of `audit`, with pictures of the kernels."""
+    return Section("Weights", tables, _pictures(tables))
 
 
-def audit_section(table: Table) -> Section:
-    """The findings of `audit`, with a picture if there is a kernel to draw."""
-    return Section("Weights", table, _picture_of(table))
+def _pictures(tables: dict[str, Table]) -> Pictures:
+    """Those of the tables that have something to draw, on one scale."""
+    drawn = {when: table.layout.picture.select(table) for when, table in tables.items()}
+    scaled = [row for rows in drawn.values() for row in rows]
+    return {
+        when + table.layout.picture.label: partial(table.plot, scaled=scaled)
+        for when, table in tables.items()
+        if drawn[when]
+    }
 
 
-def _picture_of(table: Table) -> Pictures:
-    picture = table.layout.picture
-    return {picture.label: table.plot} if picture and picture.select(table) else {}
+def _signal_section(surveys: dict[str, Survey], batch: Batch) -> Section:
+    tables = {when: propagated(survey, batch) for when, survey in surveys.items()}
+    pictures = _pictures(tables)
+    for when, survey in surveys.items():
+        rows = tables[when].rows[:-1]
+        if sum(row["kernel_gradient_std"] is not None for row in rows) > 1:
+            label = "The distributions of activations and of gradients, layer by layer"
+            pictures[when + label] = partial(_draw_histograms, survey, batch)
+    return Section("Signal and gradient", tables, pictures)
 
 
-def _signal_section(survey: Survey, batch: Batch) -> Section:
-    table = propagated(survey, batch)
-    pictures = _picture_of(table)
-    kernels = [row for row in table.rows[:-1] if row["kernel_gradient_std"] is not None]
-    if len(kernels) > 1:
-        label = "The distributions of activations and of gradients, layer by layer"
-        pictures[label] = lambda: plotted_histograms(survey, batch)[0]
-    return Section("Signal and gradient", table, pictures)
+def _draw_histograms(survey: Survey, batch: Batch) -> Any:
+    return plotted_histograms(survey, batch)[0]
 
 
 def write_page(
-    path: str | PathLike,
-    name: str,
-    sections: Sequence[Section],
-    command: str,
-    seed: int | None = None,
+    path: str | os.PathLike, name: str, sections: Sequence[Section], command: str
 ) -> Path:
     """Writes the page of a model called `name`."""
     path = _check(path)
-    facts = {"seed of the gradient": seed, **_versions()}
-    rows = [
-        f'<tr><th scope="row">{key}</th><td>{html.escape(str(value))}</td></tr>'
-        for key, value in facts.items()
-        if value is not None
-    ]
+    facts = "".join(
+        f'<tr><th scope="row">{key}</th><td>{html.escape(text)}</td></tr>'
+        for key, text in _versions().items()
+    )
     page = string.Template(_PAGE).substitute(
         name=html.escape(printable(name)),
         style=STYLE,
-        verdicts="".join(map(_verdict_html, sections)),
+        verdicts="".join(map(_verdicts_html, sections)),
         sections="".join(map(_section_html, sections)),
         command=html.escape(printable(command)),
-        facts="".join(rows),
+        facts=facts,
         off=OFF_COLOR,
     )
-    with drafted(path, "Argument `path`") as put:
-        put(lambda draft: draft.write_text(page, encoding="utf-8"))
+    write_whole(
+        path, "Argument `path`", partial(Path.write_text, data=page, encoding="utf-8")
+    )
     return path
 
 
-def _check(path: str | PathLike) -> Path:
+def _check(path: str | os.PathLike) -> Path:
     """The whole path of a file that can be written, with pictures."""
     checked = Path(path).resolve()
-    if not checked.parent.is_dir() or (checked.exists() and not checked.is_file()):
+    is_taken = os.path.exists(checked) and not os.path.isfile(checked)
+    if is_taken or not os.path.isdir(checked.parent):
         raise ValueError(
             f"Argument `path` must be a file in an existing folder. Received: path={path}"
         )
@@ -168,64 +171,39 @@ def _check(path: str | PathLike) -> Path:
     return checked
 
 
-def _versions() -> dict[str, str | None]:
+def _versions() -> dict[str, str]:
     backend = keras.backend.backend()
     return {
         "keras-glorot": version("keras-glorot"),
         "Keras": keras.__version__,
-        "backend": f"{backend} {_version_of(backend)}",
+        "backend": f"{backend} {importlib.import_module(backend).__version__}",
         "NumPy": version("numpy"),
         "Python": platform.python_version(),
     }
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # such as tensorflow-cpu
-        return ""
-
-
-def _verdict_html(section: Section) -> str:
-    before, after = "", ""
-    if section.before is not None:
-        before, after = _verdict_html(section.before), "After: "
-        before = before.replace('">', '">Before: ', 1)
-    view = View(section.table)
-    worst = view.groups[0].first.severity if view.groups else "sound"
-    text = f"{after}{view.verdict} {_good(view)}".strip()
-    return f'{before}<p class="verdict {worst}">{html.escape(printable(text))}</p>'
-
-
-def _good(view: View) -> str:
-    """How much of it is sound."""
-    rows = [row for row in view.rows if row is not view.total]
-    sound = sum(view.severity(row) in ("", "info") for row in rows)
-    if sound == len(rows):
-        return ""  # the verdict says so
-    return f"{sound} of {len(rows)} rows have no error and no warning."
+def _verdicts_html(section: Section) -> str:
+    texts = []
+    for when, table in section.tables.items():
+        view = View(table)
+        worst = view.groups[0].first.severity if view.groups else "sound"
+        text = html.escape(printable(when + view.verdict))
+        texts.append(f'<p class="verdict {worst}">{text}</p>')
+    return "".join(texts)
 
 
 def _section_html(section: Section) -> str:
-    view = View(section.table, all=True)
-    pictures = section.pictures
-    if section.before is not None:
-        pictures = {
-            f"{when}: {label}": draw
-            for label in pictures
-            for when, of in (("Before", section.before), ("After", section))
-            for draw in [of.pictures.get(label)]
-            if draw is not None
-        }
-    kind = "pictures" if section.before is None else "pair"
+    *before, table = section.tables.values()
+    view = View(table, all=True)
     figures = "".join(
         f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{label}">'
         f"{_svg(draw, label)}</div><figcaption>{label}</figcaption></figure>"
-        for label, draw in pictures.items()
+        for label, draw in section.pictures.items()
     )
     return (
         f"<section><h2>{section.title}</h2>{findings_html(view.groups)}"
-        f'<div class="{kind}">{figures}</div>{rows_html(view)}</section>'
+        f'<div class="{"pair" if before else "pictures"}">{figures}</div>'
+        f"{rows_html(view)}</section>"
     )
 
 
@@ -256,7 +234,6 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = _NAMED.sub(_with_names, text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     for name, color in (("currentColor", _INK), ("var(--off)", OFF_COLOR), _PAPER):
         text = text.replace(color, name)
@@ -264,19 +241,6 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
 
 
 _PAPER = ("var(--paper)", "#ffffff")  # under a histogram
-# A group of points up to the next group with an id.
-_NAMED = re.compile(r"""<g id=(["'])(\[[^<>]*\])\1>(.*?)(?=<g id=|\Z)""", re.DOTALL)
-
-
-def _with_names(group: re.Match) -> str:
-    """Points with names, which a browser shows when the mouse is over them."""
-    names = iter(json.loads(html.unescape(group[2])))
-
-    def point(use: re.Match) -> str:
-        return f"{use[1]}><title>{html.escape(next(names))}</title></use>"
-
-    return f"<g>{re.sub('(<use [^>]*?)/>', point, group[3])}"
-
 
 _PAGE = """\
 <!DOCTYPE html>

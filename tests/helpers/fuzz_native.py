@@ -49,10 +49,6 @@ def right_arguments(rng: random.Random, clones: int) -> list[Any]:
     ]
 
 
-def misaligned(rng: random.Random, size: int) -> memoryview:
-    return memoryview(bytearray(rng.randbytes(size + 1)))[1:]
-
-
 def wrong_arguments(rng: random.Random) -> list[Any]:
     """One for each place."""
     number = rng.choice([-1, 0, 4, rng.randrange(9), *HUGE, -(2**31), None, 0.5])
@@ -61,7 +57,6 @@ def wrong_arguments(rng: random.Random) -> list[Any]:
             b"",
             b"short",
             None,
-            np.full(rng.randrange(99), "text", object),
             np.zeros(rng.randrange(9999), rng.choice(["i1", "f4", "f8"])),
             memoryview(bytearray(999))[::2],
         ]
@@ -74,13 +69,13 @@ def wrong_arguments(rng: random.Random) -> list[Any]:
         number,
         rng.choice([(), (1,), (1, 2, 3), (-1, 2**40), None, "ab"]),
         rng.choice([float("nan"), float("inf"), -0.0, -1e308, "x"]),
-        rng.choice([content, misaligned(rng, KNOTS), bytes(KNOTS - 4)]),
-        rng.choice([content, misaligned(rng, COEFFICIENTS), bytes(COEFFICIENTS + 8)]),
+        rng.choice([content, bytes(KNOTS - 4)]),
+        rng.choice([content, bytes(COEFFICIENTS + 8)]),
         number,
         number,
         number,
         number,
-        rng.choice([content, zeros, misaligned(rng, 32), bytes(b"\1" * 16 * 65)]),
+        rng.choice([content, zeros, bytes(b"\1" * 16 * 65)]),
     ]
 
 
