@@ -385,7 +385,7 @@ def test_audit_finds_a_tap_off_the_middle():
     layer.build((None, 9, 9, 32))
     layer.kernel.assign(np.roll(to_numpy(layer.kernel), 1, axis=0))
     findings = {finding.code: finding.message for finding in audit(layer).findings}
-    assert findings == {"form": "Beside the tap it is not zero: at 2 of the window."}
+    assert findings == {"form": "Beside the tap it is not zero."}
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (2048, 300), (64, 4096)])

@@ -236,8 +236,9 @@ class Form(NamedTuple):
 
 
 # A new form is one entry here and, if Keras draws from it, one case below. The kurtosis's
-# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; where there is no
-# bound, the estimate is too wild to judge by. Those of a truncated normal are integrated.
+# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; four times that
+# of a normal one, where single values can be so far out that they decide it. Those of a
+# truncated normal are integrated.
 _FORMS = {
     "constant": Form(0.0, 0.0, 1.0, _draw_constant),
     "uniform": Form(1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream, 1.32, "uniform"),
@@ -247,7 +248,7 @@ _FORMS = {
     "truncated_normal": Form(
         TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal"
     ),
-    "normal": Form(1.0, math.inf, 3.0, _draw_normal, is_whole=True),
+    "normal": Form(1.0, math.inf, 3.0, _draw_normal, 96, "normal", is_whole=True),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
     "orthogonal": Form(
         math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix", is_whole=True

@@ -99,7 +99,8 @@ class Effect(NamedTuple):
         level: The std of z: 1 if f(z) - f(-z) = a z holds there, else the one of `LEVELS`
             where that is nearest.
         slope: The a, by the root mean square over normal z; half of it for an odd f.
-        gain: What makes up for f where a unit is alone: |z| / rms(f(z), f(-z)).
+        gain: What makes up for f where a unit is alone: the root mean square of z over that
+            of f(z), at the level or at 1, whichever is lower.
         is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
         is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
     """
@@ -139,8 +140,8 @@ def _unevenness(stds: np.ndarray) -> float:
     return float(np.var(np.diff(np.log(stds))))
 
 
-_SMALL = 0.1
-_POINTS = np.append(np.linspace(0.01, 4, 201), _SMALL)
+_POINTS = np.linspace(0.01, 4, 201)
+_DENSITY = np.exp(-(_POINTS**2) / 2)
 
 
 def _measure_effect(activation: Callable[[Any], Any], level: float | None) -> Effect | None:
@@ -158,14 +159,18 @@ def _measure_effect(activation: Callable[[Any], Any], level: float | None) -> Ef
         level = min(levels, key=lambda each: _line(f, each)[1])
     slope, _ = _line(f, level)
     is_odd = bool(np.allclose(up, -down, rtol=1e-4, atol=1e-6))
-    rms = math.sqrt((up[-1] ** 2 + down[-1] ** 2) / 2)
     return Effect(
         level,
-        slope / 2 if is_odd else slope,
-        _SMALL / rms,
+        _rounded(slope / 2 if is_odd else slope),
+        _rounded(_gain(f, min(level, 1.0))),
         is_odd,
         all(np.allclose(f(each), each, atol=1e-6) for each in (up, down)),
     )
+
+
+def _rounded(number: float) -> float:
+    # Backends compute tanh and the like to 1e-7 of each other; weights must be equal.
+    return float(f"{number:.7g}")
 
 
 def _line(f: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, float]:
@@ -176,10 +181,15 @@ def _line(f: Callable[[np.ndarray], np.ndarray], level: float) -> tuple[float, f
     slopes = y / z
     if np.allclose(slopes, slopes[-1], rtol=1e-3):
         return float(slopes[-1]), 0.0
-    weights = np.exp(-(_POINTS**2) / 2)
-    yy, yz, zz = (float(np.sum(weights * each)) for each in (y * y, y * z, z * z))
+    yy, yz, zz = (float(_DENSITY @ each) for each in (y * y, y * z, z * z))
     error = 1 - yz**2 / (yy * zz) if 0 < yy < math.inf else math.inf
     return math.sqrt(yy / zz), error
+
+
+def _gain(f: Callable[[np.ndarray], np.ndarray], std: float) -> float:
+    """The root mean square of z, of this std, over that of f(z)."""
+    z = (std * _POINTS).astype(np.float32)
+    return math.sqrt(2 * _DENSITY @ (z * z) / (_DENSITY @ (f(z) ** 2 + f(-z) ** 2)))
 
 
 def step_activation(operation: Any) -> Callable[[Any], Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
@@ -80,7 +81,9 @@ def _kept(weight: Weight) -> Distribution | None:
     """As if a bias were drawn once more."""
     if len(weight.shape) != 1:
         return None
-    return Distribution.from_std("normal", measure(weight.variable, 0.0).std)
+    return Distribution.from_std(
+        "normal", measure(backends.values(weight.variable), 0.0).std
+    )
 
 
 def _paths(survey: Survey) -> dict[int, str]:
@@ -141,7 +144,8 @@ def _call(recipe: Recipe, survey: Survey) -> Starts:
     starts = recipe(survey)
     if not isinstance(starts, Starts):
         raise TypeError(
-            "A recipe must return `keras_glorot.recipes.Starts`. "
+            "A recipe must return `keras_glorot.recipes.Starts`, and an initializer must "
+            "take the arguments `shape` and `dtype`. "
             f"Received: {starts!r} of {recipe}"
         )
     return starts
