@@ -34,7 +34,6 @@ from keras_glorot._keras.tree import (
 __all__ = [
     "BuildValue",
     "NotIsolatedError",
-    "ReplayScope",
     "build_values",
     "may_assign",
     "may_hold_given_vectors",
@@ -126,7 +125,7 @@ class _Rebuild:
 
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
-        scope = ReplayScope()
+        scope = _ReplayScope()
         pairs, created, replica = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
         counterparts |= {id(copy): variable for variable, copy in replica.stand_ins}
@@ -144,12 +143,12 @@ class _Rebuild:
 
     def assigned_values(self) -> dict[int, Any]:
         """By `id` of the variable, what `build` assigns if the weights are as now."""
-        scope = ReplayScope(self.created)
+        scope = _ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
-    def _build(self, scope: "ReplayScope"):
+    def _build(self, scope: "_ReplayScope"):
         replica = _Replica(self.original)
         # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
@@ -175,7 +174,7 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
     return value
 
 
-class ReplayScope(keras.StatelessScope):
+class _ReplayScope(keras.StatelessScope):
     """Notes assignments; lets the n-th variable made read as the n-th one given.
 
     A variable can be made of a value, which Keras forbids in such a scope: this thread is
