@@ -142,7 +142,7 @@ class _Rebuild:
         return sources
 
     def assigned_values(self) -> dict[int, Any]:
-        """By `id` of the variable, the value that `build` assigns to it with these weights."""
+        """By `id` of the variable, the value that `build` assigns if the weights stay."""
         scope = _ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
