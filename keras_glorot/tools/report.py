@@ -59,8 +59,8 @@ def report(
 ) -> Path:
     """Writes a page about a model: findings, pictures, and a table to sort and to filter.
 
-    The page shows what `audit` finds and, with a batch, what `propagate` and
-    `plot_histograms` show. It is one HTML file that needs no network.
+    The page shows the findings of `audit` and, with a batch, those of `propagate` and the
+    plots of `plot_histograms`. It is one HTML file that needs no network.
 
     Args:
         model: A built Keras model or layer.
