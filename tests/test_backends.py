@@ -88,6 +88,16 @@ def test_meta_device_draws_nothing(monkeypatch):
 
 
 @only["torch"]
+@pytest.mark.parametrize("tool", [initialize, audit])
+def test_weights_without_values_are_refused(tool):
+    with keras.device("meta"):
+        layer = keras.layers.Dense(3)
+        layer.build((None, 4))
+    with pytest.raises(ValueError, match=r"dense.*/kernel must have values.*meta device"):
+        tool(layer)
+
+
+@only["torch"]
 def test_a_layer_that_is_built_in_pytorch_s_meta_device():
     """Keras does not follow it: weights are on Keras's device, with values."""
     import torch

@@ -18,7 +18,7 @@ from networks import HEALTHY, SICK
 from rich.console import Console
 from rich.live import Live
 
-from keras_glorot import calibrate, initialize, layer_fans, propagate
+from keras_glorot import GlorotUniform, calibrate, initialize, layer_fans, propagate
 from keras_glorot._drawing.stream import draw
 from keras_glorot._models.passes import gradient_std, likeness, moments
 
@@ -400,6 +400,17 @@ def test_small_signals_and_isometries_are_stable_whatever_the_activation():
     assert not found
 
 
+def test_the_std_before_an_activation_layer_is_that_of_the_output():
+    inputs = x = keras.Input((12,))
+    for _ in range(30):
+        x = layers.Activation("softsign")(layers.Dense(24)(x))
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    initialize(model, GlorotUniform(gain="auto"), seed=1)
+    table = propagate(model, data(64, 12))
+    (message,) = [f.message for f in table.findings if f.code == "unstable-activation"]
+    assert message.startswith(f"At a std of {table.rows[0]['std']:.2g} its activation")
+
+
 @pytest.mark.parametrize(
     "activations", [("elu", "tanh"), ("tanh", "elu"), ("selu", "gelu", "tanh")]
 )
@@ -706,6 +717,7 @@ class Stop(keras.layers.Layer):
         (lambda: (mlp(), data(0, 12)), ValueError, r"at least one example.*\(0, 12\)"),
         (lambda: (mlp(), [[1.0] * 12]), ValueError, "at least one example"),
         (lambda: (mlp(), data(2, 12) * np.nan), ValueError, "`x` must be finite"),
+        (lambda: (mlp(), np.float64(data(2, 12)) * 1e300), ValueError, "must be finite"),
         (lambda: (mlp(), np.zeros((2, 12))), ValueError, "`x` must hold data"),
         (lambda: (mlp(), data(2, 12), data(2, 4)), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), None, "mse"), ValueError, "given together"),

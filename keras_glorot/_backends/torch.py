@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from keras_glorot._backends.signals import Differentiator, EagerSignals, Results, Run
+from keras_glorot._backends.signals import Differentiator, EagerSignals, Run, to_numpy
 from keras_glorot._backends.values import Values
 
 untouched = torch.compiler.disable
@@ -30,10 +30,21 @@ def values(variable: keras.Variable) -> Values:
 
 
 def held_value(variable: keras.Variable) -> Any:
+    _check_values(variable)
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
+def _check_values(variable: keras.Variable) -> None:
+    tensor: Any = variable.value
+    if tensor.is_meta:
+        raise ValueError(
+            f"{variable.path} must have values, but it is on PyTorch's meta device: make "
+            "the layer again on a real one."
+        )
+
+
 def assign(variable: keras.Variable, value: Any) -> None:
+    _check_values(variable)
     if isinstance(value, np.ndarray):
         value = to_tensor(value)
     with writable([variable]):
@@ -73,13 +84,12 @@ def unmoved_generators() -> contextlib.AbstractContextManager[Any]:
 
 
 def differentiator(run: Run) -> Differentiator:
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         seen = EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor.detach(), of_value, of_gradient)
-            see_gradient = functools.partial(seen.see_gradient, position)
-            return _Identity.apply(tensor, leaf, see_gradient), position
+            signal, see_gradient = seen.see(tensor.detach(), of_value, of_gradient)
+            return _Identity.apply(tensor, leaf, see_gradient), signal
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -92,7 +102,8 @@ def differentiator(run: Run) -> Differentiator:
             seen.is_called = True
             if objective.requires_grad:
                 torch.autograd.grad(objective, leaf, allow_unused=True)
-            return seen.results(extras)
+            seen.finish()
+            return list(map(to_numpy, extras))
 
     return differentiate
 

@@ -7,6 +7,7 @@ import html
 import importlib
 import importlib.util
 import io
+import os
 import platform
 import re
 import string
@@ -14,7 +15,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ from keras_glorot.tools.histograms import plotted_histograms
 from keras_glorot.tools.propagate import propagated
 
 __all__ = ["Section", "audit_section", "report", "write_page"]
-
 
 Pictures = dict[str, Callable[[], Any]]
 
@@ -54,14 +53,14 @@ def report(
     y: Any = None,
     loss: Any = None,
     *,
-    path: str | PathLike = "report.html",
+    path: str | os.PathLike = "report.html",
     seed: int = 0,
     before: keras.Layer | None = None,
 ) -> Path:
     """Writes a page about a model: findings, pictures, and a table to sort and to filter.
 
-    The page shows what `audit` finds and, with a batch, what `propagate` and
-    `plot_histograms` show. It is one HTML file that needs no network.
+    The page shows the findings of `audit` and, with a batch, those of `propagate` and the
+    plots of `plot_histograms`. It is one HTML file that needs no network.
 
     Args:
         model: A built Keras model or layer.
@@ -135,7 +134,7 @@ def _draw_histograms(survey: Survey, batch: Batch) -> Any:
 
 
 def write_page(
-    path: str | PathLike, name: str, sections: Sequence[Section], command: str
+    path: str | os.PathLike, name: str, sections: Sequence[Section], command: str
 ) -> Path:
     """Writes the page of a model called `name`."""
     path = _check(path)
@@ -152,16 +151,15 @@ def write_page(
         facts=facts,
         off=OFF_COLOR,
     )
-    write_whole(
-        path, "Argument `path`", partial(Path.write_text, data=page, encoding="utf-8")
-    )
+    write_whole(path, "Argument `path`", lambda draft: draft.write_text(page, "utf-8"))
     return path
 
 
-def _check(path: str | PathLike) -> Path:
+def _check(path: str | os.PathLike) -> Path:
     """The whole path of a file that can be written, with pictures."""
     checked = Path(path).resolve()
-    if not checked.parent.is_dir() or (checked.exists() and not checked.is_file()):
+    is_taken = os.path.exists(checked) and not os.path.isfile(checked)
+    if is_taken or not os.path.isdir(checked.parent):
         raise ValueError(
             f"Argument `path` must be a file in an existing folder. Received: path={path}"
         )
@@ -206,8 +204,9 @@ def _section_html(section: Section) -> str:
     )
 
 
-# Stands for the color of text while a picture is drawn.
-_INK = "#010203"
+_INK = "#010203"  # stands for the color of text while a picture is drawn
+# White is under a histogram.
+_COLORS = {_INK: "currentColor", OFF_COLOR: "var(--off)", "#ffffff": "var(--paper)"}
 
 
 def _svg(draw: Callable[[], Any], label: str) -> str:
@@ -234,12 +233,10 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for name, color in (("currentColor", _INK), ("var(--off)", OFF_COLOR), _PAPER):
+    for color, name in _COLORS.items():
         text = text.replace(color, name)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
-
-_PAPER = ("var(--paper)", "#ffffff")  # under a histogram
 
 _PAGE = """\
 <!DOCTYPE html>
