@@ -457,7 +457,8 @@ class _Listener:
             layer for layer in self.survey.layers if loops.get(id(layer), layer) is layer
         ]
         self.expected_calls = len(layers)
-        x = tree.map_structure(self._tap_input, x)
+        # Not by `map_structure`, which may go through a dictionary in another order.
+        x = tree.pack_sequence_as(x, list(map(self._tap_input, tree.flatten(x))))
         return x, {id(layer): self._wrapper(layer) for layer in layers}
 
     def finish(self, batch: Batch, outputs: Any) -> Outcome:
