@@ -1,4 +1,4 @@
-"""What passes through the layers of a model, forward and back, as named records.
+"""Signals and gradients in the layers of a model: one record for each call of a layer.
 
 For one pass each layer's `call` is replaced by one that taps the tensors on their way: a
 tap hands a tensor on unchanged and summarizes it, and later its gradient, by a NumPy
@@ -258,7 +258,7 @@ def _not_numbers(x: Any) -> TypeError:
 
 
 def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-    """What `call` takes of a structure: all of it as one argument, or each part as one.
+    """The arguments of `call` in a structure: all of it is one, or each part is one.
 
     Models that know their inputs take it as it is. Other ones take the parts of a list if
     their `call` requires several arguments, and those of a dictionary of such arguments.
@@ -314,7 +314,7 @@ def record(
 
     Args:
         survey: Of the model.
-        batch: What to call it on.
+        batch: Its inputs.
         training: Whether BatchNormalization uses the statistics of the batch.
         of_value, of_gradient: Summarize the first float tensor that goes into a layer, and
             the first one that comes out, and their gradients.
@@ -543,9 +543,10 @@ class _Listener:
 
         That is right for what a layer computes between the layers inside it.
         """
-        known = {self._origin(tensor) for tensor in tensors} - {None}
+        origins = set(map(self._origin, tensors))
+        known = sorted(origin for origin in origins if origin is not None)
         if known or not tensors or not self.calls:
-            return tuple(sorted(known))
+            return tuple(known)
         return (len(self.calls) - 1,)
 
 
@@ -567,7 +568,7 @@ def _std(values: np.ndarray) -> float:
 class _Place:
     """Where calls of layers are seen: in one thread, one trace and one call of the model.
 
-    What is traced for itself has no values, or is called again on the way back.
+    A call in a trace of its own has no values, or is made again on the way back.
     """
 
     def __init__(self) -> None:

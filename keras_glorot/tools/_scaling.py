@@ -62,7 +62,7 @@ class ScaledLayer(NamedTuple):
             branches are added to: its gradient is that of all of them.
         leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
-        own_level: What the level is multiplied by: after the isometric start, the level
+        own_level: A factor on the level: after the isometric start, the level
             that it has for the activation.
     """
 
@@ -78,7 +78,7 @@ class ScaledLayer(NamedTuple):
     own_level: float = 1.0
 
     def part(self, factor: Any) -> Any:
-        """What each of its kernels is multiplied with."""
+        """The factor of each of its kernels."""
         return factor ** (1 / len(self.kernels))
 
 
@@ -163,7 +163,7 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
 
 
 class ScalingPass(NamedTuple):
-    """What one pass saw: arrays over the layers; of several calls, the mean.
+    """The numbers of one pass: arrays over the layers; of several calls, the mean.
 
     Attributes:
         layers: The layers.
@@ -171,7 +171,7 @@ class ScalingPass(NamedTuple):
         gradient: Log of the length of the gradient there; -inf where none comes.
         likeness: The mean cosine between examples; nan where it can't be told.
         share: The part of the gradient that it gets of what passes by.
-        factors: What its kernels were multiplied with.
+        factors: The factors on its kernels.
         follows: Whether its output changes with its kernels.
         order: The layers in order of their first call.
         is_finite: Whether all of it is, and the objective.
@@ -208,7 +208,7 @@ class ScalingPasses:
     """Passes over a model, all by one program: on a batch, at a level or with factors."""
 
     def __init__(self, survey: Survey, layers: list[ScaledLayer], training: bool):
-        self.survey, self.layers = survey, layers
+        self.layers = layers
         self.recorder = Recorder(survey, training, self._start, self._finish)
         self.passes = 0
 

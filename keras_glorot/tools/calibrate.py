@@ -104,7 +104,7 @@ def calibrate(
         model: A built Keras model or layer.
         x: A batch like those it will be trained on, as in `propagate`: dozens of examples.
         y: Targets for `loss`. Give both or neither.
-        loss: What is differentiated, as in `propagate`. Without one it is
+        loss: The function that is differentiated, as in `propagate`. Without one it is
             `sum(c * model(x))`, where c is random.
         layers: Layers of the model, or their names, to which to limit the work.
         seed: An integer: the same one gives the same c.
@@ -201,7 +201,7 @@ def _grown(batch: Batch) -> Batch:
 
 
 class _Change(NamedTuple):
-    """What becomes of signal, gradient and likeness between the first kernel and the last.
+    """The change of signal, gradient and likeness from the first kernel to the last.
 
     Attributes:
         signal: Log of what the std of the kernels' outputs is multiplied with.
@@ -255,7 +255,7 @@ class _Attempt(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """What was measured, and what follows from it.
+    """The measurements that decide over the factors.
 
     Attributes:
         unseen: The layers of which not all calls are seen.
@@ -327,7 +327,7 @@ def _candidates(
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
         aims = _aims(was.seen, level)
         attempt = _scale(run, half, level, aims, None if flow.sums else most)
-        _check_finite(run.survey.root, was.seen, attempt.seen)
+        _check_finite(run.recorder.survey.root, was.seen, attempt.seen)
         drift = attempt.change.drift
         if _is_starved(attempt):
             yield attempt
@@ -512,7 +512,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
 
 
 def _note(result: _Result, flow: Flow) -> str:
-    """The verdict: what was done, and what became of the three."""
+    """The verdict: the level, and the change of all three."""
     passes = f"Passes over half of the batch: {result.passes}."
     ends = "From the first kernel to the last, and back"
     was = result.was.change
@@ -530,7 +530,7 @@ def _note(result: _Result, flow: Flow) -> str:
 
 
 def _unreached(result: _Result, flow: Flow) -> list[Finding]:
-    """What does not hold, and the part of the model that is the cause."""
+    """A finding if one of the three does not hold, with the cause."""
     if result.fresh is None and result.failed is None:
         return []
     change = (result.fresh or result.was).change
