@@ -124,7 +124,7 @@ def check_same(variable: keras.Variable, value: Any) -> None:
     if spans and _is_local(value) and not _is_same(np.asarray(value)):
         raise ValueError(
             f"The new value of {variable.path} must be the same in each process: give "
-            "what makes it a seed. Received: values that differ from process to process"
+            "its initializer a seed. Received: values that differ from process to process"
         )
 
 

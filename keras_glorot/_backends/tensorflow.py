@@ -55,7 +55,7 @@ def is_tracing() -> bool:
 
 
 def current_trace() -> Any:
-    try:  # what is called again on the way back is recorded by no tape now
+    try:  # a call that is repeated on the way back is recorded by no tape now
         from tensorflow.python.eager.record import could_possibly_record
     except ImportError:
         return tf.executing_eagerly()

@@ -1,4 +1,4 @@
-"""Signals and gradients in the layers of a model: one record for each call of a layer.
+"""Signals and gradients, as they pass through the layers of a model: named records.
 
 For one pass each layer's `call` is replaced by one that taps the tensors on their way: a
 tap hands a tensor on unchanged and summarizes it, and later its gradient, by a NumPy
@@ -258,7 +258,7 @@ def _not_numbers(x: Any) -> TypeError:
 
 
 def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The arguments of `call` in a structure: all of it is one, or each part is one.
+    """The arguments of `call` for a structure: all of it as one, or each part as one.
 
     Models that know their inputs take it as it is. Other ones take the parts of a list if
     their `call` requires several arguments, and those of a dictionary of such arguments.
@@ -314,7 +314,7 @@ def record(
 
     Args:
         survey: Of the model.
-        batch: Its inputs.
+        batch: The inputs to call it on.
         training: Whether BatchNormalization uses the statistics of the batch.
         of_value, of_gradient: Summarize the first float tensor that goes into a layer, and
             the first one that comes out, and their gradients.
@@ -381,7 +381,7 @@ class Recorder:
     ) -> Iterator[Outcome]:
         self.is_called = False
         batch = self.batch._replace(y=y)
-        # What the model would change, such as a random state, stays in the scope.
+        # Changes that the model would make, as of a random state, stay in the scope.
         scope = keras.StatelessScope(zip(self.variables, values, strict=True))
         x, wrappers = self.start(tap, scope, x, *arguments)
         with scope, self._intercepted(wrappers) as place:
@@ -399,8 +399,8 @@ class Recorder:
         By `id` of each layer, in this thread; classes stay as they are. Other threads may
         use the model meanwhile. With `training`, BatchNormalization uses the statistics of
         the batch. Compiled functions that layers hold are called as Python; `keras.remat`
-        in a call keeps the activations. What is called again on the way back, still within,
-        gives the same.
+        in a call keeps the activations. A call that is repeated on the way back, still
+        within, gives the same.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock)
@@ -568,7 +568,7 @@ def _std(values: np.ndarray) -> float:
 class _Place:
     """Where calls of layers are seen: in one thread, one trace and one call of the model.
 
-    A call in a trace of its own has no values, or is made again on the way back.
+    A call that is traced for itself has no values, or is repeated on the way back.
     """
 
     def __init__(self) -> None:

@@ -37,8 +37,8 @@ numpy: Any = backends.numpy
 # more makes up for something else, such as an embedding with small values. Behind a mean
 # over positions none is needed: that makes less of what differs between them, as is meant.
 _LARGEST_GAIN, _GAIN_OF_MEANS = 2.5, 1.0
-# What all branches together add to a residual sum. Behind it the sum has 1.12 times the
-# std that it starts with, and the gradient grows as little.
+# All branches together add this part to a residual sum. Behind it the sum has 1.12 times
+# the std that it starts with, and the gradient grows as little.
 _SHARE_OF_BRANCHES = 0.5
 # A kernel that gets less than this part of the gradient that passes by stands in a branch
 # that is switched off on purpose, by LayerScale or zeros.
@@ -62,7 +62,7 @@ class ScaledLayer(NamedTuple):
             branches are added to: its gradient is that of all of them.
         leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
-        own_level: A factor on the level: after the isometric start, the level
+        own_level: The factor on the level: after the isometric start, the level
             that it has for the activation.
     """
 
@@ -78,7 +78,7 @@ class ScaledLayer(NamedTuple):
     own_level: float = 1.0
 
     def part(self, factor: Any) -> Any:
-        """The factor of each of its kernels."""
+        """The factor on each of its kernels."""
         return factor ** (1 / len(self.kernels))
 
 
@@ -163,7 +163,7 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
 
 
 class ScalingPass(NamedTuple):
-    """The numbers of one pass: arrays over the layers; of several calls, the mean.
+    """The figures of one pass: arrays over the layers; of several calls, the mean.
 
     Attributes:
         layers: The layers.
@@ -171,7 +171,7 @@ class ScalingPass(NamedTuple):
         gradient: Log of the length of the gradient there; -inf where none comes.
         likeness: The mean cosine between examples; nan where it can't be told.
         share: The part of the gradient that it gets of what passes by.
-        factors: The factors on its kernels.
+        factors: Those by which its kernels were multiplied.
         follows: Whether its output changes with its kernels.
         order: The layers in order of their first call.
         is_finite: Whether all of it is, and the objective.

@@ -104,7 +104,7 @@ def calibrate(
         model: A built Keras model or layer.
         x: A batch like those it will be trained on, as in `propagate`: dozens of examples.
         y: Targets for `loss`. Give both or neither.
-        loss: The function that is differentiated, as in `propagate`. Without one it is
+        loss: The function to differentiate, as in `propagate`. Without one it is
             `sum(c * model(x))`, where c is random.
         layers: Layers of the model, or their names, to which to limit the work.
         seed: An integer: the same one gives the same c.
@@ -201,10 +201,10 @@ def _grown(batch: Batch) -> Batch:
 
 
 class _Change(NamedTuple):
-    """The change of signal, gradient and likeness from the first kernel to the last.
+    """The changes of signal, gradient and likeness from the first kernel to the last.
 
     Attributes:
-        signal: Log of what the std of the kernels' outputs is multiplied with.
+        signal: Log of the factor on the std of the kernels' outputs.
         gradient: The same of the gradient's length, on its way back.
         likeness: The mean cosine of two examples at the first hidden kernel, and the last.
         excess: Log of the largest std before a head, a softmax or a gate; 0 if below 1.
@@ -247,7 +247,7 @@ class _Change(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """A pass with kernels scaled to a level, and what became of the three in it."""
+    """A pass with kernels scaled to a level, and the changes of the three in it."""
 
     level: float
     seen: ScalingPass
@@ -255,7 +255,7 @@ class _Attempt(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """The measurements that decide over the factors.
+    """The attempts, and the one that is kept.
 
     Attributes:
         unseen: The layers of which not all calls are seen.
@@ -512,7 +512,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
 
 
 def _note(result: _Result, flow: Flow) -> str:
-    """The verdict: the level, and the change of all three."""
+    """The verdict: the work that was done, and the changes of the three."""
     passes = f"Passes over half of the batch: {result.passes}."
     ends = "From the first kernel to the last, and back"
     was = result.was.change
@@ -530,7 +530,7 @@ def _note(result: _Result, flow: Flow) -> str:
 
 
 def _unreached(result: _Result, flow: Flow) -> list[Finding]:
-    """A finding if one of the three does not hold, with the cause."""
+    """The one of the three that does not hold, and the part that is the cause."""
     if result.fresh is None and result.failed is None:
         return []
     change = (result.fresh or result.was).change
@@ -590,7 +590,7 @@ _ADVICE = (
     "Use `initialize(model, 'isometric')`, fewer layers, residual connections or "
     "normalization layers."
 )
-# By kind of what stands between kernels, the likeliest first.
+# By the kind of a step between kernels, the likeliest first.
 _CAUSES = {
     "product": "a product of two signals, as in a gate, which doubles a relative change",
     "normalization": "a normalization layer, which undoes the scale of what it takes",

@@ -310,7 +310,7 @@ def _known(places: list[int | None], chain: list[int]) -> list[int]:
 
 
 def _unseen_findings(survey: Survey, unseen: list[keras.Layer]) -> list[Finding]:
-    """One for each of the outermost layers: those in them are not seen either."""
+    """Of the outermost layers: those inside are not seen either."""
     hidden = sorted(survey.paths[id(layer)] for layer in unseen)
     message = (
         "Not seen: it is called in a loop, a derivative or a program that the backend "
@@ -408,7 +408,7 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
 
 
 def _levels(calls: list[Call]) -> np.ndarray:
-    """The units that the stds of the outputs of kernels are compared in."""
+    """The levels with which the stds of the outputs of kernels are compared."""
     outputs = [call.output.value for call in calls]
     stds = np.array([output["std"] if output else 0.0 for output in outputs])
     activations = [call.weight.activation if call.weight else None for call in calls]
@@ -418,7 +418,7 @@ def _levels(calls: list[Call]) -> np.ndarray:
 def _trend(
     paths: list[str], curves: list[list[float | None]], name: str, advice: str
 ) -> list[Finding]:
-    """The change of a std along the layers, if each of its curves tells the same."""
+    """The trend of a std along the layers, if each of its curves tells the same."""
     changes = [_change(curve) for curve in curves]
     if len(paths) < 3 or min(changes) * max(changes) <= 0:
         return []
@@ -465,7 +465,7 @@ def _collapse(rows: list[Row], advice: str) -> list[Finding]:
 
 
 def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
-    """The growth of a sum that each block adds to, by the inputs of normalizations."""
+    """A sum that each block adds to, as its normalization layers see it."""
     stream = [
         row
         for call, row in zip(calls, rows, strict=False)
