@@ -150,8 +150,7 @@ class Flow(NamedTuple):
 def flow_of_model(survey: Survey, batch: Batch, training: bool) -> Flow:
     """By the graph or, where there is none, by the calls of one pass."""
     graph = _graph(survey, batch)
-    if graph is None:
-        graph = _graph_of_calls(record(survey, batch, training).calls)
+    graph = graph or _graph_of_calls(record(survey, batch, training).calls)
     return flow_of_graph(graph, survey)
 
 
@@ -376,5 +375,6 @@ def _activation_kind(activation: Any) -> str:
     name = getattr(activation, "__name__", "")
     if kind := _KIND_BY_NAME.get(name.replace("_", "")):
         return kind
-    is_own = activation is not None and not hasattr(keras.activations, name)
-    return "wave" if is_own and is_wave(activation) else ""
+    if activation is None or hasattr(keras.activations, name):
+        return ""
+    return "wave" if is_wave(activation) else ""

@@ -61,7 +61,7 @@ def isometric(survey: Survey) -> Starts:
     drawn = _drawn(survey)
     try:
         graph = trace(survey)
-        network = _Network(graph, survey)
+        network = _Network(graph, survey, drawn)
         plans, chosen = _plan(network), network.chosen
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
@@ -191,14 +191,13 @@ def _plan(network: "_Network") -> dict[int, _Plan]:
 class _Network:
     """A graph with what is asked of its steps again and again."""
 
-    def __init__(self, graph: Graph, survey: Survey):
+    def __init__(self, graph: Graph, survey: Survey, drawn: dict[int, Weight]):
         self.graph, self.survey = graph, survey
         self.flow = flow_of_graph(graph, survey)
         found = [(step, kernel_map(step, graph)) for step in graph.steps]
         self.maps = [(step, own) for step, own in found if own is not None]
         self.map_of = {id(step): own for step, own in self.maps}
         self.effect = functools.cache(measure_effect)
-        drawn = _drawn(survey)
         # By `id`, the kernels that their author scaled for a periodic activation.
         self.chosen = {
             key
@@ -212,7 +211,8 @@ class _Network:
         """By `id`, the variables that not only their own layer uses, in its own way."""
         found = set(self.graph.read)
         for step in self.graph.steps:
-            used = [each for each in tree.flatten(step.arguments) if _is_variable(each)]
+            arguments = tree.flatten(step.arguments)
+            used = [each for each in arguments if isinstance(each, keras.Variable)]
             if isinstance(step.operation, keras.Layer):
                 own = self.map_of.get(id(step))
                 kernels = [own and own.variable, depthwise_kernel(step.operation)]
@@ -258,7 +258,7 @@ class _Network:
 
     def _effect(self, step: Step) -> Effect | None:
         function = self.activation(step)
-        return function and self.effect(function)
+        return self.effect(function) if function else None
 
     def _multiple(self, step: Step) -> float:
         """By what it multiplies."""
@@ -282,9 +282,8 @@ class _Network:
         factor = 1.0
         for each in self._onward(step):
             factor *= self._multiple(each)
-            if self.activation(each):
-                effect = self._effect(each)
-                return effect.level / factor if effect else 1.0
+            if effect := self._effect(each):
+                return effect.level / factor
         return 1.0
 
     def scales(self) -> dict[int, float]:
@@ -343,9 +342,7 @@ class _Attempt:
         """The steps whose kernels take its pairs, and these as they come in."""
         arrived: list[tuple[Step, Pairs]] = []
         own = _own_activation(step.operation)
-        if own is not None:
-            pairs = self._activated(pairs, own, False)
-        waiting = [(step.outputs[0], pairs, own is not None)]
+        waiting = [(step.outputs[0], *self._activated(pairs, own, False))]
         while waiting:
             number, pairs, is_active = waiting.pop()
             if number in self.graph.outputs:
@@ -366,7 +363,7 @@ class _Attempt:
         """The pairs after a step, or before its kernel; whether an activation was met."""
         function = step_activation(step.operation)
         if function is not None:
-            return self._activated(pairs, function, is_active), True
+            return self._activated(pairs, function, is_active)
         kernel, own = depthwise_kernel(step.operation), self.network.map_of.get(id(step))
         if kernel is not None:
             if id(kernel) not in self.network.drawn:
@@ -381,23 +378,22 @@ class _Attempt:
         if kernel is None:
             return through(step, self.graph, number, pairs), is_active
         self.network.check_bias(step.operation)
-        function = _own_activation(step.operation)
-        if function is None:
-            return pairs, is_active
-        return self._activated(pairs, function, is_active), True
+        return self._activated(pairs, _own_activation(step.operation), is_active)
 
     def _activated(
-        self, pairs: Pairs, function: Callable[[Any], Any], is_active: bool
-    ) -> Pairs:
+        self, pairs: Pairs, function: Callable[[Any], Any] | None, is_active: bool
+    ) -> tuple[Pairs, bool]:
+        if function is None:
+            return pairs, is_active
         effect = self.network.effect(function, float(np.abs(pairs.slope).max()))
         if effect is None:
             raise Lost("its activation mixes units, is even, or can't be measured")
         if is_active:
             if effect.is_idempotent:
-                return pairs
+                return pairs, True
             raise Lost("a second activation follows")
         pairs = pairs.separated() if effect.is_odd else pairs.without_single()
-        return pairs.times(effect.slope)
+        return pairs.times(effect.slope), True
 
     def refuse(self) -> dict[int, str]:
         """The kernels whose pairs not all calls of a shared kernel can send or take."""
@@ -434,10 +430,6 @@ class _Attempt:
                     self.reasons.get(key, ""),
                 )
         return plans
-
-
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, keras.Variable)
 
 
 def _own_activation(layer: Any) -> Callable[[Any], Any] | None:
