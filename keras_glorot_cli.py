@@ -228,7 +228,7 @@ def _page(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"must be a file in an existing folder that can be written. Received: {text}"
         )
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         kind = "a directory" if target.is_dir() else "a device"
         raise argparse.ArgumentTypeError(f"must be a file, not {kind}. Received: {text}")
     return Path(text)

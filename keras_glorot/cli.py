@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import rich
 
+from keras_glorot._keras.calls import error_reason
 from keras_glorot.arguments import check_choice, suggestion
 from keras_glorot.initializers import GlorotNormal, GlorotUniform
 from keras_glorot.recipes import RECIPES
@@ -40,9 +41,7 @@ def run(options: argparse.Namespace) -> int:
         warnings.showwarning = _show_warning
         try:
             return _COMMANDS[options.command](options)
-        except Exception as error:  # a damaged file makes Keras raise anything
-            from keras_glorot._keras.calls import error_reason
-
+        except Exception as error:
             _complain("error", error_reason(error))
             return 2
 
@@ -163,7 +162,10 @@ def _load(name: str) -> Any:
             # Compiled, but it has made no step: it has no state to be loaded.
             text = "Skipping variable loading .* saved optimizer has [12] variables"
             warnings.filterwarnings("ignore", text)
-            return keras.saving.load_model(name, safe_mode=True)
+            try:
+                return keras.saving.load_model(name, safe_mode=True)
+            except Exception as error:  # a damaged file makes Keras raise anything
+                raise ValueError(error_reason(error) + _other_keras(name)) from error
     architectures = {
         name: build for name, build in vars(keras.applications).items() if callable(build)
     }
@@ -173,6 +175,15 @@ def _load(name: str) -> Any:
         "MODEL must be a .keras file or the name of a keras.applications architecture. "
         f"Received: {name}.{suggestion(name, architectures)}"
     )
+
+
+def _other_keras(name: str) -> str:
+    """The Keras that saved a file, if it is not this one."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(name) as file:
+        saver = json.loads(file.read("metadata.json"))["keras_version"]
+        if saver != keras.__version__:
+            return f" (saved by Keras {saver}, loaded by {keras.__version__})"
+    return ""
 
 
 def _render(table: Table, all: bool = False) -> str:

@@ -88,6 +88,16 @@ def test_meta_device_draws_nothing(monkeypatch):
 
 
 @only["torch"]
+@pytest.mark.parametrize("tool", [initialize, audit])
+def test_weights_without_values_are_refused(tool):
+    with keras.device("meta"):
+        layer = keras.layers.Dense(3)
+        layer.build((None, 4))
+    with pytest.raises(ValueError, match=r"dense.*/kernel must have values.*meta device"):
+        tool(layer)
+
+
+@only["torch"]
 def test_a_layer_that_is_built_in_pytorch_s_meta_device():
     """Keras does not follow it: weights are on Keras's device, with values."""
     import torch
@@ -124,7 +134,7 @@ def test_shape_inference_draws_nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore:os.fork")
 def test_after_a_fork(native, monkeypatch):
     if not native:
-        monkeypatch.setattr(stream, "_native", None)
+        monkeypatch.setattr(stream, "native", None)
     monkeypatch.setattr(stream, "WORTH_THREADS", 0)  # so that threads are at work
     monkeypatch.setattr(stream, "NATIVE_PIECE", 1 << 12)
     monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 12)
@@ -493,7 +503,7 @@ def test_no_array_is_larger_than_a_shard_and_its_scratch(name, eight_devices, mo
         return array
 
     monkeypatch.setattr("keras_glorot._drawing.distributions.draw", recording)
-    monkeypatch.setattr(stream, "_native", None)  # which has all of it on its stack
+    monkeypatch.setattr(stream, "native", None)  # which has all of it on its stack
     monkeypatch.setattr(stream, "NUMPY_PIECE", 1 << 14)
     monkeypatch.setattr(stream, "available_cores", lambda: 1)
     shape = (2048, 1024)

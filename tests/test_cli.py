@@ -274,6 +274,16 @@ def test_bad_files_are_one_line(kind, command, model_file, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["bad.keras", "out.keras"]
 
 
+def test_a_file_of_another_keras(tmp_path, capsys):
+    foreign = tmp_path / "foreign.keras"
+    with zipfile.ZipFile(foreign, "w") as file:
+        file.writestr("metadata.json", '{"keras_version": "4.0.0"}')
+        file.writestr("config.json", '{"module": "keras", "class_name": "New"}')
+    assert main(["audit", str(foreign)]) == 2
+    versions = f" (saved by Keras 4.0.0, loaded by {keras.__version__})\n"
+    assert capsys.readouterr().err.endswith(versions)
+
+
 @keras.saving.register_keras_serializable("test_cli")
 class Broken(layers.Layer):
     """Fails on examples; on torch, which builds with some, when it is built."""
@@ -503,6 +513,12 @@ def test_a_page_that_can_not_be_written_fails_before_the_work(
     with pytest.raises(SystemExit):
         main(["audit", model_file, "--html", str(tmp_path / place)])
     assert fault in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_one_line(model_file, tmp_path, capsys):
+    out = tmp_path / f"{'x' * 300}.keras"
+    assert main(["init", model_file, "-o", str(out)]) == 2
+    assert "-o must be a file that can be written" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_fails_before_the_work(

@@ -10,7 +10,7 @@ import pytest
 
 from keras_glorot._drawing import stream
 
-NATIVE = stream._native
+NATIVE = stream.native
 FUZZER = Path(__file__).parent / "helpers" / "fuzz_native.py"
 SOURCE = Path(stream.__file__).parent / "_native.c"
 

@@ -18,7 +18,7 @@ from networks import HEALTHY, SICK
 from rich.console import Console
 from rich.live import Live
 
-from keras_glorot import calibrate, initialize, layer_fans, propagate
+from keras_glorot import GlorotUniform, calibrate, initialize, layer_fans, propagate
 from keras_glorot._drawing.stream import draw
 from keras_glorot._models.passes import gradient_std, likeness, moments
 
@@ -398,6 +398,17 @@ def test_small_signals_and_isometries_are_stable_whatever_the_activation():
     initialize(deep, "isometric", seed=1)
     found = propagate(deep, data(64, 12)).findings
     assert not found
+
+
+def test_the_std_before_an_activation_layer_is_that_of_the_output():
+    inputs = x = keras.Input((12,))
+    for _ in range(30):
+        x = layers.Activation("softsign")(layers.Dense(24)(x))
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    initialize(model, GlorotUniform(gain="auto"), seed=1)
+    table = propagate(model, data(64, 12))
+    (message,) = [f.message for f in table.findings if f.code == "unstable-activation"]
+    assert message.startswith(f"At a std of {table.rows[0]['std']:.2g} its activation")
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,11 @@ def test_the_path_is_checked_before_the_work(tmp_path):
             report("no model", path=path)
 
 
+def test_a_path_that_is_too_long(tmp_path):
+    with pytest.raises(ValueError, match=r"Argument `path` must be .*too long"):
+        report(net(), path=tmp_path / f"{'x' * 300}.html")
+
+
 def test_targets_come_before_the_path(tmp_path, monkeypatch):
     """As everywhere: a third argument is y, and not the name of a file."""
     monkeypatch.chdir(tmp_path)

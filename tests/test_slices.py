@@ -1,4 +1,4 @@
-"""`find_repeats` and `relation` against a comparison of all slices with all others."""
+"""`find_repeats` against a comparison of all slices with all others."""
 
 import itertools
 
@@ -16,10 +16,6 @@ COLLISION = 1e-6
 
 def find_repeats(values, folded, collision):
     return _slices.find_repeats(Values.of(values), folded, collision)
-
-
-def relation(one, other):
-    return _slices.relation(Values.of(one), Values.of(other))
 
 
 def slices(values, axes):
@@ -98,17 +94,3 @@ def test_short_slices_can_be_equal_by_chance():
     assert not list(find_repeats(values, 0, 1 / 128))
     assert can_be_chance(2000, 2, 1 / 128)
     assert not can_be_chance(2000, 8, 1 / 128)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
-def test_relation(dtype):
-    rng = np.random.default_rng(0)
-    one = rng.standard_normal((3, 3, 4, 5)).astype(dtype)
-    assert relation(one, one.copy()) == "Identical to"
-    assert relation(-one, one) == "The negative of"
-    assert relation(one.swapaxes(2, 3).copy(), one) == "The transpose of"
-    assert relation(-one.transpose(2, 3, 0, 1), one) == "The negated transpose of"
-    other = one.copy()
-    other[-1, -1, -1, -1] = 0
-    assert relation(other, one) is None
-    assert relation(one.reshape(9, 20), one) is None

@@ -105,6 +105,12 @@ def test_a_long_path_is_folded_and_whole(columns, width):
     assert max(map(len, text.splitlines())) <= columns
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5])
+def test_no_terminal_is_too_narrow(columns, width):
+    width(columns)
+    assert str(Table("propagate", [{"path": "名/kernel", "std": 0.5}], [finding("名")]))
+
+
 @pytest.mark.parametrize(
     ("name", "width", "lines"),
     [

@@ -271,7 +271,7 @@ def readable(tensor: Any) -> Any:
 
 
 def differentiator(run: Run) -> Differentiator:
-    taps: list[tuple[Summary | None, Summary]] = []
+    taps: list[tuple[Summary | None, Summary, Any]] = []
 
     def objective(probes: Sequence[Any], *arguments: Any) -> Any:
         """A tensor that a probe is added to has the gradient of the probe."""
@@ -279,29 +279,17 @@ def differentiator(run: Run) -> Differentiator:
         taps.clear()
 
         def tap(tensor, of_value, of_gradient):
-            taps.append((of_value, of_gradient))
+            probe = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+            taps.append((of_value, of_gradient, probe))
             values.append(tensor if of_value else None)
-            return tensor + next(rest), len(taps) - 1
+            return tensor + next(rest, 0), len(taps) - 1
 
         with run(tap, *arguments) as (target, extras):
             return target, (values, extras)
 
-    def shapes_of_taps(*arguments: Any) -> list[Any]:
-        shapes = []
-
-        def tap(tensor, of_value, of_gradient):
-            shapes.append((tensor.shape, tensor.dtype))
-            return tensor + 0, len(shapes) - 1
-
-        def target(*arguments: Any) -> Any:
-            with run(tap, *arguments) as (target, _):
-                return target
-
-        jax.eval_shape(target, *arguments)
-        return shapes
-
     def program(*arguments: Any) -> Any:
-        probes = [jnp.zeros(*shape) for shape in shapes_of_taps(*arguments)]
+        jax.eval_shape(objective, (), *arguments)  # tells the shapes of the probes
+        probes = [jnp.zeros_like(probe) for *_, probe in taps]
         return jax.grad(objective, has_aux=True)(probes, *arguments)
 
     @functools.cache
@@ -314,8 +302,7 @@ def differentiator(run: Run) -> Differentiator:
         arguments, placement = _with_all_processes(arguments)
         gradients, (values, extras) = compiled(placement)(*arguments)
         signals = []
-        while gradients:  # frees each as it goes
-            of_value, of_gradient = taps[len(signals)]
+        for of_value, of_gradient, _ in taps:  # frees each as it goes
             value, gradient = values.pop(0), gradients.pop(0)
             signals.append(
                 Signal(

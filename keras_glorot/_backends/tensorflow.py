@@ -149,8 +149,10 @@ def differentiator(run: Run) -> Differentiator:
 
             return identity(tensor), position
 
-        sources = [tensor for tensor in keras.tree.flatten(arguments) if is_float(tensor)]
-        sources = list(map(tf.convert_to_tensor, sources))
+        watched: Any = keras.tree.map_structure(
+            lambda each: tf.convert_to_tensor(each) if is_float(each) else each, arguments
+        )
+        sources = [each for each in keras.tree.flatten(watched) if is_float(each)]
         with contextlib.ExitStack() as stack:
             # Keras compiles grouped convolutions anew: here they run once.
             logger = tf.get_logger()
@@ -158,11 +160,6 @@ def differentiator(run: Run) -> Differentiator:
             stack.callback(logger.removeFilter, _tells_no_retracing)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(sources)
-                flat = iter(sources)
-                watched: Any = keras.tree.map_structure(
-                    lambda argument: next(flat) if is_float(argument) else argument,
-                    arguments,
-                )
                 objective, extras = stack.enter_context(run(tap, *watched))
             seen.is_called = True
             tape.gradient(objective, sources)

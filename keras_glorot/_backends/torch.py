@@ -30,10 +30,21 @@ def values(variable: keras.Variable) -> Values:
 
 
 def held_value(variable: keras.Variable) -> Any:
+    _check_values(variable)
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
+def _check_values(variable: keras.Variable) -> None:
+    tensor: Any = variable.value
+    if tensor.is_meta:
+        raise ValueError(
+            f"{variable.path} must have values, but it is on PyTorch's meta device: make "
+            "the layer again on a real one."
+        )
+
+
 def assign(variable: keras.Variable, value: Any) -> None:
+    _check_values(variable)
     if isinstance(value, np.ndarray):
         value = to_tensor(value)
     with writable([variable]):

@@ -238,8 +238,9 @@ class Form(NamedTuple):
 
 
 # A new form is one entry here and, if Keras draws from it, one case below. The kurtosis's
-# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; where there is no
-# bound, the estimate is too wild to judge by. Those of a truncated normal are integrated.
+# variance is m8 - 4 m4 m6 + 4 m4**3 - m4**2 of the standardized moments; four times that
+# of a normal one, where single values can be so far out that they decide it. Those of a
+# truncated normal are integrated.
 _FORMS = {
     "constant": Form(0.0, 0.0, 1.0, _draw_constant, is_regional=True),
     "uniform": Form(
@@ -253,7 +254,7 @@ _FORMS = {
         TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal",
         is_regional=True,
     ),
-    "normal": Form(1.0, math.inf, 3.0, _draw_normal),
+    "normal": Form(1.0, math.inf, 3.0, _draw_normal, 96, "normal"),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
     "orthogonal": Form(
         math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix"

@@ -209,17 +209,13 @@ class Matrices(NamedTuple):
         )
         return kernel[cut].transpose(*self.window, *self.batch, *self.inputs, *self.outputs)
 
-    def first_lengths(self, values: Any) -> np.ndarray:
-        """Those of two columns of the first matrix, or of two rows if rows are longer."""
+    def first(self, count: int) -> tuple[slice, ...]:
+        """Where the first matrix is, and of its short side so many places at most."""
         place = list(next(self.pieces(self.whole, self.taps())).place)
-        short, long = self.inputs, self.outputs
-        if self.rows >= self.columns:
-            short, long = long, short
+        short = self.outputs if self.rows >= self.columns else self.inputs
         for number, axis in enumerate(reversed(short)):
-            place[axis] = 0, (1 if number else 2)
-        first = np.asarray(values[tuple(slice(*each) for each in place)], np.float64)
-        others = tuple(axis for axis in range(len(place)) if axis not in short)
-        return np.sqrt((first * first).sum(axis=others))
+            place[axis] = 0, (1 if number else min(count, place[axis][1]))
+        return tuple(slice(*each) for each in place)
 
     def split(self, values: np.ndarray) -> np.ndarray:
         """A view of a kernel at its tap: axes of batches, of inputs, then of outputs."""

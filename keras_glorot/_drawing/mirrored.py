@@ -86,7 +86,7 @@ class Mirror(NamedTuple):
     def draw(
         self,
         scale: float,
-        dtype: np.dtype | str,
+        dtype: str,
         seed_words: Sequence[int],
         region: Bounds | None = None,
     ) -> np.ndarray:
@@ -126,7 +126,7 @@ class Mirror(NamedTuple):
     def _assemble(
         self,
         matrix: Callable[[int, tuple[int, int], Bounds], np.ndarray],
-        dtype: np.dtype | str,
+        dtype: str,
         region: Bounds,
     ) -> np.ndarray:
         """`matrix` takes a number, a shape, and which rows and columns are needed."""

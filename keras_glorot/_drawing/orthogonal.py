@@ -68,7 +68,7 @@ def draw_orthogonal(
     matrices: Matrices,
     shape: tuple[int, ...],
     scale: float,
-    dtype: np.dtype | str,
+    dtype: str,
     seed_words: Sequence[int],
     region: Bounds | None = None,
 ) -> np.ndarray:
@@ -86,8 +86,7 @@ def draw_orthogonal(
     Returns:
         A new C-contiguous array, aligned to 64 bytes.
     """
-    dtype = np.dtype(dtype)
-    key = stream.stream_key("orthogonal", shape, dtype.name, seed_words)
+    key = stream.stream_key("orthogonal", shape, dtype, seed_words)
     source = _Source(key, matrices, scale, dtype)
     extents = shape if region is None else tuple(stop - start for start, stop in region)
     out, memory = stream.empty(extents, dtype)
@@ -130,7 +129,7 @@ class _Source:
         dtype: What they are rounded to.
     """
 
-    def __init__(self, key: Key, matrices: Matrices, scale: float, dtype: np.dtype):
+    def __init__(self, key: Key, matrices: Matrices, scale: float, dtype: str):
         self.key = key
         self.matrices = matrices
         self.scale = scale
@@ -144,10 +143,10 @@ class _Source:
         size = self.rows * self.columns
         count = self.matrices.total
         whole = (0, self.shape[0]), (0, self.shape[1])
-        if stream.native_multiply() and size <= SMALL:
+        if stream.native and size <= SMALL:
             self._run_native(_MATRICES, count, memory, 0, whole)
             return
-        size *= self.dtype.itemsize
+        size *= np.dtype(self.dtype).itemsize
         for number in range(count):
             self._draw(memory[number * size : (number + 1) * size], number, whole)
 
@@ -158,7 +157,7 @@ class _Source:
         return out
 
     def _draw(self, memory: memoryview, number: int, area: Bounds) -> None:
-        if not stream.native_multiply():
+        if not stream.native:
             self._draw_by_numpy(memory, number, area)
             return
         blocks, panels = -(-self.columns // WIDTH), -(-self.columns // NATIVE_PANEL)
@@ -174,13 +173,12 @@ class _Source:
         transposed = self.shape != (self.rows, self.columns)
         if transposed:
             area = area[::-1]
-        multiply: Any = stream.native_multiply()
-        code = stream.DTYPE_CODES[self.dtype.name]
+        code = stream.DTYPE_CODES[self.dtype]
 
         def make(start: int, stop: int) -> None:
             if phase == _PANELS:  # the last one is the most work: it comes first
                 start, stop = count - stop, count - start
-            multiply(
+            stream.native.multiply(
                 -1, memory, code, phase, self.key, self.scale, number * self.blocks,
                 self.rows, self.columns, transposed, (*area[0], *area[1]),
                 *(work or (bytearray(), bytearray())), start, stop,
@@ -202,7 +200,7 @@ class _Source:
         values = matrix[tuple(slice(*bounds) for bounds in area)] * self.scale
         out = np.ndarray(values.shape, self.dtype, memory)
         with np.errstate(under="ignore"):
-            if self.dtype != np.float64:
+            if self.dtype != "float64":
                 values = values.astype(np.float32)
             np.copyto(out, values, casting="unsafe")  # rounds to nearest even
 

@@ -61,7 +61,6 @@ import importlib
 import math
 import os
 import struct
-import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +76,7 @@ __all__ = [
     "draw",
     "empty",
     "knots",
-    "native_multiply",
+    "native",
     "native_name",
     "philox",
     "share",
@@ -138,34 +137,26 @@ def _load_native() -> tuple[Any, str]:
     try:
         return importlib.import_module("keras_glorot._drawing._native"), ""
     except ModuleNotFoundError:
-        # Python 3.15 alone has a stable ABI (abi3t, PEP 803) for those without the lock.
-        free = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-        python = "this free-threaded Python" if free else "this Python"
-        return None, f"the native kernel was not built for {python}"
+        return None, "the native kernel was not built for this Python"
     except ImportError as error:  # built for another machine
         return None, f"the native kernel can't be loaded: {error}"
 
 
-_native, _reason = _load_native()
+native, _reason = _load_native()
 
 
 def native_name() -> str:
     """Whether the native kernel draws, and with which instructions, or NumPy, and why."""
-    if _native is None:
+    if native is None:
         return f"NumPy ({_reason})"
-    return f"native kernel, {_native.CLONES[-1]}"
-
-
-def native_multiply() -> Callable[..., None] | None:
-    """The native product of reflections for `orthogonal.py`; None where NumPy must."""
-    return None if _native is None else _native.multiply
+    return f"native kernel, {native.CLONES[-1]}"
 
 
 def draw(
     form: Form,
     shape: Sequence[int],
     scale: float,
-    dtype: np.dtype | str,
+    dtype: str,
     seed_words: Sequence[int],
     region: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
@@ -185,17 +176,15 @@ def draw(
         A new C-contiguous array, aligned to 64 bytes.
     """
     shape = tuple(shape)
-    dtype = np.dtype(dtype)
     runs = _Runs(shape, region)
     out, memory = empty(runs.shape, dtype)
     if not out.size:
         return out
-    name = _name_of(dtype)
-    key = stream_key(form, shape, name, seed_words)
-    if _native is None:
+    key = stream_key(form, shape, dtype, seed_words)
+    if native is None:
         fill, piece = _numpy_filler(out, form, key, scale, runs)
     else:
-        fill, piece = _native_filler(memory, name, form, key, scale, runs)
+        fill, piece = _native_filler(memory, dtype, form, key, scale, runs)
     if out.size < WORTH_THREADS:
         fill(0, out.size)
     else:
@@ -208,20 +197,28 @@ def draw(
 
 def philox(counter: Sequence[int], key: Key) -> tuple[int, int, int, int]:
     """One block of Philox4x32-10: four 32-bit words."""
-    if _native is not None:
-        return _native.philox(tuple(counter), key)
-    c0, c1, c2, c3 = counter
+    if native is not None:
+        return native.philox(tuple(counter), key)
+    x0, x1, x2, x3 = _rounds(*counter, key)
+    return x0, x1 & _MASK, x2, x3 & _MASK
+
+
+def _rounds(x0: Any, x1: Any, x2: Any, x3: Any, key: Key) -> tuple[Any, Any, Any, Any]:
+    """Of Philox, for integers or arrays: of x1 and x3 only the low halves count."""
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            p1 >> 32 ^ c1 ^ k0,
-            p1 & _MASK,
-            p0 >> 32 ^ c3 ^ k1,
-            p0 & _MASK,
-        )
+        p0, p1 = x0 * _M0, x2 * _M1
+        x0 = p1 >> 32
+        x0 ^= x1
+        x0 ^= k0
+        x0 &= _MASK
+        x2 = p0 >> 32
+        x2 ^= x3
+        x2 ^= k1
+        x2 &= _MASK
+        x1, x3 = p1, p0
         k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
-    return c0, c1, c2, c3
+    return x0, x1, x2, x3
 
 
 def stream_key(
@@ -231,11 +228,6 @@ def stream_key(
     digits = [_digits(word) for word in seed_words]
     key = static_key(form, shape, dtype, tuple(map(len, digits)))
     return _absorb(key, sum(digits, ()))
-
-
-@functools.cache
-def _name_of(dtype: np.dtype) -> str:
-    return dtype.name  # NumPy makes it anew each time, in Python
 
 
 @functools.lru_cache(1024)
@@ -346,9 +338,9 @@ def share(fill: Fill, size: int, piece: int) -> None:
             other.result()
 
 
-def empty(shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, memoryview]:
+def empty(shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, memoryview]:
     """An uninitialized array and its bytes, on a boundary where backends can adopt it."""
-    size = math.prod(shape) * dtype.itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8).data
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 64
     return np.ndarray(shape, dtype, memory, start), memory[start : start + size]
@@ -373,7 +365,7 @@ def _native_filler(
     factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
 
     def fill(start: int, stop: int) -> None:
-        _native.fill(
+        native.fill(
             -1, memory, code, FORMS[form], key, factor, knots(), _RATIONAL,
             start, stop, runs.base, runs.length, steps,
         )  # fmt: skip
@@ -418,27 +410,11 @@ def _words_of_runs(starts: np.ndarray, length: int, per_block: int, key: Key) ->
 
 def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
     """Philox4x32-10 of ascending block numbers in uint64: four words each, in order."""
-    x0: Any
-    x2: Any
-    k0, k1 = key
     high = blocks >> 32
     # A number that all blocks share stays one number, for two rounds.
-    x0, x1 = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high
-    x2, x3 = key
-    for _ in range(10):
-        p0, p1 = x0 * _M0, x2 * _M1
-        x0 = p1 >> 32
-        x0 ^= x1
-        x0 ^= k0
-        x0 &= _MASK
-        x2 = p0 >> 32
-        x2 ^= x3
-        x2 ^= k1
-        x2 &= _MASK
-        x1, x3 = p1, p0  # only their low halves count
-        k0, k1 = k0 + _W0 & _MASK, k1 + _W1 & _MASK
+    counter = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high, *key
     words = np.empty((len(blocks), 4), "<u4")
-    for i, x in enumerate((x0, x1, x2, x3)):
+    for i, x in enumerate(_rounds(*counter, key)):
         np.copyto(words[:, i], x, casting="unsafe")
     return words
 

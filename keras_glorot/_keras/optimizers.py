@@ -84,7 +84,7 @@ def used_learning_rates(
             continue  # a schedule, which follows the steps
         if attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
-        if backends.held_value(optimizer.iterations).any():
+        if keras.ops.any(optimizer.iterations):  # with accumulation it is no variable
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
             _first_rates[optimizer] = float(backends.held_value(rate))

@@ -59,7 +59,7 @@ def _draw_ratios(
     off = _off(table)
     count = len(rows)
     room = min(max(count, 10), NAMES_DOWN)  # for lines of names
-    ax = ax or new_axes((1, 1), (7, 1.2 + 0.14 * room))[0]
+    ax = ax or new_axes(7, 1.2 + 0.14 * room)[0]
     ratios = np.array([row["ratio"] or 0.0 for row in rows], float)
     usual = _positive([*rows, *scaled], "ratio")
     # At least a factor of two to each side, so that chance looks as small as it is.
@@ -134,8 +134,7 @@ def _draw_stds(
     No lines join the points: calls side by side may belong to two branches.
     """
     count = len(rows)
-    width = 4 + 0.14 * min(max(count, 6), 40)
-    ax = ax or new_axes((1, 1), (width, 3.8))[0]
+    ax = ax or new_axes(4 + 0.14 * min(max(count, 6), 40), 3.8)[0]
     depth = np.arange(1, count + 1)
     size = 5 if count <= 40 else 3
     series = (
@@ -189,12 +188,13 @@ def _plain_ticks(axis: Any, span: float) -> None:
     axis.set_minor_formatter("")
 
 
-def new_axes(shape: tuple[int, int], size: tuple[float, float]) -> Any:
+def new_axes(width: float, height: float, columns: int = 1) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ImportError(
             "Plots need matplotlib: `pip install keras-glorot[plot]`."
         ) from None
-    _, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
-    return axes.ravel()
+    size = (width, height)
+    _, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    return axes[0]

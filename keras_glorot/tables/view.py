@@ -162,7 +162,7 @@ def fold(name: str, width: int, marks: str = "/_") -> list[str]:
     if cell_len(name) <= width:
         return [name]
     if not marks:
-        return chop_cells(name, width)
+        return chop_cells(name, max(width, 2))  # room for one sign
     lines: list[str] = []
     for part in re.split(f"(?<={marks[0]})", name):
         if lines and cell_len(lines[-1] + part) <= width:

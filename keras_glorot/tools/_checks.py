@@ -1,7 +1,7 @@
 """The findings of `audit` about one weight: a function and an entry in `CHECKS` each."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,17 +10,12 @@ import keras
 from keras_glorot._drawing.distributions import Distribution, keras_distribution
 from keras_glorot._models.survey import Weight
 from keras_glorot.fans import Fans, compute_fans, fan_of
+from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GLOROT, GlorotOrthogonal
 from keras_glorot.layer_rules import activation_name, is_relu_like, unit_axis
 from keras_glorot.recipes import Start
 from keras_glorot.tables import Finding, Severity
-from keras_glorot.tools._fitting import (
-    Statistics,
-    collision,
-    has_form,
-    is_little_larger,
-    is_off,
-)
+from keras_glorot.tools._fitting import Statistics, collision, is_off
 from keras_glorot.tools._slices import Slices, can_be_chance
 
 __all__ = [
@@ -50,18 +45,18 @@ class Subject(NamedTuple):
         expected: The plausible distribution nearest to the values: small tensors fit
             several. None where nothing is known.
         fault: The code of what speaks against it; None if nothing does.
+        is_scaled: Whether that is no more than the scale of a declared kernel.
         repeats: Slices of it that are zero or repeated; looked for in random weights.
-        gain: That of its activation; None where it can't be computed.
         detail: The fault of a kernel of the isometric start, in a sentence.
     """
 
     weight: Weight
     statistics: Statistics
-    expected: Distribution | None
     start: Start
-    fault: str | None
-    repeats: list[Slices]
-    gain: float | None
+    expected: Distribution | None
+    fault: str | None = None
+    is_scaled: bool = False
+    repeats: Sequence[Slices] = ()
     detail: str = ""
 
     @property
@@ -69,9 +64,9 @@ class Subject(NamedTuple):
         return self.statistics.is_finite
 
     @property
-    def is_declared(self) -> bool:
-        """Whether its layer says how it is drawn, and not `how`: then it has no name."""
-        return not self.start.name
+    def gain(self) -> float | None:
+        """That of its activation; None where it can't be computed."""
+        return known_gain(self.weight.activation) if self.weight.is_kernel else 1.0
 
     @property
     def is_left(self) -> bool:
@@ -156,7 +151,7 @@ def _check_fault(code: str, tell: "_Tell", subject: Subject) -> _Verdict | None:
     return tell(subject, subject.expected)
 
 
-_Tell = Callable[[Subject, Distribution], _Verdict | None]
+_Tell = Callable[[Subject, Distribution], _Verdict]
 
 
 def _tell_constant(subject: Subject, expected: Distribution) -> _Verdict:
@@ -171,7 +166,7 @@ def _tell_std(subject: Subject, expected: Distribution) -> _Verdict:
     ratio = subject.statistics.std / expected.std
     message = f"The std is {ratio:.3g} times the expected value."
     advice = _explain_std(subject)
-    if advice == _UNEXPLAINED and _is_scaled(subject, expected):
+    if advice == _UNEXPLAINED and subject.is_scaled:
         advice = "The values are as declared, times a factor, as `calibrate` leaves them."
         return _Verdict("info", message, advice)
     return _Verdict("warning", message, advice)
@@ -202,21 +197,13 @@ def _explain_std(subject: Subject) -> str:
     return f"{cause}: use `keras_glorot.initialize`, or 'xavier_uniform' in the layer."
 
 
-def _is_scaled(subject: Subject, expected: Distribution) -> bool:
-    """Whether the values of a kernel are of the expected form, at another scale."""
-    is_declared_kernel = subject.weight.is_kernel and subject.is_declared
-    return is_declared_kernel and has_form(subject.weight, subject.statistics, expected)
-
-
 def _tell_mean(subject: Subject, expected: Distribution) -> _Verdict:
     message = f"The mean is {subject.statistics.mean:.4g}, expected {expected.mean:.4g}."
     return _Verdict("warning", message, _REINITIALIZE)
 
 
-def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict | None:
-    weight, statistics = subject.weight, subject.statistics
-    if _is_scaled(subject, expected) and is_little_larger(weight, statistics, expected):
-        return None
+def _tell_bounds(subject: Subject, expected: Distribution) -> _Verdict:
+    statistics = subject.statistics
     message = (
         f"Values range from {statistics.low:.4g} to {statistics.high:.4g}, outside the "
         f"bounds of {subject.initializer_name}."
@@ -243,8 +230,7 @@ _FAULTS: dict[str, _Tell] = {
 
 def deviates_from_declaration(subject: Subject) -> bool:
     """Whether a kernel is not as declared, for another reason than Keras's fans."""
-    is_off = subject.fault in ("std", "mean", "bounds", "form")
-    return is_off and _explain_std(subject) == _UNEXPLAINED
+    return subject.fault is not None and _explain_std(subject) == _UNEXPLAINED
 
 
 def _check_zero_slices(subject: Subject) -> _Verdict | None:

@@ -1,6 +1,8 @@
 """Whether the values of a weight can come from a distribution, and if not, why."""
 
+import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import keras
@@ -8,17 +10,18 @@ import ml_dtypes
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._backends.values import CHUNK
+from keras_glorot._backends.values import CHUNK, Values
 from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._models.survey import Weight
 from keras_glorot.initializers import GlorotNormal
 from keras_glorot.tools._slices import ONE_IN
 
 __all__ = [
+    "Fitting",
     "Statistics",
-    "best_fit",
     "collision",
-    "has_form",
+    "disorder",
     "is_little_larger",
     "is_off",
     "measure",
@@ -32,10 +35,21 @@ _TOLERANCE = 0.05
 # That of the kurtosis: uniform and truncated normal values differ by 24 %.
 _KURTOSIS_TOLERANCE = 0.1
 _FEWEST_FOR_KURTOSIS = 100
+# The rows or columns of a large matrix that tell whether to read it to the end.
+_FIRST = 64
+# Between the kurtosis of truncated normal values, 2.37, and that of large orthogonal
+# matrices, 3: six standard errors from it.
+_FLAT = 2.6
+# The disorder of values that are not of matrices.
+_NONE = np.array([math.inf])
 
 
 class Statistics(NamedTuple):
-    """Statistics of the values of a variable."""
+    """Statistics of the values of a variable.
+
+    Attributes:
+        rounding: The relative change that rounding to the dtype can make; 0 for integers.
+    """
 
     size: int
     mean: float
@@ -43,78 +57,168 @@ class Statistics(NamedTuple):
     low: float
     high: float
     kurtosis: float
+    rounding: float
 
     @property
     def is_finite(self) -> bool:
         return self.size == 0 or math.isfinite(self.low + self.high)
 
 
-def best_fit(
-    weight: Weight, statistics: Statistics, plausible: list[Distribution]
-) -> tuple[Distribution | None, str | None]:
-    """The distribution that least speaks against, nearest in std; and what does."""
-    # Keras takes a negative stddev or gain, which only mirrors the values.
-    plausible = [d._replace(scale=abs(d.scale), std=abs(d.std)) for d in plausible]
-    if not statistics.is_finite or statistics.size == 0:
-        return plausible[0], None
-    orthogonal = [
-        d for d in plausible if _is_nearly_orthogonal(weight, _at_scale(d, statistics))
-    ]
-    others = [d for d in plausible[1:] if d.form != "orthogonal"]
-    plausible = orthogonal or [plausible[0], *others]
-    faults = [_fault(weight, statistics, distribution) for distribution in plausible]
-    known = any(_has_form(statistics, distribution) for distribution in plausible)
+class Fitting:
+    """The values of a weight, and how well distributions fit them.
 
-    def rank(index: int) -> tuple[bool, int, bool, float]:
-        # The std of a form that the values have is the fault, not a form that they don't.
-        fault, distribution = faults[index], plausible[index]
-        is_foreign = known and fault == "form"
-        distance = abs(distribution.std - statistics.std)
-        is_other = _has_form(statistics, distribution) is False
-        return is_foreign, _FAULTS.index(fault), is_other, distance
+    Args:
+        weight: The weight.
+        center: The mean that is expected.
+    """
 
-    best = min(range(len(plausible)), key=rank)
-    return plausible[best], faults[best]
+    def __init__(self, weight: Weight, center: float):
+        self._weight = weight
+        self.values = backends.values(weight.variable)
+        self.statistics = measure(self.values, center)
+        self._disorders: dict[Matrices, np.ndarray] = {}
+
+    def best(self, plausible: Iterable[Distribution]) -> tuple[Distribution, str | None]:
+        """The distribution that least speaks against, nearest in std; and what does."""
+        first, *others = (self._as_drawn(distribution) for distribution in plausible)
+        if not self.statistics.is_finite or self.statistics.size == 0:
+            return first, None
+        orthogonal = [d for d in (first, *others) if d.matrices and not self._is_chance(d)]
+        # Chance can make a small matrix orthogonal: a vector always is.
+        others = [d for d in others if not d.matrices or self._is_orthogonal(d)]
+        candidates = orthogonal or [first, *others]
+        faults = [self._fault(distribution) for distribution in candidates]
+        forms = [_has_form(self.statistics, distribution) for distribution in candidates]
+
+        def rank(index: int) -> tuple[bool, int, bool, float]:
+            # Not a form that the values don't have, if they have that of another.
+            is_foreign = any(forms) and faults[index] == "form"
+            distance = abs(candidates[index].std - self.statistics.std)
+            gravity = _FAULTS.index(faults[index])
+            return is_foreign, gravity, forms[index] is False, distance
+
+        best = min(range(len(candidates)), key=rank)
+        return candidates[best], faults[best]
+
+    def is_scaled(self, distribution: Distribution) -> bool:
+        """Whether nothing but the std speaks against a distribution."""
+        unscaled = distribution._replace(std=0.0)
+        is_mean_off = _is_mean_off(self.statistics, unscaled)
+        return not is_mean_off and not self._is_other_form(distribution)
+
+    def _as_drawn(self, distribution: Distribution) -> Distribution:
+        """With a positive scale, which mirrors the values, and with its matrices."""
+        form, scale, std, mean = distribution[:4]
+        matrices = distribution.matrices_of(self._weight.shape)
+        return Distribution(form, abs(scale), abs(std), mean, matrices)
+
+    def _fault(self, distribution: Distribution) -> str | None:
+        """The first thing that speaks against it; later ones may follow from that."""
+        if not distribution.std:
+            is_other = _is_other_constant(self.statistics, distribution)
+            return "constant" if is_other else None
+        if not keras.backend.is_float_dtype(self._weight.variable.dtype):
+            return None
+        if is_off(self.statistics, distribution):
+            return "std"
+        if _is_mean_off(self.statistics, distribution):
+            return "mean"
+        if self._is_out_of_bounds(distribution):
+            return "bounds"
+        return "form" if self._is_other_form(distribution) else None
+
+    def _is_out_of_bounds(self, distribution: Distribution) -> bool:
+        reach = _reach(self.statistics, distribution)
+        if math.isinf(distribution.bound) or self._has_no_bound(distribution):
+            return _is_too_far(self.statistics, reach / distribution.scale)
+        return reach > _limit(self.statistics, distribution)
+
+    def _has_no_bound(self, distribution: Distribution) -> bool:
+        """Whether it is a truncated normal of Keras's PyTorch backend, which has strays.
+
+        Keras draws each value from a normal distribution up to four times, and keeps the
+        first of the four where none was within two stds.
+        """
+        return (
+            keras.backend.backend() == "torch"
+            and distribution.form == "truncated_normal"
+            and distribution == self._weight.distribution
+            and not isinstance(self._weight.initializer, GlorotNormal)
+        )
+
+    def _is_other_form(self, distribution: Distribution) -> bool:
+        """Whether the values are not of this form, at any scale."""
+        if distribution.matrices is not None:
+            return not self._is_orthogonal(distribution)
+        return _has_form(self.statistics, distribution) is False
+
+    def _is_orthogonal(self, distribution: Distribution) -> bool:
+        """Whether the values are so, at any scale. Single ones are all but normal."""
+        if self._disorder(distribution).max() >= self._slack:
+            return False
+        matrices, reach = distribution.matrices, _reach(self.statistics, distribution)
+        std = _root_mean_square(self.statistics) * math.sqrt(matrices.window_size)
+        return not _is_too_far(self.statistics, reach / std)
+
+    def _is_chance(self, distribution: Distribution) -> bool:
+        """Whether independent values can be as orthogonal as these are."""
+        disorders = np.sort(self._disorder(distribution))
+        middle = disorders[len(disorders) // 2]  # one of many matrices can be wrong
+        return _is_chance(middle, distribution.matrices, self._slack)
+
+    @property
+    def _slack(self) -> float:
+        """Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards."""
+        return max(1e-3, 2 * self.statistics.rounding)
+
+    def _disorder(self, distribution: Distribution) -> np.ndarray:
+        matrices = distribution.matrices
+        if matrices not in self._disorders:
+            # Most weights need not be read to the end.
+            is_other = self._is_flat(matrices) or self._is_first_chance(matrices)
+            found = _NONE if is_other else _disorder_of(self.values, matrices)
+            self._disorders[matrices] = found
+        return self._disorders[matrices]
+
+    def _is_flat(self, matrices: Matrices) -> bool:
+        """Whether so many single values of large orthogonal matrices are not so uniform."""
+        size, kurtosis = self.statistics.size, self.statistics.kurtosis
+        is_large = size >= 1 << 14 and max(matrices.rows, matrices.columns) >= _FIRST
+        return is_large and kurtosis < _FLAT
+
+    def _is_first_chance(self, matrices: Matrices) -> bool:
+        """Whether the first rows or columns of a large matrix are independent."""
+        if matrices.size <= CHUNK or min(matrices.rows, matrices.columns) <= _FIRST:
+            return False
+        values = self.values[matrices.first(_FIRST)]
+        part = matrices._replace(shape=values.shape, parts=1)
+        return _is_chance(disorder([part.stack(values)])[0][0], part, self._slack)
 
 
-def _at_scale(distribution: Distribution, statistics: Statistics) -> Distribution:
-    """The same form with the size that the values have."""
-    if not distribution.std or not statistics.std:
-        return distribution
-    square = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
-    ratio = math.sqrt(square) / distribution.std
-    return distribution._replace(
-        scale=ratio * distribution.scale, std=ratio * distribution.std
-    )
+def _disorder_of(values: Values, matrices: Matrices) -> np.ndarray:
+    """That of each matrix; infinite if there is something beside the tap."""
+    whole = values[(slice(None),) * len(values.shape)]
+    stack = matrices.stack(whole)
+    if matrices.window and np.count_nonzero(whole) > np.count_nonzero(stack):
+        return _NONE
+    return disorder([stack])[0]
 
 
-def has_form(weight: Weight, statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether nothing but the std speaks against a distribution."""
-    if distribution.form == "mirrored":
-        return True  # which its pairs have told
-    same = _at_scale(distribution, statistics)
-    is_off = _is_mean_off(statistics, same) or _is_other_form(weight, statistics, same)
-    return not is_off
-
-
-def _fault(
-    weight: Weight, statistics: Statistics, distribution: Distribution
-) -> str | None:
-    """The first thing that speaks against a distribution; later ones may follow from it."""
-    if not distribution.std:
-        is_other = _is_other_constant(weight, statistics, distribution)
-        return "constant" if is_other else None
-    if not keras.backend.is_float_dtype(weight.variable.dtype):
-        return None
-    if is_off(statistics, distribution):
-        return "std"
-    if _is_mean_off(statistics, distribution):
-        return "mean"
-    if _is_out_of_bounds(weight, statistics, distribution):
-        return "bounds"
-    if _is_other_form(weight, statistics, distribution):
-        return "form"
-    return None
+def _is_chance(disorder: float, matrices: Matrices, slack: float) -> bool:
+    """Whether independent values can be as orthogonal as that."""
+    if math.isinf(disorder) or matrices.window_size > 1:
+        return math.isinf(disorder)  # no chance makes the zeros beside the tap
+    # Of independent values its square is a chi-squared variable over `long`, whose cube
+    # root is all but normal (Wilson and Hilferty). The scale takes one degree of freedom.
+    short, long = sorted((matrices.rows, matrices.columns))
+    degrees = short - 1
+    if not degrees:
+        return True
+    spread = 2 / (9 * degrees)
+    least = max(0.0, 1 - spread - _SIGMAS * math.sqrt(spread))
+    # In a small matrix only one that is orthogonal to the last digits is beyond chance.
+    exact = slack if slack**degrees < ONE_IN else 0.0
+    return disorder >= max(exact, math.sqrt(least**3 * degrees / long))
 
 
 # The faults, the gravest last.
@@ -122,16 +226,15 @@ _FAULTS: tuple[str | None, ...] = (None, "bounds", "form", "mean", "constant", "
 
 
 @np.errstate(all="ignore")  # values that are not finite are found by their range
-def measure(variable: keras.Variable, center: float) -> Statistics:
+def measure(values: Values, center: float) -> Statistics:
     """One pass, in float64: a float32 sum over a large kernel loses its digits.
 
     Args:
-        variable: The variable to measure.
+        values: The values to measure.
         center: The mean that is expected; the moments are taken around it.
     """
     total, squares, fourths = 0.0, 0.0, 0.0
     low, high = math.inf, -math.inf
-    values = backends.values(variable)
     for chunk in values.chunks():
         low = np.minimum(low, chunk.min())  # keeps nan
         high = np.maximum(high, chunk.max())
@@ -146,7 +249,7 @@ def measure(variable: keras.Variable, center: float) -> Statistics:
     seen = values.stack(np.array([low, high, total, squares, fourths]))
     low, high = np.minimum.reduce(seen[:, 0]), np.maximum.reduce(seen[:, 1])
     total, squares, fourths = seen[:, 2:].sum(axis=0)
-    size = math.prod(variable.shape)
+    size = math.prod(values.shape)
     offset = total / max(size, 1)
     variance = (squares - total * offset) / max(size - 1, 1)
     std, kurtosis = 0.0, math.nan
@@ -155,7 +258,8 @@ def measure(variable: keras.Variable, center: float) -> Statistics:
     elif low < high and variance > 0:
         std, kurtosis = math.sqrt(variance), size * fourths / squares**2
     mean = float(center + offset)
-    return Statistics(size, mean, std, float(low), float(high), float(kurtosis))
+    rounding = _rounding(values.dtype.name)
+    return Statistics(size, mean, std, float(low), float(high), float(kurtosis), rounding)
 
 
 def is_off(statistics: Statistics, distribution: Distribution) -> bool:
@@ -163,17 +267,21 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
     if statistics.size < 2 or not distribution.std:
         return False
     if distribution.form == "orthogonal":  # where nothing is left to chance
-        share = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
-        return abs(math.sqrt(share) / distribution.std - 1) > _TOLERANCE
+        return abs(_root_mean_square(statistics) / distribution.std - 1) > _TOLERANCE
     # Wilson and Hilferty: the cube root of a chi-squared variable is all but normal, also
     # in small tensors. In large ones, uniform and truncated values scatter less.
-    degrees_of_freedom = statistics.size - 1.0
-    if statistics.size > 100:
-        degrees_of_freedom *= 2 / (distribution.standard.kurtosis - 1)
+    excess = distribution.standard.kurtosis - 1 if statistics.size > 100 else 2.0
+    spread = excess / (9 * (statistics.size - 1))
     ratio = statistics.std / distribution.std
-    spread = 2 / (9 * degrees_of_freedom)
-    sigmas = (ratio ** (2 / 3) - (1 - spread)) / math.sqrt(spread)
-    return abs(sigmas) > _SIGMAS and abs(ratio - 1) > _TOLERANCE
+    is_significant = abs(ratio ** (2 / 3) - (1 - spread)) > _SIGMAS * math.sqrt(spread)
+    return is_significant and abs(ratio - 1) > _TOLERANCE
+
+
+def is_little_larger(statistics: Statistics, distribution: Distribution) -> bool:
+    """Whether values pass a bound by no factor that their std can tell from chance."""
+    spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
+    most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(statistics, distribution)
+    return _reach(statistics, distribution) <= most < math.inf
 
 
 def _is_mean_off(statistics: Statistics, distribution: Distribution) -> bool:
@@ -182,31 +290,10 @@ def _is_mean_off(statistics: Statistics, distribution: Distribution) -> bool:
     return abs(statistics.mean - distribution.mean) > tolerance * scale
 
 
-def _is_other_constant(
-    weight: Weight, statistics: Statistics, distribution: Distribution
-) -> bool:
+def _is_other_constant(statistics: Statistics, distribution: Distribution) -> bool:
     """Whether any value differs from the declared one, beyond rounding to the dtype."""
-    slack = _rounding(weight) * abs(distribution.mean)
+    slack = statistics.rounding * abs(distribution.mean)
     return _reach(statistics, distribution) > slack
-
-
-def _is_out_of_bounds(
-    weight: Weight, statistics: Statistics, distribution: Distribution
-) -> bool:
-    reach = _reach(statistics, distribution)
-    if math.isinf(distribution.bound) or _has_no_bound(weight, distribution):
-        # No hard bound; beyond this, chance gives fewer than one value in `ONE_IN`.
-        return statistics.size * _normal_tail(reach / distribution.scale) < ONE_IN
-    return reach > _limit(weight, distribution)
-
-
-def is_little_larger(
-    weight: Weight, statistics: Statistics, distribution: Distribution
-) -> bool:
-    """Whether values pass a bound by no factor that their std can tell from chance."""
-    spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
-    most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(weight, distribution)
-    return _reach(statistics, distribution) <= most < math.inf
 
 
 def _reach(statistics: Statistics, distribution: Distribution) -> float:
@@ -215,46 +302,27 @@ def _reach(statistics: Statistics, distribution: Distribution) -> float:
     return max(statistics.high - mean, mean - statistics.low)
 
 
-def _limit(weight: Weight, distribution: Distribution) -> float:
+def _limit(statistics: Statistics, distribution: Distribution) -> float:
     """How far from the mean a value can lie, when rounded to the weight's dtype."""
     bound = distribution.bound
-    return bound + _rounding(weight) * (bound + abs(distribution.mean))
+    return bound + statistics.rounding * (bound + abs(distribution.mean))
 
 
-def _rounding(weight: Weight) -> float:
-    """The relative change that rounding can make; 0 for integers."""
-    dtype = weight.variable.dtype
+@functools.cache
+def _rounding(dtype: str) -> float:
     if not keras.backend.is_float_dtype(dtype):
         return 0.0
     return float(ml_dtypes.finfo(dtype).eps)
 
 
-def _normal_tail(sigmas: float) -> float:
-    """The share of a normal distribution that lies further from its mean than that."""
-    return math.erfc(sigmas / math.sqrt(2))
+def _root_mean_square(statistics: Statistics) -> float:
+    square = statistics.std**2 * (1 - 1 / statistics.size) + statistics.mean**2
+    return math.sqrt(square)
 
 
-def _has_no_bound(weight: Weight, distribution: Distribution) -> bool:
-    """Whether it is a truncated normal of Keras's PyTorch backend, which has strays.
-
-    Keras draws each value from a normal distribution up to four times, and keeps the
-    first of the four where none was within two stds.
-    """
-    return (
-        keras.backend.backend() == "torch"
-        and distribution.form == "truncated_normal"
-        and distribution == weight.distribution
-        and not isinstance(weight.initializer, GlorotNormal)
-    )
-
-
-def _is_other_form(
-    weight: Weight, statistics: Statistics, distribution: Distribution
-) -> bool:
-    """Whether the values have the std and bounds of a distribution, but not its form."""
-    if distribution.form == "orthogonal":
-        return not _is_orthogonal(weight, _at_scale(distribution, statistics))
-    return _has_form(statistics, distribution) is False
+def _is_too_far(statistics: Statistics, sigmas: float) -> bool:
+    """Whether a normal value lies so far from the mean in fewer than `ONE_IN` tensors."""
+    return statistics.size * math.erfc(sigmas / math.sqrt(2)) < ONE_IN
 
 
 def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None:
@@ -268,61 +336,31 @@ def _has_form(statistics: Statistics, distribution: Distribution) -> bool | None
     return abs(ratio - 1) <= max(_KURTOSIS_TOLERANCE, _SIGMAS * spread)
 
 
-def _is_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    return bool(max(_disorder(weight, distribution)) < _slack(weight))
+def disorder(stacks: Iterable[np.ndarray]) -> tuple[np.ndarray, float]:
+    """How far matrices are from orthogonal ones with one factor, and this factor.
 
+    For each matrix M how far Mᵀ M / factor² moves a random vector v, as a share of its
+    length. M has v on its short side. One row of n that is another one moves v by about
+    sqrt(2 / n): more than 1e-3, up to two million rows.
 
-def _slack(weight: Weight) -> float:
-    """Float32 keeps it to 1e-6; a half-precision weight was rounded afterwards."""
-    return max(1e-3, 2 * _rounding(weight))
-
-
-def _is_nearly_orthogonal(weight: Weight, distribution: Distribution) -> bool:
-    """Whether it can't be chance that the matrices are as orthogonal as they are."""
-    matrices = distribution.matrices_of(weight.shape)
-    if matrices is None:
-        return False
-    disorders = _disorder(weight, distribution)
-    if math.isinf(disorders[0]):
-        return False
-    disorder = np.median(disorders)
-    if matrices.size < math.prod(weight.shape):
-        return True  # zeros beside the tap
-    # Of independent values its square is a chi-squared variable over `long`, with `short`
-    # degrees of freedom, whose cube root is all but normal (Wilson and Hilferty).
-    long, short = sorted((matrices.rows, matrices.columns))[::-1]
-    spread = 2 / (9 * short)
-    least = max(0.0, 1 - spread - _SIGMAS * math.sqrt(spread))
-    # In a small matrix only one that is orthogonal to the last digits is beyond chance.
-    slack = _slack(weight) if _slack(weight) ** short < ONE_IN else 0.0
-    return bool(disorder < max(slack, math.sqrt(least**3 * short / long)))
-
-
-def _disorder(weight: Weight, distribution: Distribution) -> np.ndarray:
-    """How far each matrix M moves a random vector v if Mᵀ M v / scale² should be v.
-
-    As a share of its length. M has v on its short side. Infinite where the first look tells
-    that the values are not from such matrices: most weights need not be read to the end.
-    One row of n that is another one moves v by about sqrt(2 / n): more than 1e-3, up to two
-    million rows.
+    Args:
+        stacks: Arrays of matrices, of one shape in each array.
     """
-    matrices = distribution.matrices_of(weight.shape)
-    values = backends.values(weight.variable)
-    if matrices is None or not matrices.size or not weight.shape:
-        return np.array([math.inf])
-    lengths = matrices.first_lengths(values)
-    slack = max(0.02, 4 / max(matrices.rows, matrices.columns))  # one value can be wrong
-    if np.abs(lengths / distribution.scale - 1).min() > slack:
-        return np.array([math.inf])
-    values = values[(slice(None),) * len(weight.shape)]
-    stack = matrices.stack(values)
-    if matrices.rows < matrices.columns:
-        stack = stack.swapaxes(1, 2)
-    if np.count_nonzero(values) > np.count_nonzero(stack):
-        return np.array([math.inf])
-    vector = np.random.Generator(np.random.PCG64(0)).standard_normal(stack.shape[2])
-    moved = _back_and_forth(stack, vector) / distribution.scale**2 - vector
-    return np.sqrt((moved * moved).sum(1) / (vector * vector).sum())
+    rng = np.random.Generator(np.random.PCG64(0))
+    pairs = []
+    for stack in stacks:
+        tall = stack if stack.shape[1] >= stack.shape[2] else stack.swapaxes(1, 2)
+        vector = rng.standard_normal(tall.shape[2])
+        pairs.append((vector, _back_and_forth(tall, vector)))
+    lengths = [len(moved) * (vector @ vector) for vector, moved in pairs]
+    square = sum((moved @ vector).sum() for vector, moved in pairs) / sum(lengths)
+    if not square:
+        return _NONE, 0.0
+    found = [
+        np.sqrt(((moved / square - vector) ** 2).sum(1) / (vector @ vector))
+        for vector, moved in pairs
+    ]
+    return np.concatenate(found), math.sqrt(square)
 
 
 def _back_and_forth(stack: np.ndarray, vector: np.ndarray) -> np.ndarray:
@@ -349,6 +387,8 @@ def collision(weight: Weight, distribution: Distribution) -> float:
     """
     info = ml_dtypes.finfo(weight.variable.dtype)
     steps = 2 * float(info.eps) * (1 + abs(distribution.mean) / distribution.std)
-    chance = min(0.5, steps + float(info.smallest_subnormal) / distribution.std)
+    chance = min(1.0, steps + float(info.smallest_subnormal) / distribution.std)
     matrices = distribution.matrices_of(weight.shape)
-    return chance if matrices is None else chance ** matrices.free_share(-math.log2(chance))
+    if matrices is None or chance == 1:
+        return chance
+    return chance ** matrices.free_share(-math.log2(chance))

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.arguments import suggestion
@@ -80,7 +81,9 @@ def _kept(weight: Weight) -> Distribution | None:
     """As if a bias were drawn once more."""
     if len(weight.shape) != 1:
         return None
-    return Distribution.from_std("normal", measure(weight.variable, 0.0).std)
+    return Distribution.from_std(
+        "normal", measure(backends.values(weight.variable), 0.0).std
+    )
 
 
 def _paths(survey: Survey) -> dict[int, str]:
@@ -107,10 +110,11 @@ def _explain_unmatched(
     text = f"Argument `how` must match something with each of its patterns, but {pattern!r}"
     if matched:
         return f"{text} matches only what patterns before it do: put it before them."
+    source = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     names = {name: None for path in paths for name in path.split("/")}
     unknown = [
         word
-        for word in re.findall(r"\w+", getattr(pattern, "pattern", pattern))
+        for word in re.findall(r"\w+", source)
         if not any(word in name for name in names)
     ]
     hints = "".join(suggestion(word, names) for word in unknown)
@@ -141,13 +145,14 @@ def _call(recipe: Recipe, survey: Survey) -> Starts:
     starts = recipe(survey)
     if not isinstance(starts, Starts):
         raise TypeError(
-            "A recipe must return `keras_glorot.recipes.Starts`. "
+            "A recipe must return `keras_glorot.recipes.Starts`, and an initializer must "
+            "take the arguments `shape` and `dtype`. "
             f"Received: {starts!r} of {recipe}"
         )
     return starts
 
 
-def _find_recipe(value: Any) -> Recipe | None:
+def _find_recipe(value: Any) -> Any:
     """That of a name, or a function of the user; None if it is not one."""
     if isinstance(value, str):
         return RECIPES.get(value)

@@ -7,9 +7,10 @@ import numpy as np
 
 from keras_glorot import _backends as backends
 from keras_glorot._drawing.distributions import Distribution
-from keras_glorot._drawing.mirrored import Mirror, Side
+from keras_glorot._drawing.mirrored import Side
 from keras_glorot._models.survey import Weight
-from keras_glorot.tools._fitting import ONE_IN
+from keras_glorot.tools._fitting import disorder
+from keras_glorot.tools._slices import ONE_IN
 
 __all__ = ["find_fault", "is_marked", "is_part", "is_start"]
 
@@ -20,20 +21,19 @@ _TOLERANCE = 1e-2
 def is_start(weight: Weight, start: Distribution) -> bool:
     """Whether the values come from this start, perhaps with a fault, and not by chance."""
     values = _values(weight)
-    if start.form == "tap":
-        return _is_tapped(values, _tapped(values, start))
     mirror = start.mirror
-    if mirror is None or not values.any() or not np.isfinite(values).all():
+    if mirror is None:
+        return start.form == "tap" and _is_tapped(values, _tapped(values, start))
+    if not values.any() or not np.isfinite(values).all():
         return False
     folded = mirror.fold(values)
     least = sum(each.size for each in folded) / values.size  # of any values
     # Zeros are opposite to zeros, and mean something beside a tap only.
     drawn = (values != 0) | bool(mirror.matrices.window)
-    if np.mean(_is_mirrored(values, mirror)[drawn]) < (1 + least) / 2:
+    if np.mean(_is_mirrored(values, mirror.unfold(folded))[drawn]) < (1 + least) / 2:
         return False
     # What has pairs has them on purpose. Else the matrix alone can tell.
-    scale = start.scale * _ratio(folded, start.scale)
-    return least < 1 or _disorder(folded, scale) < 0.5
+    return least < 1 or _disorder(folded)[0] < 0.5
 
 
 def is_part(weight: Weight, start: Distribution) -> bool:
@@ -56,31 +56,30 @@ def is_marked(start: Distribution) -> bool:
     mirror = start.mirror
     if mirror is None:
         return start.form == "tap"
-    has_pairs = _has_pairs(mirror.inputs) or _has_pairs(mirror.outputs)
+    sides = mirror.inputs, mirror.outputs
+    has_pairs = any(bool((side.factors < 0).any()) for side in sides)
     taps = math.prod(tap.stop - tap.start for tap in mirror.taps)
     return has_pairs or taps < mirror.matrices.window_size
 
 
-def _has_pairs(side: Side) -> bool:
-    return bool((side.factors < 0).any())
-
-
 def find_fault(weight: Weight, start: Distribution) -> tuple[str, str] | None:
     """The code of what is wrong, and a sentence; None if nothing is."""
-    values = _values(weight)
-    if start.form == "tap":
+    values, mirror = _values(weight), start.mirror
+    if mirror is None:
         is_right = np.allclose(values, _tapped(values, start), rtol=_TOLERANCE, atol=0)
         message = "Its filters are not one value at the tap, and zeros beside it."
         return None if is_right else ("form", message)
-    mirror = start.mirror
-    assert mirror is not None
-    is_right = _is_mirrored(values, mirror)
-    if not is_right.all():
-        return "form", _where(np.argwhere(~is_right), mirror, values)
     folded = mirror.fold(values)
-    ratio = _ratio(folded, start.scale)
-    if _disorder(folded, ratio * start.scale) > _TOLERANCE:
+    mirrored = mirror.unfold(folded)
+    is_right = _is_mirrored(values, mirrored)
+    if not is_right[mirrored == 0].all():
+        return "form", "Beside the tap it is not zero."
+    if not is_right.all():
+        return "form", "Not all pairs are opposite."
+    worst, factor = _disorder(folded)
+    if worst > _TOLERANCE:
         return "form", "The matrix between its pairs is not orthogonal."
+    ratio = factor / start.scale
     if abs(ratio - 1) > 0.05:
         return "std", f"The values are {ratio:.3g} times as large as those of this start."
     return None
@@ -109,40 +108,12 @@ def _is_tapped(values: np.ndarray, tapped: np.ndarray) -> bool:
     return fewer / 2**count < ONE_IN
 
 
-def _is_mirrored(values: np.ndarray, mirror: Mirror) -> np.ndarray:
+def _is_mirrored(values: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """Of each value, whether it is as the first unit of its pair tells."""
     exact = values.astype(np.float64)
-    slack = 1e-3 * np.abs(exact).max()
-    return np.abs(exact - mirror.unfold(mirror.fold(values))) <= slack
+    return np.abs(exact - mirrored) <= 1e-3 * np.abs(exact).max()
 
 
-def _ratio(matrices: list[np.ndarray], scale: float) -> float:
-    """How many times as large as the start they are."""
-    sizes = [min(each.shape) * scale**2 for each in matrices]
-    return math.sqrt(sum((each * each).sum() for each in matrices) / sum(sizes))
-
-
-def _disorder(matrices: list[np.ndarray], scale: float) -> float:
-    """How far MᵀM / scale² moves a random vector, as a share of its length; the worst."""
-    rng = np.random.Generator(np.random.PCG64(0))
-    worst = 0.0
-    for matrix in matrices:
-        tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-        vector = rng.standard_normal(tall.shape[1])
-        moved = tall.T @ (tall @ vector) / scale**2 - vector
-        worst = max(worst, float(np.linalg.norm(moved) / np.linalg.norm(vector)))
-    return worst
-
-
-def _where(wrong: np.ndarray, mirror: Mirror, values: np.ndarray) -> str:
-    """The input, output or tap that fewest others share."""
-    m = mirror.matrices
-    for axis, tap in zip(m.window, mirror.taps, strict=True):
-        outside = [at for at in wrong[:, axis] if not tap.start <= at < tap.stop]
-        if outside:
-            return f"Beside the tap it is not zero: at {int(outside[0])} of the window."
-    names = [(axis, "output") for axis in m.outputs if _has_pairs(mirror.outputs)]
-    names += [(axis, "input") for axis in m.inputs if _has_pairs(mirror.inputs)]
-    axis, name = min(names, key=lambda each: len(np.unique(wrong[:, each[0]])))
-    place = int(wrong[0, axis])
-    return f"Not all pairs are opposite: {name} {place} is not the negative of its partner."
+def _disorder(matrices: list[np.ndarray]) -> tuple[float, float]:
+    found, factor = disorder(each[None] for each in matrices)
+    return float(found.max()), factor

@@ -1,9 +1,10 @@
-"""Finds slices of a tensor that are all zeros or repeat others, and tensors that do.
+"""Finds slices of a tensor that are all zeros or repeat others.
 
 NumPy only. A slice is represented by its random projection, one number; slices with the
 same number, or its negative, are then compared value by value.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_glorot._backends.values import Values, blocks
+from keras_glorot._backends.values import Values
 
-__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats", "relation"]
+__all__ = ["ONE_IN", "Slices", "can_be_chance", "find_repeats"]
 
 # How often chance may look like a fault: in one tensor of 500 million, the share that a
 # normal variable has beyond six standard errors.
@@ -58,8 +59,7 @@ def find_repeats(values: Values, folded: int, collision: float) -> Iterator[Slic
     groups = [axes for axes in groups if math.prod(shape[axis] for axis in axes) > 1]
     if len(groups) < 2:
         return
-    rng = np.random.Generator(np.random.PCG64(0))
-    weights = [rng.standard_normal(size) for size in shape]
+    weights = _random_weights(shape)
     for size in sorted({1, len(groups) - 1}):
         for chosen in reversed([*itertools.combinations(groups, size)]):
             axes = tuple(itertools.chain(*chosen))
@@ -71,47 +71,18 @@ def find_repeats(values: Values, folded: int, collision: float) -> Iterator[Slic
                     yield slices
 
 
+@functools.lru_cache
+def _random_weights(shape: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.Generator(np.random.PCG64(0))
+    return [rng.standard_normal(size) for size in shape]
+
+
 def can_be_chance(count: int, length: float, collision: float) -> bool:
     """Whether among so many slices of so many values chance makes two equal or one zero.
 
     Of `count` slices there are `count**2 / 2` pairs, each equal in one of two signs.
     """
     return 2 * math.log(count) + length * math.log(collision) > math.log(ONE_IN)
-
-
-def relation(one: Values, other: Values) -> str | None:
-    """How a tensor repeats another one; None where it does not.
-
-    Transposed means that the first axes come last, or that the last two are swapped.
-    """
-    same = tuple(range(len(other.shape)))
-    names = {1: "Identical to", -1: "The negative of"}
-    transposed = {1: "The transpose of", -1: "The negated transpose of"}
-    for order in (same, *_transposed_orders(len(same))):
-        if tuple(other.shape[axis] for axis in order) == one.shape:
-            sign = _sign(one, other, order)
-            if sign:
-                return (names if order == same else transposed)[sign]
-    return None
-
-
-def _transposed_orders(rank: int) -> list[tuple[int, ...]]:
-    axes = tuple(range(rank))
-    rolled = [axes[first:] + axes[:first] for first in axes[1:]]
-    swapped = [axes[:-2] + axes[:-3:-1]] if rank > 2 else []
-    return rolled + swapped
-
-
-def _sign(one: Values, other: Values, order: tuple[int, ...]) -> int:
-    """By which sign a tensor is another one with its axes in this order; 0 if by none."""
-    signs = [1, -1]
-    for index in blocks(one.shape):
-        place = tuple(index[order.index(axis)] for axis in range(len(order)))
-        block, candidate = one[index], other[place].transpose(order)
-        signs = [sign for sign in signs if np.array_equal(block, sign * candidate)]
-        if not signs:
-            return 0
-    return signs[0]
 
 
 def _compare(

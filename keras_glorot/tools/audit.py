@@ -1,12 +1,13 @@
 """`audit`: compares the fresh weights of a model with their declared initializers."""
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 
-from keras_glorot import _backends as backends
 from keras_glorot._backends.values import Values
 from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.state import unmoved_generators
@@ -25,10 +26,10 @@ from keras_glorot.tools._checks import (
     glorot_stds,
     verdicts,
 )
-from keras_glorot.tools._fitting import best_fit, collision, measure
+from keras_glorot.tools._fitting import Fitting, collision, is_little_larger
 from keras_glorot.tools._how import find_starts
 from keras_glorot.tools._isometry import find_fault, is_marked, is_part, is_start
-from keras_glorot.tools._slices import can_be_chance, find_repeats, relation
+from keras_glorot.tools._slices import Slices, can_be_chance, find_repeats
 
 __all__ = ["CODES", "audit", "audited"]
 
@@ -167,19 +168,34 @@ class _IsometricStarts:
     def __init__(self, survey: Survey):
         self._survey = survey
 
+    def find(self, weight: Weight, is_sound: bool) -> Distribution | None:
+        """The one that its values come from; of a sound one not that of a part."""
+        drawn = _start_of(weight, self._of_all)
+        return drawn if drawn or is_sound else _start_of(weight, self._of_a_part)
+
     @functools.cached_property
-    def of_all(self) -> dict[int, Start]:
+    def _of_all(self) -> dict[int, Start]:
         return isometric(self._survey).by_id
 
     @functools.cached_property
-    def of_a_part(self) -> dict[int, Start]:
+    def _of_a_part(self) -> dict[int, Start]:
         others = {
             id(weight.variable): None
             for weight in self._survey.weights
-            if (start := self.of_all.get(id(weight.variable)))
-            and not (start.distribution and is_part(weight, start.distribution))
+            if id(weight.variable) in self._of_all
+            and not _start_of(weight, self._of_all, is_part)
         }
         return isometric(self._survey.for_recipe(others)).by_id
+
+
+def _start_of(
+    weight: Weight,
+    starts: dict[int, Start],
+    fits: Callable[[Weight, Distribution], bool] = is_start,
+) -> Distribution | None:
+    start = starts.get(id(weight.variable))
+    drawn = start and start.distribution
+    return drawn if drawn and fits(weight, drawn) else None
 
 
 def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
@@ -191,10 +207,10 @@ def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
         # Keras does not keep `a_initializer`; this is the one that is advised.
         others.append(Distribution.from_std("normal", 1.0))
     subject = _measure(weight, own, others)
-    # An orthogonal kernel can be right by itself, and have its gain in the next one.
+    # That start has pairs or zeros, or is orthogonal: right by itself, perhaps, and with
+    # its gain in the next kernel.
     is_orthogonal = subject.expected is not None and subject.expected.form == "orthogonal"
-    is_suspect = subject.fault or subject.repeats or subject.is_constant_kernel
-    if is_suspect or is_orthogonal:
+    if subject.repeats or subject.is_constant_kernel or is_orthogonal:
         return _as_isometric(subject, starts)
     return subject
 
@@ -202,101 +218,87 @@ def _measure_declared(weight: Weight, starts: _IsometricStarts) -> Subject:
 def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) -> Subject:
     """Compares a weight with its start, or with other distributions too."""
     expected = start.distribution
-    statistics = measure(weight.variable, 0.0 if expected is None else expected.mean)
-    gain = known_gain(weight.activation) if weight.is_kernel else 1.0
-    subject = Subject(weight, statistics, expected, start, None, [], gain)
+    fitting = Fitting(weight, 0.0 if expected is None else expected.mean)
+    statistics = fitting.statistics
+    subject = Subject(weight, statistics, start, expected)
     if expected is None:
         return subject
     if expected.form in ("mirrored", "tap"):
         found = find_fault(weight, expected) if subject.is_finite else None
         fault, detail = found or (None, "")
         return subject._replace(fault=fault, detail=detail)
-    expected, fault = best_fit(weight, statistics, [expected, *others])
-    subject = subject._replace(expected=expected, fault=fault)
-    repeats, random = [], subject.random
-    if random is not None and statistics.std and statistics.is_finite:
-        values = _values_drawn(weight, random)
-        window = window_rank(weight.owner, weight.shape)
-        repeats = list(find_repeats(values, window, collision(weight, random)))
-    return subject._replace(repeats=repeats)
+    expected, fault = fitting.best([expected, *others])
+    is_declared = weight.is_kernel and not start.name
+    is_scaled = is_declared and fault in ("std", "bounds") and fitting.is_scaled(expected)
+    if is_scaled and fault == "bounds" and is_little_larger(statistics, expected):
+        fault = None
+    subject = subject._replace(expected=expected, fault=fault, is_scaled=is_scaled)
+    return subject._replace(repeats=_find_repeats(subject, fitting.values))
+
+
+def _find_repeats(subject: Subject, values: Values) -> list[Slices]:
+    weight, random = subject.weight, subject.random
+    if random is None or not subject.statistics.std or not subject.is_finite:
+        return []
+    if random.matrices is not None and random.matrices.window:
+        values = Values.of(random.matrices.at_tap(values))  # beside it, all are zero
+    window = window_rank(weight.owner, weight.shape)
+    return list(find_repeats(values, window, collision(weight, random)))
 
 
 def _as_isometric(subject: Subject, starts: _IsometricStarts) -> Subject:
     """A kernel that the isometric start has made, as far as its values tell, is one."""
-    weight = subject.weight
-    start = starts.of_all.get(id(weight.variable)) if subject.is_finite else None
-    drawn = start and start.distribution
-    is_sound = subject.fault is None and not subject.repeats
-    if drawn and not is_sound and not is_start(weight, drawn) and is_part(weight, drawn):
-        start = starts.of_a_part.get(id(weight.variable))
-        drawn = start and start.distribution
-    if drawn is None or not is_start(weight, drawn):
+    weight, is_sound = subject.weight, subject.fault is None and not subject.repeats
+    drawn = starts.find(weight, is_sound) if subject.is_finite else None
+    if drawn is None:
         return subject
     found = find_fault(weight, drawn)
     is_plain = is_sound and drawn.form != "tap"
     if found and (is_plain or not is_marked(drawn)):
         return subject  # an orthogonal matrix, which it was judged as
-    code, detail = found or (None, "")
-    return subject._replace(expected=drawn, fault=code, repeats=[], detail=detail)
-
-
-def _values_drawn(weight: Weight, random: Distribution) -> Values:
-    """The values of a weight, without those beside a tap, which are always zero."""
-    values = backends.values(weight.variable)
-    if random.matrices is None or not random.matrices.window:
-        return values
-    return Values.of(random.matrices.at_tap(values))
+    fault, detail = found or (None, "")
+    return Subject(
+        weight, subject.statistics, subject.start, drawn, fault, fault == "std", (), detail
+    )
 
 
 def _glorot_distributions(weight: Weight) -> Iterator[Distribution]:
     """The distributions that `initialize` may draw a kernel from."""
     gain = known_gain(weight.activation) or 1.0
+    matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
     for std in dict.fromkeys(glorot_stds(weight, gain, "fan_avg")):
         yield Distribution.from_std("uniform", std)
         yield Distribution.from_std("truncated_normal", std)
-        matrices = kernel_matrices(weight.shape, weight.owner, weight.variable)
         yield Distribution.orthogonal(std, matrices)
 
 
 def _find_twins(subjects: list[Subject]) -> Iterator[Finding]:
-    """Random weights with the same values, perhaps negated or transposed."""
-    candidates = [each for each in subjects if _can_be_twin(each, subjects)]
-    twin_of: dict[int, tuple[int, str]] = {}
-    for first, later in _same_statistics(candidates):
-        if later not in twin_of:
-            pair = (candidates[later].weight, candidates[first].weight)
-            kind = relation(*(backends.values(weight.variable) for weight in pair))
-            if kind is not None:
-                twin_of[later] = (first, kind)
-    for later, (first, kind) in sorted(twin_of.items()):
-        message = f"{kind} {candidates[first].weight.path}."
-        advice = "Give each layer its own seed, or no seed."
-        path = candidates[later].weight.path
-        yield Finding("warning", "twin", path, message, advice)
+    """Random weights with the same values, perhaps negated or in another order."""
+    candidates = defaultdict(list)
+    for subject in subjects:
+        if _can_be_twin(subject, subjects):
+            size, _, _, low, high = subject.statistics[:5]
+            candidates[size, max(-low, high)].append(subject)
+    for alike in candidates.values():
+        for number, subject in enumerate(alike):
+            twins = [each for each in alike[:number] if _is_twin(each, subject)]
+            if twins:
+                twin = twins[0].weight.path
+                message = f"Its values are those of {twin}, perhaps negated or reordered."
+                advice = "Give each layer its own seed, or no seed."
+                yield Finding("warning", "twin", subject.weight.path, message, advice)
 
 
-def _same_statistics(subjects: list[Subject]) -> Iterator[tuple[int, int]]:
-    """Pairs with the same size, extreme and std: only in those all values are compared.
-
-    A transposed tensor is summed in another order, so the last digits may differ. All
-    orthogonal ones of a shape have the same std, but not the same extreme.
-    """
-    keys = [
-        (each.size, max(-each.low, each.high), each.std)
-        for each in (subject.statistics for subject in subjects)
-    ]
-    order = sorted(range(len(subjects)), key=keys.__getitem__)
-    for position, later in enumerate(order):
-        size, extreme, std = keys[later]
-        for before in reversed(order[:position]):
-            if keys[before] < (size, extreme, std * (1 - 1e-9)):
-                break
-            yield min(before, later), max(before, later)
+def _is_twin(one: Subject, other: Subject) -> bool:
+    """Whether std and kurtosis are the same in so many digits that it is no chance."""
+    pairs = zip(one.statistics, other.statistics, strict=True)
+    _, _, stds, _, _, kurtoses, _ = pairs
+    return math.isclose(*stds, rel_tol=1e-12) and math.isclose(*kurtoses, rel_tol=1e-12)
 
 
 def _can_be_twin(subject: Subject, subjects: list[Subject]) -> bool:
     """Whether the weight is random, and so large that no other is like it by chance."""
-    weight, statistics, expected = subject[:3]
+    weight, statistics, expected = subject.weight, subject.statistics, subject.expected
     if not statistics.std or not subject.is_finite:
         return False
     random = subject.random
@@ -317,7 +319,12 @@ def _find_trained(survey: Survey, subjects: list[Subject]) -> Finding | None:
         for each in subjects
         if each.expected is not None and each.expected.form == "constant"
     ]
-    deviating = [each for each in kernels if deviates_from_declaration(each)]
+    # `calibrate` scales kernels: where nothing else can tell, that is no training.
+    deviating = [
+        each
+        for each in kernels
+        if deviates_from_declaration(each) and (constants or not each.is_scaled)
+    ]
     changed = [each for each in constants if each.fault == "constant"]
     # A fresh model can be wrong in every kernel, but not in its biases as well.
     if (
@@ -361,7 +368,7 @@ def _is_wrong_if_trained(finding: Finding, kernels: set[str]) -> bool:
 
 
 def _row(subject: Subject) -> Row:
-    weight, statistics, expected = subject[:3]
+    weight, statistics, expected = subject.weight, subject.statistics, subject.expected
     fan_in, fan_out = weight.fans or (None, None)
     std = statistics.std if statistics.size > 1 else None
     row: Row = {

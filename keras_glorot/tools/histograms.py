@@ -71,23 +71,21 @@ def plotted_histograms(
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
     calls = record(survey, batch, of_tensor=_sample).calls[:-1]
-    if layers is None:
-        calls = [call for call in calls if call.weight is not None][:-1]
-    else:
-        selected = set(layers)
-        calls = [call for call in calls if call.path in selected]
-    if not calls:
+    kernels = [call.path for call in calls if call.weight is not None]
+    selected = set(kernels[:-1] if layers is None else layers)
+    if not selected or not selected <= {call.path for call in calls}:
         raise ValueError(
             "Argument `layers` must name rows of `propagate(model, x)`; without it, there "
             f"must be a hidden layer with a kernel. Received: layers={layers}"
         )
+    calls = [call for call in calls if call.path in selected]
     count = len(calls)
     names, lines = fold_names((call.path for call in calls), 32)
     room = NAMES_DOWN
     if axes is None:
         room = _MOST_NAMES
         height = max(0.3 * min(max(count, 4), 22), 0.11 * min(count * lines, room))
-        axes = new_axes((1, 2), (9, 1.4 + height))
+        axes = new_axes(9, 1.4 + height, columns=2)
     step = -(-count * lines // room)
     _draw_bands(axes[0], "activation", [call.output.value for call in calls])
     _draw_bands(
@@ -129,7 +127,7 @@ def _draw_bands(ax: Any, label: str, samples: Iterable[np.ndarray | None]) -> No
                   norm=LogNorm(_LEAST, 1, clip=True), rasterized=True)  # fmt: skip
     ax.set_xlim(edges[0], edges[-1])
     ax.set_ylim(len(counts) - 0.5, -0.5)
-    ax.xaxis.set_major_locator(AsinhLocator(linear, numticks=5, base=0))
+    ax.set_xticks(AsinhLocator(linear, numticks=5, base=0).tick_values(-reach, reach))
     ax.xaxis.set_major_formatter("{x:.3g}")
     ax.tick_params("x", labelsize=8)
     ax.set_xlabel(label)

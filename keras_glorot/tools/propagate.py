@@ -26,7 +26,7 @@ from keras_glorot._models.passes import (
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey
 from keras_glorot.gains import activation_growth, known_gain
-from keras_glorot.layer_rules import is_normalization
+from keras_glorot.layer_rules import is_normalization, kernel_activation
 from keras_glorot.tables import Finding, Layout, Row, Table
 from keras_glorot.tables.plots import STDS
 
@@ -536,10 +536,11 @@ def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
 
 
 def _level(call: Call) -> float:
-    """The std before the activation, as far as the gain tells."""
+    """The std before the activation: that of the output, if a layer follows that is the
+    activation, else as far as the gain tells."""
     std = call.output.value.moments.std if call.output.value else 1.0
-    gain = known_gain(call.weight.activation if call.weight else None)
-    return std * (gain or 1.0) if std > 0 else 1.0
+    own = kernel_activation(call.weight.owner) if call.weight else None
+    return std * (known_gain(own) or 1.0) if std > 0 else 1.0
 
 
 def _growth(activation: Any, level: float) -> float:

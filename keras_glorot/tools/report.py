@@ -7,6 +7,7 @@ import html
 import importlib
 import importlib.util
 import io
+import os
 import platform
 import re
 import string
@@ -14,7 +15,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ def report(
     y: Any = None,
     loss: Any = None,
     *,
-    path: str | PathLike = "report.html",
+    path: str | os.PathLike = "report.html",
     seed: int = 0,
     before: keras.Layer | None = None,
 ) -> Path:
@@ -135,7 +135,7 @@ def _draw_histograms(survey: Survey, batch: Batch) -> Any:
 
 
 def write_page(
-    path: str | PathLike, name: str, sections: Sequence[Section], command: str
+    path: str | os.PathLike, name: str, sections: Sequence[Section], command: str
 ) -> Path:
     """Writes the page of a model called `name`."""
     path = _check(path)
@@ -158,10 +158,11 @@ def write_page(
     return path
 
 
-def _check(path: str | PathLike) -> Path:
+def _check(path: str | os.PathLike) -> Path:
     """The whole path of a file that can be written, with pictures."""
     checked = Path(path).resolve()
-    if not checked.parent.is_dir() or (checked.exists() and not checked.is_file()):
+    is_taken = os.path.exists(checked) and not os.path.isfile(checked)
+    if is_taken or not os.path.isdir(checked.parent):
         raise ValueError(
             f"Argument `path` must be a file in an existing folder. Received: path={path}"
         )

@@ -4,13 +4,13 @@ import types
 
 from keras_glorot._drawing import stream
 
-NATIVE = stream._native
+NATIVE = stream.native
 KERNELS = ["NumPy"] if NATIVE is None else ["NumPy", *NATIVE.CLONES]
 
 
 def use_kernel(name, monkeypatch):
     if name == "NumPy":
-        monkeypatch.setattr(stream, "_native", None)
+        monkeypatch.setattr(stream, "native", None)
     else:
         number = NATIVE.CLONES.index(name)
         clone = types.SimpleNamespace(
@@ -19,4 +19,4 @@ def use_kernel(name, monkeypatch):
             fill=lambda _, *arguments: NATIVE.fill(number, *arguments),
             multiply=lambda _, *arguments: NATIVE.multiply(number, *arguments),
         )
-        monkeypatch.setattr(stream, "_native", clone)
+        monkeypatch.setattr(stream, "native", clone)
