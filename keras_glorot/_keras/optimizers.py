@@ -1,5 +1,6 @@
 """The first state and the first learning rates of optimizers."""
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._keras.rebuild import ReplayScope
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._keras.tree import attributes, signature, unique
 
@@ -25,8 +25,14 @@ def optimizer_values(
     state = _optimizer_state(original)
     if all(variable is original._iterations for variable in state):
         return [(variable, lambda: 0) for variable in state]
-    scope = ReplayScope()
-    rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
+    try:
+        scope = keras.StatelessScope(initialize_variables=False)
+        rebuilt = backends.outside_traces(_rebuild_optimizer, original, scope)
+    except Exception:  # some make variables of values, which needs a real copy
+        scope = None
+        rebuilt = backends.outside_traces(
+            _rebuild_optimizer, original, contextlib.nullcontext()
+        )
     copies = _optimizer_state(rebuilt)
     if list(map(signature, state)) != list(map(signature, copies)):
         raise ValueError(f"a copy of {original.name} has other variables")
@@ -36,12 +42,12 @@ def optimizer_values(
     ]
 
 
-def _first_value(copy: keras.Variable, scope: ReplayScope) -> Any:
-    value = scope.final_value(copy)
-    return copy.value if value is None else value
+def _first_value(copy: keras.Variable, scope: keras.StatelessScope | None) -> Any:
+    assigned = None if scope is None else scope.get_current_value(copy)
+    return copy.value if assigned is None else assigned
 
 
-def _rebuild_optimizer(original: Any, scope: ReplayScope) -> Any:
+def _rebuild_optimizer(original: Any, scope: Any) -> Any:
     with unmoved_generators():
         copy = type(original).from_config(original.get_config())
         # A LossScaleOptimizer does not always keep its own list.
@@ -84,7 +90,8 @@ def used_learning_rates(
             continue  # a schedule, which follows the steps
         if attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
-        if keras.ops.any(optimizer.iterations):  # with accumulation it is no variable
+        # With accumulated gradients they are no variable.
+        if keras.ops.convert_to_numpy(optimizer.iterations).any():
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
             _first_rates[optimizer] = float(backends.held_value(rate))

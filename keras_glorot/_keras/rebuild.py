@@ -34,7 +34,6 @@ from keras_glorot._keras.tree import (
 __all__ = [
     "BuildValue",
     "NotIsolatedError",
-    "ReplayScope",
     "build_values",
     "may_assign",
     "may_hold_given_vectors",
@@ -89,7 +88,7 @@ def may_assign(layer: keras.Layer) -> bool:
 
 
 def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | None]:
-    """By `id`, what the variables of a layer and of its sublayers are made from.
+    """By `id`, the sources of the variables of a layer and of its sublayers.
 
     That is an initializer, or a `BuildValue` where `build` assigns or makes a variable of a
     value. A copy is built from the layer's attributes: a config can lack something. Only
@@ -126,7 +125,7 @@ class _Rebuild:
 
     def sources(self) -> dict[int, Any]:
         """As `rebuild_sources`; notes which variable is made in which turn."""
-        scope = ReplayScope()
+        scope = _ReplayScope()
         pairs, created, replica = backends.outside_traces(self._build, scope)
         counterparts = {id(copy): variable for variable, copy in pairs}
         counterparts |= {id(copy): variable for variable, copy in replica.stand_ins}
@@ -143,13 +142,13 @@ class _Rebuild:
         return sources
 
     def assigned_values(self) -> dict[int, Any]:
-        """By `id` of the variable, what `build` assigns if the weights are as now."""
-        scope = ReplayScope(self.created)
+        """By `id` of the variable, the value that `build` assigns if the weights stay."""
+        scope = _ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
         return {key: value for key, value in values.items() if value is not None}
 
-    def _build(self, scope: "ReplayScope"):
+    def _build(self, scope: "_ReplayScope"):
         replica = _Replica(self.original)
         # The layer has warned of the same when the original was built.
         ignored = warnings.catch_warnings(action="ignore")
@@ -175,7 +174,7 @@ def _as_built(value: Any, shape: Any, dtype: Any = None) -> Any:
     return value
 
 
-class ReplayScope(keras.StatelessScope):
+class _ReplayScope(keras.StatelessScope):
     """Notes assignments; lets the n-th variable made read as the n-th one given.
 
     A variable can be made of a value, which Keras forbids in such a scope: this thread is
@@ -378,7 +377,7 @@ class _Replica:
         # PyTorch's list of parameters would take in those of the copy.
         parameters = vars(layer).get("_modules", {}).get("_torch_params")
         self.left_out |= {id(parameters)} - {id(None)}
-        # What is made before `__init__`: `build`, and the lists of what Keras tracks.
+        # Made before `__init__`: `build`, and the lists of what Keras tracks.
         fresh = set(vars(copy)) - {"_lock"}
         for name, value in self._kept(vars(layer)):
             if name not in fresh and not name.startswith("_self_"):  # TensorFlow's lists

@@ -94,7 +94,7 @@ def _drawn(survey: Survey) -> dict[int, Weight]:
 
 
 def _plain(weight: Weight, reason: str) -> Start:
-    # What the recurrent kernel of a simple cell gives is added: that is gain enough.
+    # A simple cell adds the output of its recurrent kernel: that is gain enough.
     is_sum = isinstance(weight.owner, keras.layers.SimpleRNNCell)
     gain = 1.0 if is_sum else known_gain(weight.activation) or 1.0
     initializer = GlorotOrthogonal(gain, seed=0)
@@ -238,12 +238,12 @@ class _Network:
                     raise Lost(f"the bias of {layer.name} is not the same for all units")
 
     def activation(self, step: Step) -> Callable[[Any], Any] | None:
-        """What its output goes through, in it or as the step itself."""
+        """The function that its output goes through, in it or as the step itself."""
         return _own_activation(step.operation) or step_activation(step.operation)
 
     def gain(self, number: int) -> float:
-        """What makes up for the activation that a tensor went through last, and for the
-        numbers that it was multiplied by since a kernel made it."""
+        """The factor that makes up for the activation that a tensor went through last, and
+        for the numbers that it was multiplied by since a kernel made it."""
         gain, factor = 1.0, 1.0
         step, is_active = self.graph.makers.get(number), False
         while step and step.inputs and not self._is_new(step):
@@ -261,7 +261,7 @@ class _Network:
         return self.effect(function) if function else None
 
     def _multiple(self, step: Step) -> float:
-        """By what it multiplies."""
+        """The size of the factor by which it multiplies."""
         found = line(step, self.graph)
         return math.sqrt(np.mean(found[0] ** 2)) if found else 1.0
 
