@@ -964,7 +964,7 @@ def test_kernels_that_their_author_scaled_for_a_sine_stay(is_chosen, where):
             np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e30])
+@pytest.mark.parametrize("scale", [2e-38, 1e-30, 1e30])
 def test_no_size_of_the_inputs_makes_kernels_infinite(scale):
     model = mlp(depth=6, activation="relu")
     before = snapshot(model)

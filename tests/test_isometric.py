@@ -371,14 +371,18 @@ def test_units_without_partners_keep_the_std(activation):
 def test_units_of_all_kinds_side_by_side():
     """Each with its own level, also the one without a partner."""
     x = keras.Input((16,))
-    parts = [layers.Dense(16, name) for name in ("elu", "tanh", "relu", "sigmoid")]
-    y = layers.Concatenate()([part(x) for part in (*parts, layers.Dense(7, "selu"))])
+    parts = {name: layers.Dense(16, name) for name in ("elu", "tanh", "relu", "sigmoid")}
+    every = [*parts.values(), layers.Dense(7, "selu")]
+    y = layers.Concatenate()([part(x) for part in every])
     model = keras.Model(x, layers.Dense(78)(y))
     start(model)
-    stds = [4 * np.sqrt(np.mean(values(part.kernel) ** 2)) for part in parts]
     # Glorot's factor, where 16 inputs meet 8 pairs or 16 units.
     wide = math.sqrt(4 / 3)
-    np.testing.assert_allclose(stds, [100 * wide, 0.3, wide, 0.3 * wide], rtol=1e-5)
+    levels = {"elu": 100 * wide, "tanh": 0.3, "relu": wide, "sigmoid": 0.3 * wide}
+    stds = {
+        name: 4 * np.sqrt(np.mean(values(part.kernel) ** 2)) for name, part in parts.items()
+    }
+    assert stds == pytest.approx(levels, rel=1e-5)
     inputs = np.random.default_rng(0).normal(size=(2000, 16))
     assert np.std(call(model, inputs)) == pytest.approx(1, abs=0.2)
     assert not audit(model).findings

@@ -89,6 +89,16 @@ def test_all_float_inputs_count_and_ids_do_not():
     assert found == pytest.approx(48.5 / 6.5**2, rel=0.04)
 
 
+def test_inputs_by_names_in_another_order_than_that_of_the_alphabet():
+    one, other = keras.Input((6,), name="z"), keras.Input((3,), name="a")
+    outputs = layers.Dense(4)(layers.Concatenate()([one, other]))
+    model = fill(keras.Model({"z": one, "a": other}, outputs))
+    found = spread(model, {"z": data(12, 6), "a": data(12, 3)})
+    values = np.linalg.svd(model.layers[-1].kernel, compute_uv=False)
+    expected = np.mean(values**4) / np.mean(values**2) ** 2
+    assert found == pytest.approx(expected, rel=0.2)
+
+
 class Round(layers.Layer):
     """Its gradient is that of the identity, which its values do not show."""
 

@@ -69,8 +69,8 @@ def test_through_what_a_kernel_feeds_the_next():
     flow = flow_of(model)
     assert sources(flow) == {
         "conv": {},
-        "hidden": {"conv": {"normalization", "activation", "pooling", "reshape"}},
-        "last": {"hidden": {"activation"}},
+        "hidden": {"conv": {"normalization", "pooling"}},
+        "last": {"hidden": set()},
     }
     assert layers_that(flow, flow.is_head) == {"last"}
     assert layers_that(flow, flow.feeds_gate) == {"last"}
@@ -184,7 +184,7 @@ def test_kernels_that_a_layer_multiplies_by_itself():
         {},
         {0: set()},
         {1: set()},
-        {2: {"activation"}},
+        {2: set()},
         {3: set()},
     ]
 

@@ -21,7 +21,7 @@ from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import is_wave
 from keras_glorot.layer_rules import is_normalization
 
-__all__ = ["Flow", "Kernel", "Kinds", "flow_of_calls", "flow_of_model"]
+__all__ = ["Flow", "Kernel", "Kinds", "flow_of_calls", "flow_of_graph", "flow_of_model"]
 
 tree: Any = keras.tree
 
@@ -32,17 +32,10 @@ _KINDS = {
     "softmax": ("softmax", "logsoftmax", "exp", "attention", "additiveattention",
                 "dotproductattention"),
     "gate": ("sigmoid", "hardsigmoid", "logsigmoid"),
-    "addition": ("add",),
+    "addition": ("add", "average", "subtract"),
     "product": ("multiply",),
     "concatenation": ("concatenate", "stack", "hstack", "vstack"),
-    "activation": ("activation", "relu", "relu6", "leakyrelu", "prelu", "elu", "selu",
-                   "celu", "gelu", "silu", "hardsilu", "swish", "mish", "tanh", "softplus",
-                   "softsign", "hardtanh", "erf"),
     "wave": ("sin", "cos"),
-    "reshape": ("reshape", "flatten", "permute", "transpose", "expanddims", "squeeze",
-                "moveaxis", "swapaxes", "repeatvector", "getitem", "split", "pad",
-                "broadcastto"),
-    "": ("converttotensor", "cast", "dropout", "identity", "rescaling"),
 }  # fmt: skip
 _KIND_BY_NAME = {name: kind for kind, names in _KINDS.items() for name in names}
 _POOLINGS = ("mean", "max", "sum", "averagepool", "maxpool")
@@ -157,14 +150,13 @@ class Flow(NamedTuple):
 def flow_of_model(survey: Survey, batch: Batch, training: bool) -> Flow:
     """By the graph or, where there is none, by the calls of one pass."""
     graph = _graph(survey, batch)
-    if graph is None:
-        graph = _graph_of_calls(record(survey, batch, training).calls)
-    return _derive(graph, survey)
+    graph = graph or _graph_of_calls(record(survey, batch, training).calls)
+    return flow_of_graph(graph, survey)
 
 
 def flow_of_calls(survey: Survey, batch: Batch, calls: Sequence[Call]) -> Flow:
     """By the graph or, where there is none, by these calls."""
-    return _derive(_graph(survey, batch) or _graph_of_calls(calls), survey)
+    return flow_of_graph(_graph(survey, batch) or _graph_of_calls(calls), survey)
 
 
 def _graph(survey: Survey, batch: Batch) -> Graph | None:
@@ -288,7 +280,7 @@ class _Walk:
         return merged
 
 
-def _derive(graph: Graph, survey: Survey) -> Flow:
+def flow_of_graph(graph: Graph, survey: Survey) -> Flow:
     weights = survey.weights
     # By `id` of layers and of variables: the layer that is called.
     layers: dict[int, Any] = {}
@@ -316,7 +308,9 @@ def _sums(walk: _Walk, kinds: list[Kinds]) -> list[tuple[int, ...]]:
     for step in walk.others:
         terms, total = walk.floats(step), step.outputs[0]
         is_score = any("softmax" in kinds[i] for i in walk.behind[total])
-        if _kind(step) != "addition" or len(terms) < 2 or is_score:
+        # One kernel alone makes no sum, as where a mean is taken off.
+        behind = {frozenset(walk.behind.get(number, {})) for number in terms}
+        if _kind(step) != "addition" or len(behind) < 2 or is_score:
             continue
         depths = [walk.depths.get(number, 0) for number in terms]
         least = min(depths)
@@ -367,7 +361,7 @@ def _name(operation: Any) -> str:
 def _kind(step: Step) -> str:
     """The kind of a step without a kernel; "" where it passes things on."""
     operation, name = step.operation, _name(step.operation)
-    kind = _KIND_BY_NAME.get(name, "unknown")
+    kind = _KIND_BY_NAME.get(name, "")
     if name == "activation":
         return _activation_kind(operation.activation)
     if isinstance(operation, keras.Layer) and is_normalization(operation):
@@ -378,8 +372,9 @@ def _kind(step: Step) -> str:
 
 
 def _activation_kind(activation: Any) -> str:
-    name = getattr(activation, "__name__", "").replace("_", "")
-    if activation is None or name == "linear":
+    name = getattr(activation, "__name__", "")
+    if kind := _KIND_BY_NAME.get(name.replace("_", "")):
+        return kind
+    if activation is None or hasattr(keras.activations, name):
         return ""
-    kind = _KIND_BY_NAME.get(name) or ("wave" if is_wave(activation) else "activation")
-    return kind if kind in ("softmax", "gate", "wave") else "activation"
+    return "wave" if is_wave(activation) else ""

@@ -457,7 +457,8 @@ class _Listener:
             layer for layer in self.survey.layers if loops.get(id(layer), layer) is layer
         ]
         self.expected_calls = len(layers)
-        x = tree.map_structure(self._tap_input, x)
+        # Not by `map_structure`, which may go through a dictionary in another order.
+        x = tree.pack_sequence_as(x, list(map(self._tap_input, tree.flatten(x))))
         return x, {id(layer): self._wrapper(layer) for layer in layers}
 
     def finish(self, batch: Batch, outputs: Any) -> Outcome:
@@ -542,9 +543,10 @@ class _Listener:
 
         That is right for what a layer computes between the layers inside it.
         """
-        known = {self._origin(tensor) for tensor in tensors} - {None}
+        origins = set(map(self._origin, tensors))
+        known = sorted(origin for origin in origins if origin is not None)
         if known or not tensors or not self.calls:
-            return tuple(sorted(known))
+            return tuple(known)
         return (len(self.calls) - 1,)
 
 

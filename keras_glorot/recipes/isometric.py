@@ -16,6 +16,7 @@ A kernel makes pairs only if everything that its output reaches can take them. S
 """
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,9 @@ from keras_glorot._drawing.mirrored import Mirror, Side
 from keras_glorot._keras.calls import error_reason
 from keras_glorot._keras.graph import Graph, Step, trace
 from keras_glorot._models.kernel_maps import Map, depthwise_kernel, kernel_map
+from keras_glorot._models.kernels import flow_of_graph
 from keras_glorot._models.pairs import (
+    Effect,
     Lost,
     Pairs,
     is_sum,
@@ -40,7 +43,7 @@ from keras_glorot._models.pairs import (
     through,
 )
 from keras_glorot._models.survey import Survey, Weight
-from keras_glorot.gains import is_wave, known_gain
+from keras_glorot.gains import known_gain
 from keras_glorot.initializers import GlorotOrthogonal
 from keras_glorot.layer_rules import is_normalization, kernel_matrices, layer_activation
 from keras_glorot.recipes._start import Start, Starts
@@ -58,7 +61,7 @@ def isometric(survey: Survey) -> Starts:
     drawn = _drawn(survey)
     try:
         graph = trace(survey)
-        network = _Network(graph, survey)
+        network = _Network(graph, survey, drawn)
         plans, chosen = _plan(network), network.chosen
         depthwise = _depthwise_kernels(graph)
     except Exception as error:  # from a layer of the user: anything
@@ -188,45 +191,28 @@ def _plan(network: "_Network") -> dict[int, _Plan]:
 class _Network:
     """A graph with what is asked of its steps again and again."""
 
-    def __init__(self, graph: Graph, survey: Survey):
-        self.graph = graph
-        self.survey, self.drawn = survey, set(_drawn(survey))
-        self.maps: list[tuple[Step, Map]] = []
-        self.map_of: dict[int, Map] = {}  # by id of the step
-        for step in graph.steps:
-            found = kernel_map(step, graph)
-            if found is not None:
-                self.maps.append((step, found))
-                self.map_of[id(step)] = found
+    def __init__(self, graph: Graph, survey: Survey, drawn: dict[int, Weight]):
+        self.graph, self.survey = graph, survey
+        self.flow = flow_of_graph(graph, survey)
+        found = [(step, kernel_map(step, graph)) for step in graph.steps]
+        self.maps = [(step, own) for step, own in found if own is not None]
+        self.map_of = {id(step): own for step, own in self.maps}
         self.effect = functools.cache(measure_effect)
-        self.is_wave = functools.cache(is_wave)
-        self.chosen = set(self._find_chosen())
-        self.drawn -= self.chosen
+        # By `id`, the kernels that their author scaled for a periodic activation.
+        self.chosen = {
+            key
+            for key, weight in drawn.items()
+            if weight.is_scale_chosen and self.flow.feeds_wave(weight.owner)
+        }
+        self.drawn = drawn.keys() - self.chosen
         self.used_elsewhere = self._find_used_elsewhere()
-
-    def _find_chosen(self) -> Iterator[int]:
-        """By `id`, the kernels that their author scaled for a periodic activation."""
-        weights = _drawn(self.survey)
-        for step, own in self.maps:
-            weight = weights.get(id(own.variable))
-            if weight and weight.is_scale_chosen and self._feeds_wave(step):
-                yield id(own.variable)
-
-    def _feeds_wave(self, step: Step) -> bool:
-        function = self.activation(step)
-        if function is not None:
-            return self.is_wave(function)
-        return any(
-            self._feeds_wave(consumer)
-            for consumer in self.graph.consumers(step.outputs[0])
-            if self.activation(consumer) or line(consumer, self.graph)
-        )
 
     def _find_used_elsewhere(self) -> set[int]:
         """By `id`, the variables that not only their own layer uses, in its own way."""
         found = set(self.graph.read)
         for step in self.graph.steps:
-            used = [each for each in tree.flatten(step.arguments) if _is_variable(each)]
+            arguments = tree.flatten(step.arguments)
+            used = [each for each in arguments if isinstance(each, keras.Variable)]
             if isinstance(step.operation, keras.Layer):
                 own = self.map_of.get(id(step))
                 kernels = [own and own.variable, depthwise_kernel(step.operation)]
@@ -255,86 +241,68 @@ class _Network:
         """The function that its output goes through, in it or as the step itself."""
         return _own_activation(step.operation) or step_activation(step.operation)
 
-    def gains(self) -> list[float]:
-        """Of each tensor, the factor that makes up for the activation that it went through
-        last, and for the numbers that it was multiplied by since a kernel made it."""
-        gains = [1.0] * len(self.graph.tensors)
-        factors: dict[int, float] = {}  # of what a kernel made
-        for step in self.graph.steps:
-            function = self.activation(step)
-            effect = function and self.effect(function)
-            gain, factor = 1.0, None
+    def gain(self, number: int) -> float:
+        """The factor that makes up for the activation that a tensor went through last, and
+        for the numbers that it was multiplied by since a kernel made it."""
+        gain, factor = 1.0, 1.0
+        step, is_active = self.graph.makers.get(number), False
+        while step and step.inputs and not self._is_new(step):
+            effect = self._effect(step)
+            if effect and not is_active:
+                gain, is_active = effect.gain, True
             if id(step) in self.map_of:
-                factor = 1.0
-            elif step.inputs and not self._is_new(step):
-                gain = gains[step.inputs[0]]
-                factor = self._multiplied(factors.get(step.inputs[0]), step)
-            if effect:
-                gain = effect.gain
-            for number in step.outputs:
-                gains[number] = gain
-                if factor is not None:
-                    factors[number] = factor
-        return [gain / factors.get(number, 1.0) for number, gain in enumerate(gains)]
+                return gain / factor
+            factor *= self._multiple(step)
+            step = self.graph.makers.get(step.inputs[0])
+        return gain
 
-    def _multiplied(self, factor: float | None, step: Step) -> float | None:
+    def _effect(self, step: Step) -> Effect | None:
+        function = self.activation(step)
+        return self.effect(function) if function else None
+
+    def _multiple(self, step: Step) -> float:
+        """The size of the factor by which it multiplies."""
         found = line(step, self.graph)
-        if factor is None or found is None:
-            return factor
-        return factor * math.sqrt(np.mean(found[0] ** 2))
+        return math.sqrt(np.mean(found[0] ** 2)) if found else 1.0
 
     def _is_new(self, step: Step) -> bool:
         return is_normalization(step.operation) or is_sum(step)
 
+    def _onward(self, step: Step) -> Iterator[Step]:
+        """A kernel, and what its output goes through before the next one."""
+        while True:
+            yield step
+            consumers = self.graph.consumers(step.outputs[0])
+            if not consumers or id(consumers[0]) in self.map_of:
+                return
+            step = consumers[0]
+
     def level(self, step: Step) -> float:
         """The std of its output with which the activation after it has the right one."""
         factor = 1.0
-        while (function := self.activation(step)) is None:
-            consumers = self.graph.consumers(step.outputs[0])
-            if not consumers or id(consumers[0]) in self.map_of:
-                return 1.0
-            step = consumers[0]
-            factor = self._multiplied(factor, step) or factor
-        effect = self.effect(function)
-        return effect.level / factor if effect else 1.0
+        for each in self._onward(step):
+            factor *= self._multiple(each)
+            if effect := self._effect(each):
+                return effect.level / factor
+        return 1.0
 
     def scales(self) -> dict[int, float]:
         """By `id` of the step, the factor on a kernel: on the ends of branches."""
-        ends = self._branch_ends()
-        # Outputs of ReLU and the like have a mean, and means add up faster than noise.
-        powers = {end: 1.0 if has_mean else 0.5 for end, has_mean in ends.items()}
-        return {end: len(ends) ** -power for end, power in powers.items()}
+        ends = {i for ends in self.flow.sums for i in ends}
+        kernels = [self.flow.kernels[i] for i in ends]
+        layers = [id(each.layer) for each in kernels if "product" not in each.kinds]
+        scales = {}
+        for step, _ in self.maps:
+            if id(step.operation) in layers:
+                # Outputs of ReLU and the like have a mean, and means add up faster.
+                power = 1.0 if self._gives_mean(step) else 0.5
+                scales[id(step)] = len(layers) ** -power
+        return scales
 
-    def _branch_ends(self) -> dict[int, bool]:
-        """By `id`, the kernels whose output is added to the input of their branch.
-
-        Also whether an activation between makes it have a mean.
-        """
-        ends = {}
-        for total in self.graph.steps:
-            if is_sum(total):
-                for number in total.inputs:
-                    end, has_mean = self._last_kernel(number)
-                    others = set(total.inputs) - {number}
-                    if end and self.graph.ancestors(end) & others:
-                        ends[id(end)] = has_mean
-        return ends
-
-    def _last_kernel(self, number: int) -> tuple[Step | None, bool]:
-        """The kernel that made a tensor, without what undoes its scale after it."""
-        step, has_mean = self.graph.makers.get(number), False
-        while step and id(step) not in self.map_of:
-            operation, function = step.operation, step_activation(step.operation)
-            is_open = len(step.inputs) == 1 and not is_normalization(operation)
-            if not is_open or (function and self.effect(function) is None):
-                return None, False
-            has_mean |= self._gives_mean(function)
-            step = self.graph.makers.get(step.inputs[0])
-        return step, has_mean or bool(step and self._gives_mean(self.activation(step)))
-
-    def _gives_mean(self, function: Callable[[Any], Any] | None) -> bool:
-        effect = function and self.effect(function)
-        return bool(effect) and not effect.is_odd
+    def _gives_mean(self, step: Step) -> bool:
+        """Whether an activation that is not odd stands between a kernel and a sum."""
+        before = itertools.takewhile(lambda each: not is_sum(each), self._onward(step))
+        return any(effect and not effect.is_odd for effect in map(self._effect, before))
 
 
 class _Attempt:
@@ -374,9 +342,7 @@ class _Attempt:
         """The steps whose kernels take its pairs, and these as they come in."""
         arrived: list[tuple[Step, Pairs]] = []
         own = _own_activation(step.operation)
-        if own is not None:
-            pairs = self._activated(pairs, own, False)
-        waiting = [(step.outputs[0], pairs, own is not None)]
+        waiting = [(step.outputs[0], *self._activated(pairs, own, False))]
         while waiting:
             number, pairs, is_active = waiting.pop()
             if number in self.graph.outputs:
@@ -397,7 +363,7 @@ class _Attempt:
         """The pairs after a step, or before its kernel; whether an activation was met."""
         function = step_activation(step.operation)
         if function is not None:
-            return self._activated(pairs, function, is_active), True
+            return self._activated(pairs, function, is_active)
         kernel, own = depthwise_kernel(step.operation), self.network.map_of.get(id(step))
         if kernel is not None:
             if id(kernel) not in self.network.drawn:
@@ -412,23 +378,22 @@ class _Attempt:
         if kernel is None:
             return through(step, self.graph, number, pairs), is_active
         self.network.check_bias(step.operation)
-        function = _own_activation(step.operation)
-        if function is None:
-            return pairs, is_active
-        return self._activated(pairs, function, is_active), True
+        return self._activated(pairs, _own_activation(step.operation), is_active)
 
     def _activated(
-        self, pairs: Pairs, function: Callable[[Any], Any], is_active: bool
-    ) -> Pairs:
+        self, pairs: Pairs, function: Callable[[Any], Any] | None, is_active: bool
+    ) -> tuple[Pairs, bool]:
+        if function is None:
+            return pairs, is_active
         effect = self.network.effect(function, float(np.abs(pairs.slope).max()))
         if effect is None:
             raise Lost("its activation mixes units, is even, or can't be measured")
         if is_active:
             if effect.is_idempotent:
-                return pairs
+                return pairs, True
             raise Lost("a second activation follows")
         pairs = pairs.separated() if effect.is_odd else pairs.without_single()
-        return pairs.times(effect.slope)
+        return pairs.times(effect.slope), True
 
     def refuse(self) -> dict[int, str]:
         """The kernels whose pairs not all calls of a shared kernel can send or take."""
@@ -451,7 +416,7 @@ class _Attempt:
         return functools.reduce(Pairs.merged, arrived) if arrived else None
 
     def plans(self) -> dict[int, _Plan]:
-        gains, scales = self.network.gains(), self.network.scales()
+        scales = self.network.scales()
         plans: dict[int, _Plan] = {}
         for step, own in self.network.maps:
             key = id(own.variable)
@@ -460,15 +425,11 @@ class _Attempt:
                     own,
                     self._taken(step),
                     self.made.get(key),
-                    gains[step.inputs[0]],
+                    self.network.gain(step.inputs[0]),
                     scales.get(id(step), 1.0),
                     self.reasons.get(key, ""),
                 )
         return plans
-
-
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, keras.Variable)
 
 
 def _own_activation(layer: Any) -> Callable[[Any], Any] | None:

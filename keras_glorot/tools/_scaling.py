@@ -208,7 +208,7 @@ class ScalingPasses:
     """Passes over a model, all by one program: on a batch, at a level or with factors."""
 
     def __init__(self, survey: Survey, layers: list[ScaledLayer], training: bool):
-        self.survey, self.layers = survey, layers
+        self.layers = layers
         self.recorder = Recorder(survey, training, self._start, self._finish)
         self.passes = 0
 

@@ -327,7 +327,7 @@ def _candidates(
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
         aims = _aims(was.seen, level)
         attempt = _scale(run, half, level, aims, None if flow.sums else most)
-        _check_finite(run.survey.root, was.seen, attempt.seen)
+        _check_finite(run.recorder.survey.root, was.seen, attempt.seen)
         drift = attempt.change.drift
         if _is_starved(attempt):
             yield attempt
