@@ -63,16 +63,23 @@ def build_values(sources: list[BuildValue]) -> list[Any]:
     return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
-def may_hold_given_vectors(layer: keras.Layer, variable: keras.Variable) -> bool:
+def may_hold_given_vectors(
+    layer: keras.Layer, variable: keras.Variable, is_in_graph: bool
+) -> bool:
     """Whether an `Embedding` may have got these values as its argument `weights`.
 
     Keras keeps no trace of the argument, but it makes the layer build itself at once: no
-    shape is known then, and no other layer is being built.
+    shape is known then, and no other layer is being built, unless a model is loaded.
+
+    Args:
+        layer: The layer.
+        variable: Its weight.
+        is_in_graph: Whether it stands in a graph of Keras, which builds layers on shapes.
     """
     return (
         isinstance(layer, keras.layers.Embedding)
         and variable.name == "embeddings"
-        and variable.path == f"{layer.name}/embeddings"
+        and (is_in_graph or variable.path == f"{layer.name}/embeddings")
         and layer.get_build_config() == {"shapes_dict": {}}
     )
 
