@@ -179,7 +179,7 @@ def _is_code(text: str) -> bool:
     return is_code is not None and not os.path.exists(text)
 
 
-# By option, what can be a value of it, and how many it takes at most.
+# By option, the form of its values, and how many it takes at most.
 _VALUES: dict[str, tuple[Callable[[str], bool], int | None]] = {
     "--ignore": (_is_code, None),
     "--only": (_is_code, None),
@@ -240,7 +240,7 @@ def _gain(text: str) -> float | str:
     return text
 
 
-# What TensorFlow's libraries write while they are loaded: no level of logging holds yet.
+# Lines of TensorFlow's libraries while they are loaded: no level of logging holds yet.
 _LOG_LINE = re.compile(r"WARNING: All log messages before absl::|[IWE]\d{4} \d\d")
 
 

@@ -19,10 +19,10 @@ FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL
 SHIM = "https://unpkg.com/iframe-worker/shim"
 # From one notebook to another. The plugin leaves it as it is, to the file.
 NOTEBOOK_LINK = re.compile(r'(<a href="\w+)\.ipynb(?=["#])')
-# What Jupyter writes beside a cell, and on its copy button.
+# The texts that Jupyter puts beside a cell and on its copy button.
 BESIDE_CELL = re.compile(r'<(?=(?:div class="jp-\w+Prompt|span class="notice"))(\w+)')
 DOWNLOAD = '<p><a href="{}.ipynb" download>Download this notebook, with its checks</a></p>'
-# What stands for the text of a picture that has none.
+# The text of a picture that has none.
 NO_TEXT = "No description has been provided for this image"
 PICTURE = re.compile(r'\b(src|srcset)="docs/')
 MATHJAX = re.compile(r"<script[^>]*mathjax.*?</script>", re.DOTALL | re.IGNORECASE)
@@ -47,7 +47,7 @@ def on_page_content(html: str, page, config, files) -> str:
 
 
 def on_post_template(output: str, template_name: str, config) -> str:
-    """404.html is sent for any path: what it needs has to be asked from the root."""
+    """404.html is sent for any path: it has to ask for its files from the root."""
     root = urlsplit(config.site_url or "/").path.rstrip("/")
     return output.replace(SHIM, f"{root}/assets/iframe-worker/shim.js")
 

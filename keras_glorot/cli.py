@@ -39,6 +39,9 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command that was asked for, and returns the exit code."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        # A model that was compiled and has made no step: it has no state to be loaded.
+        text = "Skipping variable loading .* saved optimizer has [12] variables"
+        warnings.filterwarnings("ignore", text)
         try:
             return _COMMANDS[options.command](options)
         except Exception as error:
@@ -158,14 +161,10 @@ def _load(name: str) -> Any:
     if os.path.exists(name):
         if not zipfile.is_zipfile(name):
             raise ValueError(f"MODEL must be a whole .keras file. Received: {name}")
-        with warnings.catch_warnings():
-            # Compiled, but it has made no step: it has no state to be loaded.
-            text = "Skipping variable loading .* saved optimizer has [12] variables"
-            warnings.filterwarnings("ignore", text)
-            try:
-                return keras.saving.load_model(name, safe_mode=True)
-            except Exception as error:  # a damaged file makes Keras raise anything
-                raise ValueError(error_reason(error) + _other_keras(name)) from error
+        try:
+            return keras.saving.load_model(name, safe_mode=True)
+        except Exception as error:  # a damaged file makes Keras raise anything
+            raise ValueError(error_reason(error) + _other_keras(name)) from error
     architectures = {
         name: build for name, build in vars(keras.applications).items() if callable(build)
     }

@@ -106,7 +106,7 @@ def fan_of(fans: Fans, mode: str) -> float:
 
 def standardize_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple of plain ints."""
-    if isinstance(shape, list | tuple) and None in shape:
+    if isinstance(shape, list | tuple) and any(size is None for size in shape):
         raise ValueError(
             "Argument `shape` must be fully defined: a kernel can't be drawn before "
             f"all its sizes are known. Received: shape={shape}"

@@ -95,6 +95,9 @@ def calculate_gain(
     - [Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)
     - [He et al., 2015](https://arxiv.org/abs/1502.01852)
     """
+    if isinstance(nonlinearity, keras.Layer) and not nonlinearity.built:
+        # A call would build it, and not for the shape that it will see.
+        nonlinearity = type(nonlinearity).from_config(nonlinearity.get_config())
     name = _name(nonlinearity)
     slope = _slope(name, param)
     if name == "leaky_relu":
@@ -102,12 +105,6 @@ def calculate_gain(
         return 1 / math.sqrt(moment)
     if name in _TABLE and not exact:
         return _TABLE[name]
-    if name in _COUPLING:
-        raise ValueError(
-            "Argument `nonlinearity` must act on each unit alone, but this one mixes the "
-            "units of a layer, so it has no gain: use 1.0 before it. "
-            f"Received: nonlinearity={nonlinearity}"
-        )
     if name is not None:
         return _gain_by_name(name)
     assert callable(nonlinearity)  # every string has a name
@@ -283,6 +280,7 @@ def _evaluate(function: Callable[[Any], Any], count: int) -> np.ndarray:
     if not is_alone or not np.allclose(values[some], call(points[some])):
         raise ValueError(
             "Argument `nonlinearity` must act element by element: one number in, one "
-            f"number out, whatever the others are. Received: nonlinearity={function}"
+            "number out, whatever the others are. Before one that mixes the units of a "
+            f"layer use a gain of 1. Received: nonlinearity={function}"
         )
     return values

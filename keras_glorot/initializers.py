@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_glorot import _backends as backends
-from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.stream import WEIGHT_DTYPES
 from keras_glorot._keras.call_site import (
     CallSite,
     current_call_site,

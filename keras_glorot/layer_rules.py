@@ -244,9 +244,10 @@ def layer_activation(layer: Any) -> Activation | None:
             return layer.activation
         case keras.layers.ReLU(negative_slope=0, threshold=0, max_value=None):
             return keras.activations.relu
-        case keras.layers.PReLU():
-            start = getattr(layer.alpha_initializer, "value", 0.0)
+        case keras.layers.PReLU(alpha_initializer=keras.initializers.Constant(value=start)):
             return _leaky_relu(float(np.mean(start)))
+        case keras.layers.PReLU():
+            return keras.activations.relu  # its slopes start at zero, or nearly so
         case keras.layers.ReLU() | keras.layers.LeakyReLU() | keras.layers.ELU():
             return layer.call
         case keras.layers.Softmax():
@@ -257,8 +258,6 @@ def layer_activation(layer: Any) -> Activation | None:
 @functools.cache
 def _leaky_relu(slope: float) -> Activation:
     """One function for one slope, so that layers can be compared."""
-    if slope == 0:
-        return keras.activations.relu
     return functools.partial(keras.activations.leaky_relu, negative_slope=slope)
 
 

@@ -826,11 +826,7 @@ def test_an_interrupt_at_any_line_after_the_passes_leaves_the_kernels(monkeypatc
         (lambda: (len, data(2, 12)), TypeError, "Argument `model` must be a Keras"),
         (lambda: (layers.Dense(2), data(2, 12)), ValueError, "`model` must be built"),
         (lambda: (mlp(), data(3, 12)), ValueError, "several examples"),
-        (  # on JAX, which has floats alone, it is infinite
-            lambda: (mlp(), np.float64(data(9, 12)) * 1e300),
-            ValueError,
-            "range of float32|must be finite",
-        ),
+        (lambda: (mlp(), np.float64(data(9, 12)) * 1e300), ValueError, "must be finite"),
         (lambda: (mlp(), np.ones((9, 12))), ValueError, "all examples alike"),
         (lambda: (mlp(), data(2, 12) * np.inf), ValueError, "`x` must be finite"),
         (lambda: (mlp(), data(4, 13)), ValueError, r"`x` must .* \(4, 13\)"),

@@ -67,8 +67,9 @@ EXACT = {
     "tanh": (np.tanh, []),
     "tanh_shrink": (lambda z: z - np.tanh(z), []),
 }
-# What Keras offers beyond: these mix units, need arguments, or are no functions.
-NO_GAIN = {"glu", "softmax", "log_softmax", "sparsemax", "threshold"}
+# Beyond these Keras has some that mix the units of a layer, and one with arguments.
+MIXING = [(name,) for name in ("glu", "log_softmax", "softmax", "sparsemax")]
+NO_GAIN = {name for (name,) in MIXING} | {"threshold"}
 
 
 def integral(f, kinks):
@@ -156,6 +157,13 @@ def test_callables():
     assert calculate_gain(lambda z: 2 * z) == 0.5
 
 
+def test_a_layer_is_not_built_by_asking_for_its_gain():
+    layer = keras.layers.PReLU(keras.initializers.Constant(0.3))
+    assert calculate_gain(layer) == pytest.approx(calculate_gain("leaky_relu", 0.3))
+    assert layer(np.ones((2, 5), "float32")).shape == (2, 5)
+    assert tuple(layer.alpha.shape) == (5,)
+
+
 def test_selu_normalizes_itself_at_its_exact_gain():
     """50 layers hold the signal; with PyTorch's 3/4 they let it fall to a fifth."""
     assert calculate_gain("selu") == 0.75
@@ -208,7 +216,8 @@ def test_activation_gain():
     ("arguments", "message"),
     [
         (("no_such_function",), "Argument `nonlinearity` must be the name"),
-        (("softmax",), "must act on each unit alone.*Received: nonlinearity=softmax"),
+        # (Keras's sparsemax is zero on many points.)
+        *((name, "element by element.*a gain of 1|must not be zero") for name in MIXING),
         (("relu", 0.1), "Argument `param` must be left out"),
         (("leaky_relu", math.nan), "Argument `param` must be a finite number"),
         (("leaky_relu", "0.1"), "Argument `param` must be a finite number"),

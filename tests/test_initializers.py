@@ -416,6 +416,7 @@ def test_axes_that_do_not_fit_the_shape(cls, axes):
         ((2.0, 3), TypeError),
         (("a", 3), TypeError),
         ((True, 3), TypeError),
+        ([np.ones(2), 3], TypeError),
         (5, TypeError),
         (None, TypeError),
     ],

@@ -107,4 +107,4 @@ def test_no_spread_where_it_can_not_be_told():
     assert spread(fill(keras.Sequential(steps)), data(16, 12)) is None
     zero = tanh_net(2, 4)
     zero.layers[0].kernel.assign(np.zeros((12, 20)))
-    assert spread(zero, np.zeros((8, 12))) is None
+    assert spread(zero, data(8, 12)) is None

@@ -717,6 +717,7 @@ class Stop(keras.layers.Layer):
         (lambda: (mlp(), data(0, 12)), ValueError, r"at least one example.*\(0, 12\)"),
         (lambda: (mlp(), [[1.0] * 12]), ValueError, "at least one example"),
         (lambda: (mlp(), data(2, 12) * np.nan), ValueError, "`x` must be finite"),
+        (lambda: (mlp(), np.float64(data(2, 12)) * 1e300), ValueError, "must be finite"),
         (lambda: (mlp(), np.zeros((2, 12))), ValueError, "`x` must hold data"),
         (lambda: (mlp(), data(2, 12), data(2, 4)), ValueError, "given together"),
         (lambda: (mlp(), data(2, 12), None, "mse"), ValueError, "given together"),

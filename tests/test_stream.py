@@ -554,7 +554,7 @@ def test_small_shapes(shape):
 
 
 def run_python(source, **environment):
-    """What a new process prints that imports `stream` without the package around it."""
+    """The output of a new process that imports `stream` without the package around it."""
     folder = str(pathlib.Path(stream.__file__).parent.parent)
     bare = (
         "import sys, types; package = types.ModuleType('keras_glorot'); "

@@ -169,7 +169,8 @@ def differentiator(run: Run) -> Differentiator:
     differentiate in the context: there they may call layers again.
 
     Returns:
-        A function of the arguments: the signals of all taps, and the extras as arrays.
+        A function of the arguments, which fills the signals of all taps and returns the
+        extras as arrays.
     """
     raise RuntimeError("Gradients need KERAS_BACKEND to be tensorflow, jax or torch.")
 

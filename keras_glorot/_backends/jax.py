@@ -18,7 +18,6 @@ from jax.experimental import multihost_utils
 from keras_glorot._backends import common
 from keras_glorot._backends.signals import (
     Differentiator,
-    Results,
     Run,
     Signal,
     Summary,
@@ -125,7 +124,7 @@ def check_same(variable: keras.Variable, value: Any) -> None:
     if spans and _is_local(value) and not _is_same(np.asarray(value)):
         raise ValueError(
             f"The new value of {variable.path} must be the same in each process: give "
-            "what makes it a seed. Received: values that differ from process to process"
+            "its initializer a seed. Received: values that differ from process to process"
         )
 
 
@@ -271,7 +270,7 @@ def readable(tensor: Any) -> Any:
 
 
 def differentiator(run: Run) -> Differentiator:
-    taps: list[tuple[Summary | None, Summary, Any]] = []
+    taps: list[tuple[Signal, Summary | None, Summary, Any]] = []
 
     def objective(probes: Sequence[Any], *arguments: Any) -> Any:
         """A tensor that a probe is added to has the gradient of the probe."""
@@ -279,10 +278,11 @@ def differentiator(run: Run) -> Differentiator:
         taps.clear()
 
         def tap(tensor, of_value, of_gradient):
+            signal = Signal()
             probe = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
-            taps.append((of_value, of_gradient, probe))
+            taps.append((signal, of_value, of_gradient, probe))
             values.append(tensor if of_value else None)
-            return tensor + next(rest, 0), len(taps) - 1
+            return tensor + next(rest, 0), signal
 
         with run(tap, *arguments) as (target, extras):
             return target, (values, extras)
@@ -298,18 +298,14 @@ def differentiator(run: Run) -> Differentiator:
         options: Any = {"xla_backend_optimization_level": 0}
         return jax.jit(program, compiler_options=options, out_shardings=placement)
 
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         arguments, placement = _with_all_processes(arguments)
         gradients, (values, extras) = compiled(placement)(*arguments)
-        signals = []
-        for of_value, of_gradient, _ in taps:  # frees each as it goes
+        for signal, of_value, of_gradient, _ in taps:  # frees each as it goes
             value, gradient = values.pop(0), gradients.pop(0)
-            signals.append(
-                Signal(
-                    of_value and of_value(to_numpy(value)), of_gradient(to_numpy(gradient))
-                )
-            )
-        return signals, list(map(to_numpy, extras))
+            signal.value = of_value and of_value(to_numpy(value))
+            signal.gradient = of_gradient(to_numpy(gradient))
+        return list(map(to_numpy, extras))
 
     return differentiate
 

@@ -1,8 +1,9 @@
-"""Arguments and results of differentiators, which tap tensors on their way and back."""
+"""Taps of differentiators: they look at tensors on their way, and at their gradients."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -11,7 +12,6 @@ __all__ = [
     "Differentiator",
     "EagerSignals",
     "Outcome",
-    "Results",
     "Run",
     "Signal",
     "Summary",
@@ -25,52 +25,52 @@ Tensor = Any
 Summary = Callable[[np.ndarray], Any]
 
 
-class Signal(NamedTuple):
-    """Summaries of one tensor's values and of its gradient."""
+@dataclasses.dataclass
+class Signal:
+    """Summaries of one tensor's values and of its gradient, there after the pass."""
 
-    value: Any
-    gradient: Any
+    value: Any = None
+    gradient: Any = None
 
 
 class Tap(Protocol):
-    """Hands a tensor on; its summaries are in the result at the position returned."""
+    """Hands a tensor on, with the signal that its summaries will be in."""
 
     def __call__(
         self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary
-    ) -> tuple[Tensor, int]: ...
+    ) -> tuple[Tensor, Signal]: ...
 
 
 Outcome = tuple[Tensor, list[Tensor]]  # the objective and extras
 Run = Callable[..., contextlib.AbstractContextManager[Outcome]]  # of a tap and arguments
-Results = tuple[list[Signal], list[np.ndarray]]  # all taps, and the extras
-Differentiator = Callable[..., Results]  # of the arguments
+Differentiator = Callable[..., list[np.ndarray]]  # of the arguments: the extras
 
 
 class EagerSignals:
     """Summarizes values as they come, and gradients as they come back."""
 
     def __init__(self) -> None:
-        self.taps: list[tuple[Any, tuple[int, ...], Summary]] = []
-        self.gradients: dict[int, Any] = {}
+        self.taps: list[tuple[Signal, tuple[int, ...], Summary]] = []
         self.is_called = False  # before, gradients are those of derivatives in the model
 
-    def see(self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary) -> int:
-        value = of_value and of_value(to_numpy(tensor))
-        self.taps.append((value, tuple(tensor.shape), of_gradient))
-        return len(self.taps) - 1
+    def see(
+        self, tensor: Tensor, of_value: Summary | None, of_gradient: Summary
+    ) -> tuple[Signal, Callable[[Tensor], None]]:
+        """The signal, and the function to call with the gradient."""
+        signal = Signal(of_value and of_value(to_numpy(tensor)))
+        self.taps.append((signal, tuple(tensor.shape), of_gradient))
 
-    def see_gradient(self, position: int, gradient: Tensor) -> None:
-        if not self.is_called:
-            return
-        of_gradient = self.taps[position][2]
-        self.gradients[position] = of_gradient(to_numpy(gradient))
+        def see_gradient(gradient: Tensor) -> None:
+            if self.is_called:
+                signal.gradient = of_gradient(to_numpy(gradient))
 
-    def results(self, extras: list[Tensor]) -> Results:
-        for position, (_, shape, of_gradient) in enumerate(self.taps):
-            if position not in self.gradients:  # the objective does not depend on it
-                self.gradients[position] = of_gradient(np.zeros(shape, np.float32))
-        signals = [Signal(tap[0], self.gradients[i]) for i, tap in enumerate(self.taps)]
-        return signals, list(map(to_numpy, extras))
+        return signal, see_gradient
+
+    def finish(self) -> None:
+        """Where the objective does not depend on a tensor, its gradient is zero."""
+        for signal, shape, of_gradient in self.taps:
+            if signal.gradient is None:
+                signal.gradient = of_gradient(np.zeros(shape, np.float32))
 
 
 def is_float(value: Any) -> bool:

@@ -15,9 +15,9 @@ from keras_glorot._backends import common
 from keras_glorot._backends.signals import (
     Differentiator,
     EagerSignals,
-    Results,
     Run,
     is_float,
+    to_numpy,
 )
 from keras_glorot._backends.traced import Program
 
@@ -55,7 +55,7 @@ def is_tracing() -> bool:
 
 
 def current_trace() -> Any:
-    try:  # what is called again on the way back is recorded by no tape now
+    try:  # a call that is repeated on the way back is recorded by no tape now
         from tensorflow.python.eager.record import could_possibly_record
     except ImportError:
         return tf.executing_eagerly()
@@ -133,21 +133,21 @@ program = _Program()
 
 
 def differentiator(run: Run) -> Differentiator:
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         seen = EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor, of_value, of_gradient)
+            signal, see_gradient = seen.see(tensor, of_value, of_gradient)
 
             @tf.custom_gradient
             def identity(tensor):
                 def gradient(upstream):
-                    seen.see_gradient(position, tf.convert_to_tensor(upstream))
+                    see_gradient(tf.convert_to_tensor(upstream))
                     return upstream
 
                 return tf.identity(tensor), gradient
 
-            return identity(tensor), position
+            return identity(tensor), signal
 
         watched: Any = keras.tree.map_structure(
             lambda each: tf.convert_to_tensor(each) if is_float(each) else each, arguments
@@ -163,7 +163,8 @@ def differentiator(run: Run) -> Differentiator:
                 objective, extras = stack.enter_context(run(tap, *watched))
             seen.is_called = True
             tape.gradient(objective, sources)
-            return seen.results(extras)
+            seen.finish()
+            return list(map(to_numpy, extras))
 
     return differentiate
 

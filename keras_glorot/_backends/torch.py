@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from keras_glorot._backends.signals import Differentiator, EagerSignals, Results, Run
+from keras_glorot._backends.signals import Differentiator, EagerSignals, Run, to_numpy
 from keras_glorot._backends.values import Values
 
 untouched = torch.compiler.disable
@@ -84,13 +84,12 @@ def unmoved_generators() -> contextlib.AbstractContextManager[Any]:
 
 
 def differentiator(run: Run) -> Differentiator:
-    def differentiate(*arguments: Any) -> Results:
+    def differentiate(*arguments: Any) -> list[np.ndarray]:
         seen = EagerSignals()
 
         def tap(tensor, of_value, of_gradient):
-            position = seen.see(tensor.detach(), of_value, of_gradient)
-            see_gradient = functools.partial(seen.see_gradient, position)
-            return _Identity.apply(tensor, leaf, see_gradient), position
+            signal, see_gradient = seen.see(tensor.detach(), of_value, of_gradient)
+            return _Identity.apply(tensor, leaf, see_gradient), signal
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -103,7 +102,8 @@ def differentiator(run: Run) -> Differentiator:
             seen.is_called = True
             if objective.requires_grad:
                 torch.autograd.grad(objective, leaf, allow_unused=True)
-            return seen.results(extras)
+            seen.finish()
+            return list(map(to_numpy, extras))
 
     return differentiate
 

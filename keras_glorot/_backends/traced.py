@@ -55,7 +55,7 @@ class Program:
         key = self._key(form, shape, dtype, seed_words)
         key = [keras.ops.convert_to_tensor(word, "uint32") for word in key]
         drawn = self.compiled(values)(*key)
-        if dtype == "float64":  # not in what TensorFlow compiles: its bits stay
+        if dtype == "float64":  # outside of TensorFlow's compilation: its bits stay
             if form == "truncated_normal":
                 drawn = stream.truncated_normal_quantile(drawn)
             drawn = drawn * scale

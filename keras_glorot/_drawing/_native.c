@@ -29,7 +29,7 @@ enum { WORDS = 4 * BATCH };    /* 32-bit words of so many blocks */
 enum { MOST_AXES = 64 };       /* as in NumPy */
 enum { KNOTS = (1 << 12) + 1, SHIFT = 19, POSITION = (1 << SHIFT) - 1 };
 
-/* Philox4x32: the multipliers, and what is added to the key in each round. */
+/* Philox4x32: the multipliers, and the numbers added to the key in each round. */
 #define M0 0xD2511F53u
 #define M1 0xCD9E8D57u
 #define W0 0x9E3779B9u
@@ -95,7 +95,7 @@ INLINE void make_quantiles(uint32_t *words, size_t count, const int32_t *knots) 
 
 /* The same two for x86-64, whose compilers find neither the multiplication of the lower
    halves of 64-bit lanes nor one load for two neighbouring knots. In such lanes nothing
-   has to be masked: what stands above the lower half is never looked at. */
+   has to be masked: the upper half is never looked at. */
 #define VECTORS(SET, TARGET, BYTES, MULTIPLY)                                              \
     typedef uint64_t Wide##SET __attribute__((vector_size(BYTES)));                        \
     typedef uint32_t Narrow##SET __attribute__((vector_size(BYTES)));                      \
@@ -154,7 +154,7 @@ INLINE void make_quantiles(uint32_t *words, size_t count, const int32_t *knots) 
     }
 
 #ifdef X86
-#define V2 /* what every x86-64 has */
+#define V2 /* on every x86-64 */
 #define V3 __attribute__((target("avx,avx2,bmi,bmi2,f16c,fma,lzcnt,movbe")))
 #ifdef __clang__ /* does not know the last option, and would ignore all of them */
 #define WIDTH_OF_V4 ""
@@ -242,7 +242,7 @@ INLINE void fill_job(const Job *job, MakeWords *make_words, MakeQuantiles *make_
     ALIGNED uint32_t words[WORDS];
     ALIGNED float floats[WORDS];
     ALIGNED union { uint16_t halves[WORDS]; double doubles[WORDS / 2]; } values;
-    uint16_t offsets[BATCH], lengths[BATCH]; /* what the region has of a batch */
+    uint16_t offsets[BATCH], lengths[BATCH]; /* of the region's part of a batch */
     const size_t per_block = job->dtype == FLOAT64 ? 2 : 4;
     const size_t item = item_of(job->dtype);
     const void *source = job->dtype == FLOAT32 ? (void *)floats : (void *)&values;
@@ -270,7 +270,7 @@ INLINE void fill_job(const Job *job, MakeWords *make_words, MakeQuantiles *make_
                 start = start_of(job, ++run);
             }
         }
-        size_t whole = (blocks + 15) / 16 * 16; /* full vectors; what is beyond is not used */
+        size_t whole = (blocks + 15) / 16 * 16; /* full vectors; the rest is not used */
         make_words(words, numbers, whole, job->key);
         if (job->dtype == FLOAT64) {
             make_doubles(values.doubles, words, 2 * whole, job->form, job->scale,

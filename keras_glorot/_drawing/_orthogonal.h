@@ -132,7 +132,7 @@ INLINE void multiply_all(double *c, size_t c_row, const double *a, size_t a_row,
                            b_step, count);
 }
 
-/* The vectors of a block of reflections, and what their products sum up to. */
+/* The vectors of a block of reflections, and the sums of their products. */
 INLINE void make_vectors(const Product *p, size_t block, MakeWords *make_words,
                          const Tile *tile) {
     ALIGNED uint64_t numbers[BATCH] = {0};
@@ -176,7 +176,7 @@ INLINE void make_vectors(const Product *p, size_t block, MakeWords *make_words,
     memcpy(sums, products, sizeof products);
 }
 
-/* In place: the products of the vectors with the columns, to what is added of each. */
+/* In place: the products of the vectors with the columns, to the factors on the vectors. */
 INLINE void solve(double *products, const double *sums, size_t count, size_t columns) {
     for (size_t k = count; k-- > 0;) {
         double *row = products + k * PANEL, factor = -2 / sums[k * WIDTH + k];

@@ -15,9 +15,7 @@ from keras_glorot._drawing.orthogonal import draw_orthogonal
 from keras_glorot._drawing.stream import TRUNCATED_STD, Bounds, draw
 from keras_glorot.fans import Fans, compute_fans, fan_of
 
-__all__ = ["WEIGHT_DTYPES", "Distribution", "keras_distribution"]
-
-WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+__all__ = ["Distribution", "keras_distribution"]
 
 
 class Distribution(NamedTuple):
@@ -28,9 +26,9 @@ class Distribution(NamedTuple):
         scale: The factor on a draw of the standard form: the limit of a uniform
             distribution, half that of a triangular one, the std of a normal one before
             truncation, the singular values of orthogonal matrices.
-        std: The standard deviation of what comes out: of all values together, where some
-            are always zero.
-        mean: The mean of what comes out.
+        std: The standard deviation of all values together, also where some are always
+            zero.
+        mean: The mean of the values.
         matrices: Those of an orthogonal one; None for one that Keras draws.
         mirror: How a mirrored one repeats its orthogonal matrices.
     """
@@ -134,7 +132,7 @@ class Distribution(NamedTuple):
         self, shape: tuple[int, ...], dtype: str, seed: Sequence[int]
     ) -> Callable[[Bounds], np.ndarray]:
         """Draws one region after the other; a form without a stream whole, once."""
-        if self.matrices is not None or self.standard.is_regional:
+        if self.matrices is not None or not self.standard.is_whole:
             return functools.partial(self.draw, shape, dtype, seed)
         whole = functools.cache(lambda: self.draw(shape, dtype, seed))
 
@@ -225,7 +223,7 @@ class Form(NamedTuple):
         kurtosis_variance: That of a sample's kurtosis, times its size; None if it can't
             judge.
         words: How the values are, in words.
-        is_regional: Whether a region costs what it holds.
+        is_whole: Whether a region costs as much as the whole.
     """
 
     std: float
@@ -234,7 +232,7 @@ class Form(NamedTuple):
     draw: Callable[..., np.ndarray]
     kurtosis_variance: float | None = None
     words: str = ""
-    is_regional: bool = False
+    is_whole: bool = False
 
 
 # A new form is one entry here and, if Keras draws from it, one case below. The kurtosis's
@@ -242,26 +240,22 @@ class Form(NamedTuple):
 # of a normal one, where single values can be so far out that they decide it. Those of a
 # truncated normal are integrated.
 _FORMS = {
-    "constant": Form(0.0, 0.0, 1.0, _draw_constant, is_regional=True),
-    "uniform": Form(
-        1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream, 1.32, "uniform", is_regional=True
-    ),
+    "constant": Form(0.0, 0.0, 1.0, _draw_constant),
+    "uniform": Form(1 / math.sqrt(3), 1.0, 1.8, _draw_from_stream, 1.32, "uniform"),
     "triangular": Form(
-        math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular, 4.28, "the sum of two uniform draws",
-        is_regional=True,
+        math.sqrt(2 / 3), 2.0, 2.4, _draw_triangular, 4.28, "the sum of two uniform draws"
     ),
     "truncated_normal": Form(
-        TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal",
-        is_regional=True,
+        TRUNCATED_STD, 2.0, 2.366, _draw_from_stream, 3.86, "truncated normal"
     ),
-    "normal": Form(1.0, math.inf, 3.0, _draw_normal, 96, "normal"),
+    "normal": Form(1.0, math.inf, 3.0, _draw_normal, 96, "normal", is_whole=True),
     # Its std depends on the shape; single entries are all but normal, and at most 1.
     "orthogonal": Form(
-        math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix"
+        math.nan, 1.0, 3.0, _draw_orthogonal, words="an orthogonal matrix", is_whole=True
     ),
-    "mirrored": Form(math.nan, math.inf, 3.0, _draw_mirrored, is_regional=True),
+    "mirrored": Form(math.nan, math.inf, 3.0, _draw_mirrored),
     "tap": Form(math.nan, math.inf, 3.0, _draw_tap),
-}  # fmt: skip
+}
 
 
 def keras_distribution(

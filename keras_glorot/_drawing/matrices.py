@@ -223,7 +223,7 @@ class Matrices(NamedTuple):
         split = self.at_tap(values.reshape(self.shape))
         width = split.shape[-1] // self.parts
         split = split.reshape(*split.shape[:-1], self.parts, width)
-        # The last axis is two now: the parts, and what each of them has of it.
+        # The last axis is two now: the parts, and the share that each of them has.
         inputs, outputs, window, batch = (
             [last if axis == last - 1 else axis for axis in axes]
             for axes in (self.inputs, self.outputs, self.window, self.batch)

@@ -23,7 +23,7 @@ class Side(NamedTuple):
     Attributes:
         places: For each, its row or column in the matrix of its group. Both of a pair have
             the same.
-        factors: For each, what its row or column is multiplied by.
+        factors: For each, the factor on its row or column.
     """
 
     places: np.ndarray
@@ -145,12 +145,12 @@ class Mirror(NamedTuple):
             lines = view.shape[: -len(m.outputs)]
             for start in range(0, len(rows), step):
                 part = slice(start, start + step)
-                piece = values[rows[part, None], columns]
-                piece *= factors[part, None] * outputs.factors[outs]
+                block = values[rows[part, None], columns]
+                block *= factors[part, None] * outputs.factors[outs]
                 if kernel.dtype != np.float64:
-                    piece = piece.astype(np.float32)
-                at = np.unravel_index(np.arange(start, start + len(piece)), lines)
-                view[at] = piece.reshape(-1, *view.shape[len(lines) :])
+                    block = block.astype(np.float32)
+                at = np.unravel_index(np.arange(start, start + len(block)), lines)
+                view[at] = block.reshape(-1, *view.shape[len(lines) :])
         return kernel
 
     def _groups(

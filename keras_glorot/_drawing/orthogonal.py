@@ -126,7 +126,7 @@ class _Source:
         key: The tensor's key.
         matrices: How many, and of which sizes.
         scale: Their singular values.
-        dtype: What they are rounded to.
+        dtype: That they are rounded to.
     """
 
     def __init__(self, key: Key, matrices: Matrices, scale: float, dtype: str):
@@ -173,7 +173,7 @@ class _Source:
         transposed = self.shape != (self.rows, self.columns)
         if transposed:
             area = area[::-1]
-        code = stream.DTYPE_CODES[self.dtype]
+        code = stream.WEIGHT_DTYPES.index(self.dtype)
 
         def make(start: int, stop: int) -> None:
             if phase == _PANELS:  # the last one is the most work: it comes first

@@ -69,8 +69,8 @@ from typing import Any, Literal
 import numpy as np
 
 __all__ = [
-    "DTYPE_CODES",
     "TRUNCATED_STD",
+    "WEIGHT_DTYPES",
     "Bounds",
     "Key",
     "draw",
@@ -97,8 +97,8 @@ VERSION = 3
 # The std that is left of a standard normal truncated at two: sqrt(1 - 4 φ(2) / erf(√2)).
 TRUNCATED_STD = 0.8796256610342398
 
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 FORMS = {"uniform": 0, "truncated_normal": 1, "orthogonal": 2}
-SEGMENTS = 1 << 12
 
 # Elements that one thread takes at a time: long enough for the hand-over of Python's
 # lock to be nothing, and for NumPy short enough for the cache.
@@ -199,12 +199,13 @@ def philox(counter: Sequence[int], key: Key) -> tuple[int, int, int, int]:
     """One block of Philox4x32-10: four 32-bit words."""
     if native is not None:
         return native.philox(tuple(counter), key)
-    x0, x1, x2, x3 = _rounds(*counter, key)
+    x0, x1, x2, x3 = _rounds(counter, key)
     return x0, x1 & _MASK, x2, x3 & _MASK
 
 
-def _rounds(x0: Any, x1: Any, x2: Any, x3: Any, key: Key) -> tuple[Any, Any, Any, Any]:
+def _rounds(counter: Sequence[Any], key: Key) -> tuple[Any, Any, Any, Any]:
     """Of Philox, for integers or arrays: of x1 and x3 only the low halves count."""
+    x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(10):
         p0, p1 = x0 * _M0, x2 * _M1
@@ -354,15 +355,13 @@ def available_cores() -> int:
 
 # Elements by the native kernel -----------------------------------------------------------
 
-DTYPE_CODES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
-
 
 def _native_filler(
     memory: memoryview, dtype: str, form: Form, key: Key, scale: float, runs: _Runs
 ) -> tuple[Fill, int]:
     steps = b"".join(struct.pack("=QQ", *step) for step in runs.steps)
-    code = DTYPE_CODES[dtype]
-    factor = 2 * scale if form == "truncated_normal" and code != 3 else scale
+    code = WEIGHT_DTYPES.index(dtype)
+    factor = 2 * scale if form == "truncated_normal" and dtype != "float64" else scale
 
     def fill(start: int, stop: int) -> None:
         native.fill(
@@ -414,7 +413,7 @@ def words_of_blocks(blocks: np.ndarray, key: Key) -> np.ndarray:
     # A number that all blocks share stays one number, for two rounds.
     counter = blocks & _MASK, int(high[0]) if high[0] == high[-1] else high, *key
     words = np.empty((len(blocks), 4), "<u4")
-    for i, x in enumerate(_rounds(*counter, key)):
+    for i, x in enumerate(_rounds(counter, key)):
         np.copyto(words[:, i], x, casting="unsafe")
     return words
 
@@ -484,7 +483,7 @@ def truncated_normal_quantile(x: Any) -> Any:
 @functools.cache
 def knots() -> np.ndarray:
     """The table of the integer quantile: 4097 int32, from 0 to 2**30."""
-    q = truncated_normal_quantile(np.arange(SEGMENTS + 1) / SEGMENTS)
+    q = truncated_normal_quantile(np.arange(4097) / 4096)
     table = q.copy()
     table[1:-1] -= (q[:-2] - 2 * q[1:-1] + q[2:]) / 16
     return np.rint(table * 2**29).astype(np.int32)

@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
     Attributes:
         operation: A layer, or an operation of `keras.ops`, such as `Add`.
-        arguments: What it was called with: `(args, kwargs)`.
+        arguments: Those of the call: `(args, kwargs)`.
         inputs: The numbers of the tensors in `arguments`, in order.
         outputs: The numbers of the tensors that it returned.
         call: Its place among the calls of the operation: these have the order of the code.

@@ -95,7 +95,7 @@ def may_assign(layer: keras.Layer) -> bool:
 
 
 def rebuild_sources(original: keras.Layer) -> tuple[dict[int, Any], Exception | None]:
-    """By `id`, what the variables of a layer and of its sublayers are made from.
+    """By `id`, the sources of the variables of a layer and of its sublayers.
 
     That is an initializer, or a `BuildValue` where `build` assigns or makes a variable of a
     value. A copy is built from the layer's attributes: a config can lack something. Only
@@ -149,7 +149,7 @@ class _Rebuild:
         return sources
 
     def assigned_values(self) -> dict[int, Any]:
-        """By `id` of the variable, what `build` assigns if the weights are as now."""
+        """By `id` of the variable, the value that `build` assigns if the weights stay."""
         scope = _ReplayScope(self.created)
         pairs, *_ = backends.outside_traces(self._build, scope)
         values = {id(variable): scope.final_value(copy) for variable, copy in pairs}
@@ -384,7 +384,7 @@ class _Replica:
         # PyTorch's list of parameters would take in those of the copy.
         parameters = vars(layer).get("_modules", {}).get("_torch_params")
         self.left_out |= {id(parameters)} - {id(None)}
-        # What is made before `__init__`: `build`, and the lists of what Keras tracks.
+        # Made before `__init__`: `build`, and the lists of what Keras tracks.
         fresh = set(vars(copy)) - {"_lock"}
         for name, value in self._kept(vars(layer)):
             if name not in fresh and not name.startswith("_self_"):  # TensorFlow's lists

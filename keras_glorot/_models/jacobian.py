@@ -1,20 +1,14 @@
 """The singular values of a network's Jacobian, by one random direction back and forth."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_glorot._backends.signals import Outcome
-from keras_glorot._models.passes import (
-    Batch,
-    Recorder,
-    Tap,
-    Tensor,
-    is_float,
-)
+from keras_glorot._backends.signals import Outcome, Tap, Tensor, is_float
+from keras_glorot._models.passes import Batch, Pass, Recorder, record
 from keras_glorot._models.survey import Survey
 
 __all__ = ["singular_spread"]
@@ -28,7 +22,7 @@ _ROUGHNESS = 0.1
 
 
 def singular_spread(
-    survey: Survey, batch: Batch, gradients: Sequence[np.ndarray], training: bool
+    survey: Survey, batch: Batch, seen: Pass, training: bool
 ) -> float | None:
     """E[σ⁴] / E[σ²]² of the singular values σ of the Jacobian J: 1 if all are equal.
 
@@ -43,15 +37,18 @@ def singular_spread(
     Args:
         survey: Of the model.
         batch: The inputs; a loss is left aside.
-        gradients: At each float input, those of `batch.objective` without a loss.
+        seen: A pass over them.
         training: As in `record`.
 
     Returns:
         None where it can't be told: nothing depends on a float input, the output jumps, or
         it is too coarse, as in half precision.
     """
+    if seen.gradients and batch.loss is not None:  # its gradient has no random direction
+        batch = batch._replace(y=None, loss=None)
+        seen = record(survey, batch, training)
     floats = list(filter(is_float, tree.flatten(batch.x)))
-    scale = min(map(_relative_step, floats, gradients), default=math.inf)
+    scale = min(map(_relative_step, floats, seen.gradients), default=math.inf)
     if not 0 < scale < math.inf:
         return None
 
@@ -69,18 +66,16 @@ def singular_spread(
         return ops.zeros(()), list(filter(is_float, tree.flatten(outputs)))
 
     recorder = Recorder(survey, training, move, keep)
-    tensors = [ops.convert_to_tensor(np.float32(each)) for each in gradients]
+    tensors = [ops.convert_to_tensor(np.float32(each)) for each in seen.gradients]
 
-    def outputs(step: float) -> list[np.ndarray]:
-        step_size = ops.convert_to_tensor(np.float32(step))
-        return recorder(batch, tensors, step_size)[1]
+    def outputs(step: float) -> np.ndarray:
+        return _joined(recorder(batch, tensors, ops.convert_to_tensor(np.float32(step))))
 
-    here = outputs(0.0)
-    c, center = _joined(batch.directions(here)), _joined(here)
-    back = _joined(gradients)
+    c, center = _joined(batch.directions(seen.outputs)), _joined(seen.outputs)
+    back = _joined(seen.gradients)
     for step in _STEPS:
         step *= scale
-        ahead, behind = _joined(outputs(step)), _joined(outputs(-step))
+        ahead, behind = outputs(step), outputs(-step)
         forth, bend = (ahead - behind) / (2 * step), (ahead + behind - 2 * center) / step
         squares = back @ back
         is_smooth = bend @ bend <= _ROUGHNESS * (forth @ forth)

@@ -1,4 +1,4 @@
-"""The kernels of a model in its graph: what feeds each of them, and what it feeds.
+"""The kernels of a model in its graph, each with the kernels that feed it.
 
 All of it is derived here, once for a model: from the graph, which is known without data, or
 from the calls of one pass where the model can't be called on symbolic tensors.
@@ -27,7 +27,7 @@ tree: Any = keras.tree
 
 Kinds = frozenset[str]
 
-# What stands between kernels, by the names of layers and operations in lower case.
+# The steps between kernels, by the names of layers and operations in lower case.
 _KINDS = {
     "softmax": ("softmax", "logsoftmax", "exp", "attention", "additiveattention",
                 "dotproductattention"),

@@ -93,14 +93,14 @@ class Pairs(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What an activation f makes of a pair.
+    """The effect of an activation f on a pair.
 
     Attributes:
         level: The std of z: 1 if f(z) - f(-z) = a z holds there, else the one of `LEVELS`
             where that is nearest.
         slope: The a, by the root mean square over normal z; half of it for an odd f.
-        gain: What makes up for f where a unit is alone: the root mean square of z over that
-            of f(z), at the level or at 1, whichever is lower.
+        gain: The factor that makes up for f where a unit is alone: the root mean square of
+            z over that of f(z), at the level or at 1, whichever is lower.
         is_odd: Whether f(-z) = -f(z), so that a pair is no more than one unit.
         is_idempotent: Whether f(f(z)) = f(z), as for ReLU.
     """
@@ -203,7 +203,7 @@ def step_activation(operation: Any) -> Callable[[Any], Any] | None:
     return operation.call if is_known else None
 
 
-# What else stands between kernels --------------------------------------------------------
+# Other steps between kernels -------------------------------------------------------------
 
 # By the names of the classes: layers and operations of one name do the same.
 _KEEP_ALL = {

@@ -1,4 +1,4 @@
-"""What passes through the layers of a model, forward and back, as named records.
+"""Signals and gradients, as they pass through the layers of a model: named records.
 
 For one pass each layer's `call` is replaced by one that taps the tensors on their way: a
 tap hands a tensor on unchanged and summarizes it, and later its gradient, by a NumPy
@@ -21,15 +21,7 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._backends.signals import (
-    Outcome,
-    Results,
-    Signal,
-    Summary,
-    Tap,
-    Tensor,
-    is_float,
-)
+from keras_glorot._backends.signals import Outcome, Signal, Tap, Tensor, is_float
 from keras_glorot._drawing.stream import TRUNCATED_STD, draw
 from keras_glorot._keras.calls import copy_mask, error_reason, without_remat
 from keras_glorot._keras.graph import LOOPS, replaced_attribute
@@ -37,24 +29,20 @@ from keras_glorot._models.progress import Advance
 from keras_glorot._models.survey import Survey, Weight, unique_paths
 
 __all__ = [
-    "NO_TENSOR",
     "Batch",
     "Call",
     "Moments",
-    "Outcome",
     "Pass",
     "Recorder",
-    "Signal",
-    "Tap",
-    "Tensor",
     "arguments_of",
+    "first_float",
     "gradient_std",
-    "is_float",
     "likeness",
     "lock",
     "moments",
     "position_axes",
     "record",
+    "replaced",
 ]
 
 ops: Any = keras.ops  # Keras declares that many of these may return None
@@ -71,9 +59,6 @@ class Moments(NamedTuple):
     std: float
 
 
-NO_TENSOR = Signal(None, None)  # where there is no float tensor
-
-
 class Call(NamedTuple):
     """One call of a layer.
 
@@ -82,7 +67,7 @@ class Call(NamedTuple):
         layer: The layer.
         shape: The shape of its first output.
         input, output: The first float tensor of each.
-        kernel: The gradient of the layer's first weight with fans.
+        kernel: The layer's first weight with fans; its gradient's summary is the std.
         weight: That weight.
         parents: Positions of the calls that its inputs come from; below zero are the
             inputs of the model.
@@ -96,6 +81,10 @@ class Call(NamedTuple):
     kernel: Signal
     weight: Weight | None
     parents: tuple[int, ...]
+
+
+# Of a layer, the values, and whether they are at its input.
+LayerSummary = Callable[[keras.Layer, np.ndarray, bool], Any]
 
 
 def moments(values: np.ndarray) -> Moments:
@@ -192,8 +181,9 @@ class Batch(NamedTuple):
                 x = tree.map_structure(ops.convert_to_tensor, x)
         except Exception as error:
             raise _not_numbers(x) from error
-        if not all(ops.all(ops.isfinite(t)) for t in tree.flatten(x) if is_float(t)):
-            raise ValueError(f"Argument `x` must be finite. Received: x={x}")
+        floats = [ops.cast(t, "float32") for t in tree.flatten(x) if is_float(t)]
+        if not all(ops.all(ops.isfinite(each)) for each in floats):
+            raise ValueError(f"Argument `x` must be finite, as float32. Received: x={x}")
         if all(is_float(t) and not ops.any(t) for t in tree.flatten(x)):
             raise ValueError(
                 "Argument `x` must hold data: without bias, nothing comes out of zeros. "
@@ -268,7 +258,7 @@ def _not_numbers(x: Any) -> TypeError:
 
 
 def arguments_of(model: keras.Layer, x: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-    """What `call` takes of a structure: all of it as one argument, or each part as one.
+    """The arguments of `call` for a structure: all of it as one, or each part as one.
 
     Models that know their inputs take it as it is. Other ones take the parts of a list if
     their `call` requires several arguments, and those of a dictionary of such arguments.
@@ -303,57 +293,38 @@ class Pass(NamedTuple):
         calls: The calls of its layers in order of execution; the last one is the model's.
         unseen: The layers that were called where nothing is seen.
         gradients: The gradient at each float input of the model.
+        outputs: Its float outputs.
     """
 
     calls: list[Call]
     unseen: list[keras.Layer]
     gradients: list[np.ndarray]
+    outputs: list[np.ndarray]
 
 
 def record(
     survey: Survey,
     batch: Batch,
     training: bool = True,
-    of_output: Callable[[keras.Layer, np.ndarray], Any] | None = None,
-    of_gradient: Callable[[keras.Layer, np.ndarray, bool], Any] | None = None,
-    of_tensor: Summary = moments,
+    of_value: LayerSummary = lambda layer, values, is_input: None,
+    of_gradient: LayerSummary = lambda layer, values, is_input: None,
     advance: Advance = lambda fraction, text: None,
 ) -> Pass:
     """Calls the model once and differentiates it once.
 
     Args:
         survey: Of the model.
-        batch: What to call it on.
+        batch: The inputs to call it on.
         training: Whether BatchNormalization uses the statistics of the batch.
-        of_output: Summarizes the output of a layer. Defaults to `of_tensor`.
-        of_gradient: Summarizes the gradient at the input of a layer (True) or its output.
-            Defaults to `of_tensor`.
-        of_tensor: Summarizes all else.
+        of_value, of_gradient: Summarize the first float tensor that goes into a layer, and
+            the first one that comes out, and their gradients.
         advance: Is told of progress.
     """
-    listener = _Listener(survey, of_output, of_gradient, of_tensor, advance)
-    positions: list[int] = []
-
-    def start(tap: Tap, scope: Any, x: Any) -> tuple[Any, dict[int, Callable]]:
-        def tap_input(tensor: Tensor) -> Tensor:
-            if not is_float(tensor):
-                return tensor
-            tensor, position = tap(tensor, None, lambda gradient: gradient)
-            positions.append(position)
-            return tensor
-
-        wrappers = listener.start(tap, scope)
-        positions.clear()
-        return tree.map_structure(tap_input, x), wrappers
-
-    def finish(batch: Batch, outputs: Any) -> Outcome:
-        advance(0.5, "gradients")
-        return batch.objective(outputs), []
-
-    recorder = Recorder(survey, training, start, finish)
-    signals, _ = recorder(batch)
-    gradients = [signals[position].gradient for position in positions]
-    return Pass(listener.finish(signals), recorder.unseen, gradients)
+    listener = _Listener(survey, of_value, of_gradient, advance)
+    recorder = Recorder(survey, training, listener.start, listener.finish)
+    outputs = recorder(batch)
+    gradients = [signal.gradient for signal in listener.inputs]
+    return Pass(listener.numbered_calls(), recorder.unseen, gradients, outputs)
 
 
 class Recorder:
@@ -382,16 +353,18 @@ class Recorder:
         """
         self.survey, self.training = survey, training
         self.start, self.finish = start, finish
+        self.variables = survey.root.variables
+        self.compiled_methods = list(map(_compiled_methods, survey.layers))
         self.unseen: list[keras.Layer] = []
         self.is_called = False
         self.differentiate = backends.differentiator(self._run)
 
     def __call__(
         self, batch: Batch, *arguments: Any, values: list[Tensor] | None = None
-    ) -> Results:
-        """One pass; `values` are those of the model's variables."""
+    ) -> list[np.ndarray]:
+        """The extras of one pass; `values` are those of the model's variables."""
         self.batch, self.is_called = batch, False
-        values = values or [variable.value for variable in self.survey.root.variables]
+        values = values or [variable.value for variable in self.variables]
         try:
             return self.differentiate(values, batch.x, batch.y, *arguments)
         except Exception as error:
@@ -408,182 +381,192 @@ class Recorder:
     ) -> Iterator[Outcome]:
         self.is_called = False
         batch = self.batch._replace(y=y)
-        # What the model would change, such as a random state, stays in the scope.
-        scope = keras.StatelessScope(zip(self.survey.root.variables, values, strict=True))
+        # Changes that the model would make, as of a random state, stay in the scope.
+        scope = keras.StatelessScope(zip(self.variables, values, strict=True))
         x, wrappers = self.start(tap, scope, x, *arguments)
-        call = _intercepted_call(batch, self.survey, x, wrappers, self.training)
-        with scope, call as (outputs, self.unseen):
+        with scope, self._intercepted(wrappers) as place:
+            outputs = batch.call(self.survey.root, x)
+            place.is_over = True
+            self.unseen = list(place.unseen.values())
             outcome = self.finish(batch, outputs)
             self.is_called = True
             yield outcome
 
+    @contextlib.contextmanager
+    def _intercepted(self, wrappers: dict[int, Callable]) -> Iterator["_Place"]:
+        """Where `wrapper(call, *args, **kwargs)` stands for `call` of layers.
 
-class _Note(NamedTuple):
-    """A call before its summaries are there: positions in place of signals."""
-
-    layer: keras.Layer
-    shape: tuple[int, ...]
-    input: int | None
-    output: int | None
-    parents: tuple[int, ...]
+        By `id` of each layer, in this thread; classes stay as they are. Other threads may
+        use the model meanwhile. With `training`, BatchNormalization uses the statistics of
+        the batch. Compiled functions that layers hold are called as Python; `keras.remat`
+        in a call keeps the activations. A call that is repeated on the way back, still
+        within, gives the same.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock)
+            stack.enter_context(backends.without_compilation())
+            place = _Place()
+            stack.enter_context(_replaced_remat(place.is_other_thread))
+            pairs = zip(self.survey.layers, self.compiled_methods, strict=True)
+            for layer, methods in pairs:
+                stack.enter_context(without_remat(layer))
+                for name, function in methods.items():
+                    stack.enter_context(replaced_attribute(layer, name, function))
+                if self.training and isinstance(layer, keras.layers.BatchNormalization):
+                    stack.enter_context(
+                        _replaced_call(layer, _call_in_training, place.is_other_thread)
+                    )
+                if id(layer) in wrappers:
+                    wrapper = wrappers[id(layer)]
+                    stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
+            yield place
 
 
 class _Listener:
-    """Taps what goes into and out of layers, and notes their calls."""
+    """Taps the tensors that go into and out of layers, and notes their calls."""
 
     def __init__(
         self,
         survey: Survey,
-        of_output: Callable[[keras.Layer, np.ndarray], Any] | None,
-        of_gradient: Callable[[keras.Layer, np.ndarray, bool], Any] | None,
-        of_tensor: Summary,
+        of_value: LayerSummary,
+        of_gradient: LayerSummary,
         advance: Advance,
     ):
         self.survey, self.advance = survey, advance
-        self.of_tensor = of_tensor
-        self.of_output = of_output or (lambda layer, values: of_tensor(values))
-        self.of_gradient = of_gradient or (
-            lambda layer, values, is_input: of_tensor(values)
-        )
-        self.kernels: dict[int, Weight] = {}
+        self.of_value, self.of_gradient = of_value, of_gradient
+        self.weights: dict[int, Weight] = {}
         for weight in survey.weights:
             owner = weight.owner
             if weight.fans and owner is not None and "float" in weight.variable.dtype:
-                self.kernels.setdefault(id(survey.loops.get(id(owner), owner)), weight)
-        self.kernel_positions: dict[int, int] = {}
+                self.weights.setdefault(id(survey.loops.get(id(owner), owner)), weight)
 
-    def start(self, tap: Tap, scope: Any) -> dict[int, Callable]:
+    def start(self, tap: Tap, scope: Any, x: Any) -> tuple[Any, dict[int, Callable]]:
         """Forgets the run before, and says what replaces the `call` of layers."""
-        self.tap_tensor = tap
-        self.notes: list[_Note] = []
+        self.tap = tap
+        self.calls: list[Call] = []
         # Which call made a tensor. Tensors are compared by `id`, so these must be alive.
-        self.origins: dict[int, int] = {}
-        self.alive = weakref.WeakValueDictionary()
-        for layer, weight in self.kernels.items():
-            value, position = tap(
-                scope.get_current_value(weight.variable), None, self.of_tensor
-            )
+        self.origins: dict[int, tuple[weakref.ref, int]] = {}
+        self.inputs: list[Signal] = []
+        self.kernels: dict[int, Signal] = {}
+        for layer, weight in self.weights.items():
+            value = scope.get_current_value(weight.variable)
+            value, self.kernels[layer] = tap(value, None, _std)
             scope.add_update((weight.variable, value))
-            self.kernel_positions[layer] = position
+        loops = self.survey.loops
         layers = [
-            layer
-            for layer in self.survey.layers
-            if self.survey.loops.get(id(layer), layer) is layer
+            layer for layer in self.survey.layers if loops.get(id(layer), layer) is layer
         ]
         self.expected_calls = len(layers)
-        return {id(layer): self._wrapper(layer) for layer in layers}
+        x = tree.map_structure(self._tap_input, x)
+        return x, {id(layer): self._wrapper(layer) for layer in layers}
+
+    def finish(self, batch: Batch, outputs: Any) -> Outcome:
+        self.advance(0.5, "gradients")
+        return batch.objective(outputs), list(filter(is_float, tree.flatten(outputs)))
+
+    def numbered_calls(self) -> list[Call]:
+        paths = unique_paths(call.path for call in self.calls)
+        pairs = zip(self.calls, paths, strict=True)
+        return [call._replace(path=path) for call, path in pairs]
+
+    def _tap_input(self, tensor: Tensor) -> Tensor:
+        if not is_float(tensor):
+            return tensor
+        tensor, signal = self.tap(tensor, None, lambda gradient: gradient)
+        self.inputs.append(signal)
+        return tensor
 
     def _wrapper(self, layer: keras.Layer) -> Callable:
-        is_root = layer is self.survey.root
+        path, is_root = self.survey.paths[id(layer)], layer is self.survey.root
         always = is_root or isinstance(layer, LOOPS) or not self.survey.children(layer)
+        kernel = self.kernels.get(id(layer), Signal())
+        weight = self.weights.get(id(layer))
 
         def listening_call(call: Callable, *args: Any, **kwargs: Any) -> Any:
-            before = len(self.notes)
-            path = self.survey.paths[id(layer)]
+            before = len(self.calls)
             self.advance(0.5 * min(1.0, before / self.expected_calls), path)
+            tensors = list(filter(ops.is_tensor, tree.flatten((args, kwargs))))
             if is_root and not before:
-                self._remember_inputs((args, kwargs))
-            parents = self._origins_of((args, kwargs))
-            (args, kwargs), input_position = self._tap_first(
-                (args, kwargs), self.of_tensor, self._of_gradient(layer, is_input=True)
-            )
+                for i, tensor in enumerate(tensors):
+                    self._remember(tensor, -1 - i)
+            parents = self._parents(tensors)
+            (args, kwargs), source = self._tap_first((args, kwargs), layer, True)
             outputs = call(*args, **kwargs)
-            inside = len(self.notes) > before
-            if inside and not always and self._is_handed_on(outputs):
-                return outputs
-            outputs, position = self._tap_first(
-                outputs,
-                functools.partial(self.of_output, layer),
-                self._of_gradient(layer, is_input=False),
-            )
+            latest = len(self.calls) - 1
+            inside = latest >= before
+            tensors = filter(ops.is_tensor, tree.flatten(outputs))
+            if inside and not always and {*map(self._origin, tensors)} <= {latest}:
+                return outputs  # just as the call before, inside it, returned them
+            outputs, signal = self._tap_first(outputs, layer, False)
             tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
-            shape = tuple(tensors[0].shape) if tensors else ()
-            parents = (len(self.notes) - 1,) if inside else parents
             for tensor in tensors:
-                self._remember(tensor, len(self.notes))
-            self.notes.append(_Note(layer, shape, input_position, position, parents))
+                self._remember(tensor, len(self.calls))
+            shape = tuple(tensors[0].shape) if tensors else ()
+            parents = (latest,) if inside else parents
+            self.calls.append(
+                Call(path, layer, shape, source, signal, kernel, weight, parents)
+            )
             return outputs
 
         return listening_call
 
-    def _is_handed_on(self, outputs: Any) -> bool:
-        """Whether a layer returns just what the call before it, inside it, returned."""
-        latest = len(self.notes) - 1
-        tensors = list(filter(ops.is_tensor, tree.flatten(outputs)))
-        return all(self._origin(tensor) == latest for tensor in tensors)
-
-    def _of_gradient(self, layer: keras.Layer, is_input: bool) -> Summary:
-        return lambda values: self.of_gradient(layer, values, is_input)
-
     def _tap_first(
-        self, structure: Any, of_value: Summary, of_gradient: Summary
-    ) -> tuple[Any, int | None]:
-        """Taps the first float tensor that is not empty, and says where its signal is."""
-        tensors = tree.flatten(structure)
-        first = next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
+        self, structure: Any, layer: keras.Layer, is_input: bool
+    ) -> tuple[Any, Signal]:
+        """Taps the first float tensor that is not empty."""
+        first = first_float(structure)
         if first is None:
-            return structure, None
-        tapped, position = self.tap_tensor(first, of_value, of_gradient)
+            return structure, Signal()
+        tapped, signal = self.tap(
+            first,
+            lambda values: self.of_value(layer, values, is_input),
+            lambda values: self.of_gradient(layer, values, is_input),
+        )
         copy_mask(first, tapped)
         origin = self._origin(first)
         if origin is not None:
             self._remember(tapped, origin)
-        tensors = [tapped if tensor is first else tensor for tensor in tensors]
-        return tree.pack_sequence_as(structure, tensors), position
-
-    def _remember_inputs(self, structure: Any) -> None:
-        for i, tensor in enumerate(filter(ops.is_tensor, tree.flatten(structure))):
-            self._remember(tensor, -1 - i)
+        return replaced(structure, first, tapped), signal
 
     def _remember(self, tensor: Tensor, origin: int) -> None:
-        self.origins[id(tensor)] = origin
-        self.alive[id(tensor)] = tensor
+        self.origins[id(tensor)] = weakref.ref(tensor), origin
 
     def _origin(self, tensor: Tensor) -> int | None:
-        known = self.alive.get(id(tensor)) is tensor
-        return self.origins[id(tensor)] if known else None
+        if id(tensor) not in self.origins:
+            return None
+        reference, origin = self.origins[id(tensor)]
+        return origin if reference() is tensor else None
 
-    def _origins_of(self, structure: Any) -> tuple[int, ...]:
-        """The calls that tensors come from: the latest where a tensor is not known.
+    def _parents(self, tensors: list[Tensor]) -> tuple[int, ...]:
+        """The calls that tensors come from: the latest where none of them is known.
 
         That is right for what a layer computes between the layers inside it.
         """
-        tensors = filter(ops.is_tensor, tree.flatten(structure))
-        origins = {self._origin(tensor) for tensor in tensors}
-        known = sorted(origin for origin in origins if origin is not None)
-        if known or not origins or not self.notes:
-            return tuple(known)
-        return (len(self.notes) - 1,)
+        known = {self._origin(tensor) for tensor in tensors} - {None}
+        if known or not tensors or not self.calls:
+            return tuple(sorted(known))
+        return (len(self.calls) - 1,)
 
-    def finish(self, signals: list[Signal]) -> list[Call]:
-        paths = self.survey.paths
 
-        def signal(position: int | None) -> Signal:
-            return NO_TENSOR if position is None else signals[position]
+def first_float(structure: Any) -> Tensor | None:
+    """The first float tensor that is not empty."""
+    tensors = tree.flatten(structure)
+    return next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
 
-        return [
-            Call(
-                path,
-                note.layer,
-                note.shape,
-                signal(note.input),
-                signal(note.output),
-                signal(self.kernel_positions.get(id(note.layer))),
-                self.kernels.get(id(note.layer)),
-                note.parents,
-            )
-            for note, path in zip(
-                self.notes,
-                unique_paths(paths[id(note.layer)] for note in self.notes),
-                strict=True,
-            )
-        ]
+
+def replaced(structure: Any, tensor: Tensor, other: Tensor) -> Any:
+    """The structure with another tensor in the place of one."""
+    return tree.map_structure(lambda each: other if each is tensor else each, structure)
+
+
+def _std(values: np.ndarray) -> float:
+    return moments(values).std
 
 
 class _Place:
     """Where calls of layers are seen: in one thread, one trace and one call of the model.
 
-    What is traced for itself has no values, or is called again on the way back.
+    A call that is traced for itself has no values, or is repeated on the way back.
     """
 
     def __init__(self) -> None:
@@ -603,46 +586,6 @@ class _Place:
         if is_traced:
             self.unseen[id(layer)] = layer
         return is_traced
-
-
-@contextlib.contextmanager
-def _intercepted_call(
-    batch: Batch,
-    survey: Survey,
-    x: Any,
-    wrappers: dict[int, Callable],
-    training: bool,
-) -> Iterator[tuple[Any, list[keras.Layer]]]:
-    """Calls the model while `wrapper(call, *args, **kwargs)` stands for `call` of layers.
-
-    By `id` of each layer, in this thread; classes stay as they are. Other threads may use
-    the model meanwhile. With `training`, BatchNormalization uses the statistics of the
-    batch. Compiled functions that layers hold are called as Python; `keras.remat` in a call
-    keeps the activations.
-
-    Yields:
-        The outputs, and the layers that were called where nothing is seen. Within the block
-        the layers are as in the call, so that what is called again gives the same.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock)
-        stack.enter_context(backends.without_compilation())
-        place = _Place()
-        stack.enter_context(_replaced_remat(place.is_other_thread))
-        for layer in survey.layers:
-            stack.enter_context(without_remat(layer))
-            for name, function in _compiled_methods(layer).items():
-                stack.enter_context(replaced_attribute(layer, name, function))
-            wrapper = wrappers.get(id(layer))
-            if training and isinstance(layer, keras.layers.BatchNormalization):
-                stack.enter_context(
-                    _replaced_call(layer, _call_in_training, place.is_other_thread)
-                )
-            if wrapper is not None:
-                stack.enter_context(_replaced_call(layer, wrapper, place.is_elsewhere))
-        outputs = batch.call(survey.root, x)
-        place.is_over = True
-        yield outputs, list(place.unseen.values())
 
 
 @contextlib.contextmanager

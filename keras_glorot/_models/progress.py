@@ -23,8 +23,8 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     another live display that is open, ends the display and nothing else.
     """
     check_choice("verbose", verbose, ["auto", True, False])
-    wait = 1.0 if verbose == "auto" else 0.0
     shown = Console().is_terminal if verbose == "auto" else bool(verbose)
+    begin = time.monotonic() + (1.0 if verbose == "auto" else 0.0)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,19 +32,14 @@ def progress(title: str, verbose: Literal["auto"] | bool = "auto") -> Iterator[A
     )
     # Without a thread that redraws it, nothing can fail elsewhere.
     bar = Progress(*columns, TimeElapsedColumn(), transient=True, auto_refresh=False)
-    begin = time.monotonic()
 
     def advance(fraction: float, text: str = "") -> None:
-        nonlocal shown
-        if not shown or time.monotonic() - begin < wait:
-            return
-        try:
-            if not bar.tasks:
-                bar.start()
-                bar.add_task(title, total=1.0, text="")
-            bar.update(bar.task_ids[0], completed=fraction, text=text, refresh=True)
-        except Exception:  # drawing is never worth an error
-            shown = False
+        if shown and time.monotonic() >= begin:
+            with contextlib.suppress(Exception):  # drawing is never worth an error
+                if not bar.tasks:
+                    bar.start()
+                    bar.add_task(title, total=1.0, text="")
+                bar.update(bar.task_ids[0], completed=fraction, text=text, refresh=True)
 
     try:
         yield advance

@@ -55,8 +55,8 @@ class Survey(Tree):
     """A built layer or model, looked at once. Dear things are looked up when asked for.
 
     Attributes:
-        elsewhere: By `id` of the variable, what the weights are drawn from that a recipe
-            does not draw; None where that is not known.
+        elsewhere: By `id` of the variable, the distributions of the weights that a recipe
+            does not draw; None where one is not known.
 
     Args:
         model: A built layer or model.

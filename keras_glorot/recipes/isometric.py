@@ -91,7 +91,7 @@ def _drawn(survey: Survey) -> dict[int, Weight]:
 
 
 def _plain(weight: Weight, reason: str) -> Start:
-    # What the recurrent kernel of a simple cell gives is added: that is gain enough.
+    # A simple cell adds the output of its recurrent kernel: that is gain enough.
     is_sum = isinstance(weight.owner, keras.layers.SimpleRNNCell)
     gain = 1.0 if is_sum else known_gain(weight.activation) or 1.0
     initializer = GlorotOrthogonal(gain, seed=0)
@@ -252,12 +252,12 @@ class _Network:
                     raise Lost(f"the bias of {layer.name} is not the same for all units")
 
     def activation(self, step: Step) -> Callable[[Any], Any] | None:
-        """What its output goes through, in it or as the step itself."""
+        """The function that its output goes through, in it or as the step itself."""
         return _own_activation(step.operation) or step_activation(step.operation)
 
     def gains(self) -> list[float]:
-        """Of each tensor, what makes up for the activation that it went through last, and
-        for the numbers that it was multiplied by since a kernel made it."""
+        """Of each tensor, the factor that makes up for the activation that it went through
+        last, and for the numbers that it was multiplied by since a kernel made it."""
         gains = [1.0] * len(self.graph.tensors)
         factors: dict[int, float] = {}  # of what a kernel made
         for step in self.graph.steps:

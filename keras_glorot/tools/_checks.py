@@ -38,7 +38,7 @@ _UNEXPLAINED = f"The values do not match the initializer. {_REINITIALIZE}"
 
 
 class Subject(NamedTuple):
-    """A weight, what its values are like, and what they may be drawn from.
+    """A weight, the statistics of its values, and the distributions they may come from.
 
     Attributes:
         start: How it should be drawn.

@@ -110,10 +110,11 @@ def _explain_unmatched(
     text = f"Argument `how` must match something with each of its patterns, but {pattern!r}"
     if matched:
         return f"{text} matches only what patterns before it do: put it before them."
+    source = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     names = {name: None for path in paths for name in path.split("/")}
     unknown = [
         word
-        for word in re.findall(r"\w+", getattr(pattern, "pattern", pattern))
+        for word in re.findall(r"\w+", source)
         if not any(word in name for name in names)
     ]
     hints = "".join(suggestion(word, names) for word in unknown)
@@ -151,7 +152,7 @@ def _call(recipe: Recipe, survey: Survey) -> Starts:
     return starts
 
 
-def _find_recipe(value: Any) -> Recipe | None:
+def _find_recipe(value: Any) -> Any:
     """That of a name, or a function of the user; None if it is not one."""
     if isinstance(value, str):
         return RECIPES.get(value)

@@ -14,36 +14,35 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import Outcome, Signal, Tap, Tensor
 from keras_glorot._keras.graph import replaced_attribute
 from keras_glorot._models.kernels import Flow
 from keras_glorot._models.passes import (
     Batch,
-    Outcome,
     Recorder,
-    Signal,
-    Tap,
-    Tensor,
-    is_float,
+    first_float,
     likeness,
     moments,
+    replaced,
 )
 from keras_glorot._models.survey import Survey, Weight
 
 __all__ = ["ScaledLayer", "ScalingPass", "ScalingPasses", "find_scaled_layers", "scaled"]
 
 ops: Any = keras.ops
-tree: Any = keras.tree
 numpy: Any = backends.numpy
-_linear = keras.activations.linear
 
 # No hidden kernel is scaled beyond this gain, the std of its output over the root mean
 # square of its input. Behind GELU and SiLU a low level needs 2; a kernel that would need
 # more makes up for something else, such as an embedding with small values. Behind a mean
 # over positions none is needed: that makes less of what differs between them, as is meant.
 _LARGEST_GAIN, _GAIN_OF_MEANS = 2.5, 1.0
-# What all branches together add to a residual sum. Behind it the sum has 1.12 times the
-# std that it starts with, and the gradient grows as little.
+# All branches together add this part to a residual sum. Behind it the sum has 1.12 times
+# the std that it starts with, and the gradient grows as little.
 _SHARE_OF_BRANCHES = 0.5
+# A kernel that gets less than this part of the gradient that passes by stands in a branch
+# that is switched off on purpose, by LayerScale or zeros.
+_SMALLEST_SHARE = 0.01
 # An output follows its kernels if it changes as they do, to this share.
 _FOLLOWS = 0.02
 
@@ -63,7 +62,7 @@ class ScaledLayer(NamedTuple):
             branches are added to: its gradient is that of all of them.
         leads_on: Whether other kernels take its output, which the model returns, too.
         is_affine: Whether its output is known to be `activation(kernel * x + bias)`.
-        own_level: What the level is multiplied by: after the isometric start, the level
+        own_level: The factor on the level: after the isometric start, the level
             that it has for the activation.
     """
 
@@ -77,6 +76,10 @@ class ScaledLayer(NamedTuple):
     leads_on: bool
     is_affine: bool
     own_level: float = 1.0
+
+    def part(self, factor: Any) -> Any:
+        """The factor on each of its kernels."""
+        return factor ** (1 / len(self.kernels))
 
 
 def find_scaled_layers(
@@ -160,19 +163,21 @@ def _input_kernel(layer: Any) -> keras.Variable | None:
 
 
 class ScalingPass(NamedTuple):
-    """What one pass saw: arrays over the layers; of several calls, the mean.
+    """The figures of one pass: arrays over the layers; of several calls, the mean.
 
     Attributes:
-        signal: Log std of the output; nan where not called.
+        layers: The layers.
+        signal: Log std of the output; nan where not called, as the next two.
         gradient: Log of the length of the gradient there; -inf where none comes.
         likeness: The mean cosine between examples; nan where it can't be told.
         share: The part of the gradient that it gets of what passes by.
-        factors: What its kernels were multiplied with.
+        factors: Those by which its kernels were multiplied.
         follows: Whether its output changes with its kernels.
         order: The layers in order of their first call.
         is_finite: Whether all of it is, and the objective.
     """
 
+    layers: list[ScaledLayer]
     signal: np.ndarray
     gradient: np.ndarray
     likeness: np.ndarray
@@ -181,6 +186,22 @@ class ScalingPass(NamedTuple):
     follows: np.ndarray
     order: list[int]
     is_finite: bool
+
+    @property
+    def hidden(self) -> list[int]:
+        """Those with a std to have, in order of their calls."""
+        return [i for i in self.order if self.layers[i].share is not None]
+
+    @property
+    def path(self) -> list[int]:
+        """Those that signal and gradient come by and are told from."""
+        return [
+            i
+            for i in self.hidden
+            if self.layers[i].is_told
+            and self.share[i] > _SMALLEST_SHARE
+            and math.isfinite(self.signal[i] + self.gradient[i])
+        ]
 
 
 class ScalingPasses:
@@ -196,198 +217,183 @@ class ScalingPasses:
         batch: Batch,
         level: float = 1.0,
         aims: np.ndarray | None = None,
-        factors: np.ndarray | None = None,
+        like: ScalingPass | None = None,
     ) -> ScalingPass:
-        """One pass: scaled to these stds of the outputs, or with factors, or as it is.
+        """One pass: scaled to these stds of the outputs, or like another pass, or as it is.
 
         The level is that of the hidden kernels, which heads need not make up for.
         """
         self.passes += 1
-        wanted = np.zeros(len(self.layers)) if aims is None else aims
-        held = [ops.convert_to_tensor(np.float32(each)) for each in (wanted, level)]
-        values = None if factors is None else self._values(factors)
-        return self._collect(*self.recorder(batch, *held, values=values))
+        # Apart, not as one array: XLA then sees that layers of a kind need the same code.
+        wanted = [0.0] * len(self.layers) if aims is None else aims
+        numbers = [np.float32(each) for each in (level, *wanted)]
+        values = None if like is None else self._values(like.factors)
+        seen = self._collect(*self.recorder(batch, *numbers, values=values))
+        if like is None:
+            return seen
+        return seen._replace(factors=like.factors, follows=like.follows)
 
     def _values(self, factors: np.ndarray) -> list[Tensor]:
-        variables = self.survey.root.variables
-        values: dict[int, Any] = {id(each): each.value for each in variables}
+        values: dict[int, Any] = {id(each): each.value for each in self.recorder.variables}
         for layer, factor in zip(self.layers, factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
                 key = id(weight.variable)
-                values[key] = _product(values[key], factor ** (1 / len(layer.kernels)))
-        return [values[id(each)] for each in variables]
+                values[key] = _product(values[key], layer.part(factor))
+        return list(values.values())
 
     def _start(
-        self, tap: Tap, scope: Any, x: Any, aims: Tensor, level: Tensor
+        self, tap: Tap, scope: Any, x: Any, level: Any, *aims: Any
     ) -> tuple[Any, dict[int, Callable]]:
+        self.calls: list[tuple[int, Signal]] = []  # of which layer
         describe = functools.partial(_std_and_likeness, self.recorder.batch.size)
-        tapped = functools.partial(tap, of_value=describe, of_gradient=_length)
-        held = backends.readable(aims), backends.readable(level)
-        self.latest = _Scaler(self.layers, tapped, scope, *held)
-        return x, self.latest.wrappers()
+
+        def noting_tap(i: int, z: Tensor) -> Tensor:
+            tapped, signal = tap(z, describe, _length)
+            self.calls.append((i, signal))
+            return tapped
+
+        self.scalers = [
+            _Scaler(layer, aim, level, functools.partial(noting_tap, i), scope)
+            for i, (layer, aim) in enumerate(zip(self.layers, aims, strict=True))
+        ]
+        return x, {id(each.layer.layer): each.call for each in self.scalers}
 
     def _finish(self, batch: Batch, outputs: Any) -> Outcome:
         objective = batch.objective(outputs)
-        return objective, self.latest.extras(objective)
+        factors = [1 if each.factor is None else each.factor for each in self.scalers]
+        both = numpy.stack(list(map(numpy.float32, factors)))
+        return objective, [both, ops.cast(objective, "float32")]
 
-    def _collect(self, signals: list[Signal], extras: list[np.ndarray]) -> ScalingPass:
+    def _collect(self, factors: np.ndarray, objective: np.ndarray) -> ScalingPass:
         """From calls to layers."""
-        factors, follows, objective = extras
-        calls = np.array([layer for layer, _ in self.latest.calls], int)
-        seen = [signals[position] for _, position in self.latest.calls]
-        stds = np.array([each.value[0] for each in seen])
-        likenesses = np.array([each.value[1] for each in seen], float)
-        lengths = np.nan_to_num([each.gradient for each in seen])
+        calls = np.array([layer for layer, _ in self.calls], int)
+        values = np.array([signal.value for _, signal in self.calls], float).reshape(-1, 2)
+        stds, likenesses = values.T
+        lengths = np.nan_to_num([signal.gradient for _, signal in self.calls])
         # By Euler's theorem this is the same all along a chain, whatever the factors.
         passing = np.nan_to_num(stds * lengths)
         before = np.maximum.accumulate(passing)
         behind = np.maximum.accumulate(passing[::-1])[::-1]
+        share = np.zeros(len(self.layers))
         shares = passing / np.maximum(np.minimum(before, behind), 1e-300)
-        count = len(self.layers)
-        signal, likeness = np.full(count, math.nan), np.full(count, math.nan)
-        gradient, share = np.full(count, -math.inf), np.zeros(count)
-        order = list(dict.fromkeys(calls.tolist()))
+        np.maximum.at(share, calls, shares)
         with np.errstate(divide="ignore", invalid="ignore"):
-            for i in order:
-                mine = calls == i
-                signal[i] = np.log(stds[mine]).mean()
-                gradient[i] = np.log(lengths[mine]).mean()
-                likeness[i] = likenesses[mine].mean()
-                share[i] = shares[mine].max()
+            counts = np.bincount(calls, minlength=len(share))
+            signal, gradient, likeness = (
+                np.bincount(calls, each, len(share)) / counts
+                for each in (np.log(stds), np.log(lengths), likenesses)
+            )
         return ScalingPass(
+            self.layers,
             signal,
             gradient,
             likeness,
             share,
-            factors.astype(np.float64),
-            follows > 0,
-            order,
+            np.nan_to_num(factors.astype(np.float64), nan=1.0),
+            ~np.isnan(factors),
+            list(dict.fromkeys(calls.tolist())),
             bool(np.isfinite(objective) and np.isfinite(stds).all()),
         )
 
 
 class _Scaler:
-    """Scales the kernels of one pass as their layers are called, and taps the outputs.
+    """Scales the kernels of a layer as it is called, and taps its output.
 
     Numbers are NumPy's, or those of the program that JAX traces.
+
+    Attributes:
+        layer: The layer.
+        aim: As in `ScalingPasses`: the std of its output; 0 to leave its kernels.
+        level: That of the pass.
+        tap: Hands the output on, tapped.
+        scope: Holds the variables.
+        factor: None before the first call, nan if the output does not follow the kernels.
     """
 
-    def __init__(
-        self, layers: list[ScaledLayer], tap: Callable, scope: Any, aims: Any, level: Any
-    ):
-        self.layers, self.tap, self.scope = layers, tap, scope
-        self.aims, self.level = aims, level
-        self.calls: list[tuple[int, int]] = []  # of which layer, and where its signal is
-        self.factors: dict[int, Any] = {}
-        self.follows: dict[int, Any] = {}
+    def __init__(self, layer: ScaledLayer, aim: Any, level: Any, tap: Callable, scope: Any):
+        self.layer, self.aim, self.level = layer, aim, level
+        self.tap, self.scope = tap, scope
+        self.factor: Any = None
 
-    def extras(self, objective: Tensor) -> list[Any]:
-        """The numbers of the pass: of the layers, and the objective."""
-        numbers = [
-            numpy.stack([numpy.float32(each.get(i, 1)) for i in range(len(self.layers))])
-            for each in (self.factors, self.follows)
-        ]
-        return [*numbers, ops.cast(objective, "float32")]
-
-    def wrappers(self) -> dict[int, Callable]:
-        """What stands for `call` of each layer."""
-        wrappers: dict[int, Callable] = {}
-        for i, each in enumerate(self.layers):
-            is_loop = isinstance(each.layer, keras.layers.RNN)
-            call = self._call_recurrent if is_loop else self._call_layer
-            wrappers[id(each.layer)] = functools.partial(call, i, each)
-        return wrappers
-
-    def _call_recurrent(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
-        """Nothing inside the loop is seen, but what it multiplies its input with is."""
-        inputs = _first_float((args, kwargs))
-        kernel: Any = self.scope.get_current_value(layer.kernels[0].variable)
-        z = ops.matmul(ops.cast(inputs, kernel.dtype), kernel)
-        self._tap(i, self._scale(i, layer, inputs, z))
-        return call(*args, **kwargs)
-
-    def _call_layer(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
-        is_first = i not in self.factors
-        with self._without_bias(layer.owner), _activation(layer.owner, _linear):
-            z = _first_float(call(*args, **kwargs))
-            if z is not None and is_first:
-                bare, z = z, self._scale(i, layer, _first_float((args, kwargs)), z)
-                if not layer.is_affine and i in self.factors:
-                    self._check_follows(i, layer, bare, _first_float(call(*args, **kwargs)))
+    def call(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Stands for `call` of the layer."""
+        if isinstance(self.layer.layer, keras.layers.RNN):
+            self._tap_input_kernel((args, kwargs))
+            return call(*args, **kwargs)
+        with self._without_bias(), self._activation(keras.activations.linear):
+            bare = z = first_float(call(*args, **kwargs))
+            if z is not None and self.factor is None:
+                z = self._scale((args, kwargs), bare)
+                if not self.layer.is_affine and self.factor is not None:
+                    self._check_follows(bare, first_float(call(*args, **kwargs)))
         if z is None:
             return call(*args, **kwargs)
-        if layer.is_affine:  # no need to call it again
-            return _activated(layer.owner, self._tap(i, z))
-        return self._call_tapped(i, layer, call, *args, **kwargs)
+        if self.layer.is_affine:  # no need to call it again
+            return _activated(self.layer.owner, self.tap(z))
+        return self._call_tapped(call, *args, **kwargs)
 
-    def _call_tapped(self, i, layer, call, *args: Any, **kwargs: Any) -> Any:
+    def _tap_input_kernel(self, arguments: Any) -> None:
+        """Nothing inside the loop is seen, but what it multiplies its input with is."""
+        kernel: Any = self.scope.get_current_value(self.layer.kernels[0].variable)
+        inputs = ops.cast(first_float(arguments), kernel.dtype)
+        self.tap(self._scale(arguments, ops.matmul(inputs, kernel)))
+
+    def _call_tapped(self, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """Taps what goes into the activation or, where that is not seen, the output."""
-        activation: Any = getattr(layer.owner, "activation", None)
-        is_in_loop = layer.layer is not layer.owner
-        count = len(self.calls)
+        activation: Any = getattr(self.layer.owner, "activation", None)
+        is_tapped = is_in_loop = self.layer.layer is not self.layer.owner
 
         def tapping(z: Tensor, *rest: Any, **options: Any) -> Tensor:
-            z = z if is_in_loop or len(self.calls) > count else self._tap(i, z)
+            nonlocal is_tapped
+            z = z if is_tapped else self.tap(z)
+            is_tapped = True
             return activation(z, *rest, **options)
 
-        with _activation(layer.owner, tapping):
+        with self._activation(tapping):
             outputs = call(*args, **kwargs)
-        if len(self.calls) > count:
+        if is_tapped and not is_in_loop:
             return outputs
-        tensors = tree.flatten(outputs)
-        position = next(k for k, tensor in enumerate(tensors) if is_float(tensor))
-        tensors[position] = self._tap(i, tensors[position])
-        return tree.pack_sequence_as(outputs, tensors)
+        z = first_float(outputs)
+        return replaced(outputs, z, self.tap(z))
 
-    def _tap(self, i: int, z: Tensor) -> Tensor:
-        tapped, position = self.tap(z)
-        self.calls.append((i, position))
-        return tapped
-
-    def _scale(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Tensor:
+    def _scale(self, arguments: Any, z: Tensor) -> Tensor:
         """The output of the layer's first call, times the factor that it needs."""
-        is_free = not isinstance(self.aims, np.ndarray) or self.aims[i] > 0
-        if i not in self.factors and is_free:
-            with np.errstate(all="ignore"):
-                factor = self._factor(i, layer, inputs, z)
-            self._multiply(i, layer, factor)
-            z = _product(z, factor)
-        return z
+        if self.factor is not None or (isinstance(self.aim, np.generic) and not self.aim):
+            return z
+        with np.errstate(all="ignore"):
+            self.factor = self._needed_factor(arguments, z)
+        self._multiply(self.factor)
+        return _product(z, self.factor)
 
-    def _factor(self, i: int, layer: ScaledLayer, inputs: Any, z: Tensor) -> Any:
-        std, size = _std_and_size(z)
-        std_or_1 = numpy.where(std > 0, std, 1)
-        if layer.share is None:
+    def _needed_factor(self, arguments: Any, z: Tensor) -> Any:
+        if self.layer.share is None:
             # It makes up for a low level, and for nothing else.
-            most = self.aims[i] / numpy.where(size > 0, size, 1)
-            wanted = numpy.minimum(1 / self.level, most)
+            size = _size(z)
+            factor = numpy.minimum(1 / self.level, self.aim / size)
         else:
-            wanted = self.aims[i] / std_or_1
+            size, goal, inputs = _std(z), self.aim, first_float(arguments)
             if inputs is not None:
-                most = layer.largest_gain * _std_and_size(inputs)[1] / std_or_1
-                most *= numpy.maximum(1, self.aims[i])
-                wanted = numpy.minimum(wanted, numpy.maximum(1, most))
-        return numpy.where((std > 0) & (self.aims[i] > 0), wanted, 1)
+                most = self.layer.largest_gain * _size(inputs) * numpy.maximum(1, self.aim)
+                goal = numpy.minimum(self.aim, numpy.maximum(size, most))
+            factor = goal / size
+        return numpy.where((size > 0) & (self.aim > 0), factor, 1)
 
-    def _check_follows(self, i: int, layer: ScaledLayer, bare: Tensor, again: Any) -> None:
+    def _check_follows(self, bare: Tensor, again: Any) -> None:
         """Takes the factor back if the output did not follow it."""
-        factor = self.factors[i]
-        expected = _std_and_size(bare)[0] * factor
-        follows = abs(_std_and_size(again)[0] - expected) <= _FOLLOWS * expected
-        self._multiply(i, layer, numpy.where(follows, 1, 1 / factor))
-        self.factors[i] = numpy.where(follows, factor, 1)
-        self.follows[i] = follows
+        expected = _std(bare) * self.factor
+        follows = abs(_std(again) - expected) <= _FOLLOWS * expected
+        self._multiply(numpy.where(follows, 1, 1 / self.factor))
+        self.factor = numpy.where(follows, self.factor, math.nan)
 
-    def _multiply(self, i: int, layer: ScaledLayer, factor: Any) -> None:
-        self.factors[i] = factor
-        for weight in layer.kernels:
+    def _multiply(self, factor: Any) -> None:
+        for weight in self.layer.kernels:
             value: Any = self.scope.get_current_value(weight.variable)
-            value = _product(value, factor ** (1 / len(layer.kernels)))
+            value = _product(value, self.layer.part(factor))
             self.scope.add_update((weight.variable, value))
 
     @contextlib.contextmanager
-    def _without_bias(self, owner: Any) -> Iterator[None]:
-        biases = [weight for weight in owner.weights if weight.name == "bias"]
+    def _without_bias(self) -> Iterator[None]:
+        biases = [weight for weight in self.layer.owner.weights if weight.name == "bias"]
         held = [(bias, self.scope.get_current_value(bias)) for bias in biases]
         for bias, value in held:
             self.scope.add_update((bias, ops.zeros_like(value)))
@@ -397,12 +403,11 @@ class _Scaler:
             for update in held:
                 self.scope.add_update(update)
 
-
-def _activation(owner: Any, function: Callable) -> Any:
-    """Where the layer has another activation, if it has any."""
-    if callable(getattr(owner, "activation", None)):
-        return replaced_attribute(owner, "activation", function)
-    return contextlib.nullcontext()
+    def _activation(self, function: Callable) -> Any:
+        """Where the layer has another activation, if it has any."""
+        if callable(getattr(self.layer.owner, "activation", None)):
+            return replaced_attribute(self.layer.owner, "activation", function)
+        return contextlib.nullcontext()
 
 
 def _activated(owner: Any, z: Tensor) -> Tensor:
@@ -438,22 +443,26 @@ def _is_affine(layer: Any) -> bool:
     return type(layer) in _AFFINE and not has_lora and layer.quantization_mode is None
 
 
-def _first_float(structure: Any) -> Tensor | None:
-    tensors = tree.flatten(structure)
-    return next((t for t in tensors if is_float(t) and math.prod(t.shape)), None)
-
-
 def _product(tensor: Tensor, factor: Any) -> Tensor:
     return tensor * ops.cast(factor, tensor.dtype)
 
 
-def _std_and_size(tensor: Tensor) -> tuple[Any, Any]:
-    """Std and root mean square, scaled so that squares neither vanish nor overflow."""
+def _std(tensor: Tensor) -> Any:
+    values, scale = _of_size_1(tensor)
+    return values.std() * scale
+
+
+def _size(tensor: Tensor) -> Any:
+    """The root mean square."""
+    values, scale = _of_size_1(tensor)
+    return numpy.sqrt((values * values).mean()) * scale
+
+
+def _of_size_1(tensor: Tensor) -> tuple[Any, Any]:
+    """Values whose squares neither vanish nor overflow, and what they are divided by."""
     values = backends.readable(tensor)
-    scale = abs(values).max()
-    scale = numpy.where(scale > 0, scale, 1)
-    values = values / scale
-    return values.std() * scale, numpy.sqrt((values * values).mean()) * scale
+    scale = numpy.maximum(abs(values).max(), np.finfo(np.float32).tiny)
+    return values / scale, scale
 
 
 def _std_and_likeness(examples: int, values: np.ndarray) -> tuple[float, float | None]:
@@ -464,8 +473,7 @@ def _length(gradient: np.ndarray) -> float:
     return math.hypot(*moments(gradient)) * math.sqrt(gradient.size)
 
 
-def scaled(layer: ScaledLayer, factor: float, kernel: keras.Variable) -> Tensor:
-    """A kernel times its share of the layer's factor."""
-    share = float(factor) ** (1 / len(layer.kernels))
+def scaled(kernel: keras.Variable, factor: float) -> Tensor:
+    """A kernel times a factor, rounded once."""
     wide = keras.backend.result_type(kernel.dtype, "float32")
-    return ops.cast(ops.cast(kernel, wide) * share, kernel.dtype)
+    return ops.cast(ops.cast(kernel, wide) * float(factor), kernel.dtype)

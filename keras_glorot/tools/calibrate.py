@@ -8,9 +8,10 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
+from keras_glorot._backends.signals import is_float
 from keras_glorot._models.kernels import Flow, flow_of_model
 from keras_glorot._models.pairs import fitting_levels
-from keras_glorot._models.passes import Batch, is_float
+from keras_glorot._models.passes import Batch
 from keras_glorot._models.progress import progress
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.layer_rules import activation_name
@@ -40,9 +41,6 @@ _SAME = 0.95
 # By how much more than before the cosine may change where signal and gradient become level:
 # in random kernels of 128 units, 50 layers change it by as much by chance.
 _SLACK = 0.3
-# A kernel that gets less than this part of the gradient that passes by stands in a branch
-# that is switched off on purpose, by LayerScale or zeros.
-_SMALLEST_SHARE = 0.01
 # An output of the model that other kernels build on keeps its std if that is larger: else
 # the signal has vanished before it.
 _SMALLEST_OUTPUT = 0.1
@@ -106,7 +104,7 @@ def calibrate(
         model: A built Keras model or layer.
         x: A batch like those it will be trained on, as in `propagate`: dozens of examples.
         y: Targets for `loss`. Give both or neither.
-        loss: What is differentiated, as in `propagate`. Without one it is
+        loss: The function to differentiate, as in `propagate`. Without one it is
             `sum(c * model(x))`, where c is random.
         layers: Layers of the model, or their names, to which to limit the work.
         seed: An integer: the same one gives the same c.
@@ -151,13 +149,14 @@ def calibrate(
         )
     with progress("calibrate", verbose) as advance:
         result = _measure(survey, batch, found, flow, training, advance)
-    table = _table(result, left, flow)
+    table, after = _table(result, left, flow), result.after
     before: list[tuple[keras.Variable, Any]] = []
     try:
-        for layer, factor in zip(result.layers, result.factors, strict=True):
+        for layer, factor in zip(after.layers, after.factors, strict=True):
             for weight in layer.kernels if factor != 1 else ():
                 before.append((weight.variable, backends.held_value(weight.variable)))
-                backends.assign(weight.variable, scaled(layer, factor, weight.variable))
+                value = scaled(weight.variable, layer.part(factor))
+                backends.assign(weight.variable, value)
         return table  # within, so that an interrupt in this last moment is caught too
     except BaseException:
         for variable, old in before:
@@ -175,14 +174,6 @@ def _check_tells(batch: Batch) -> None:
             "one half is measured on, the other half tests the result. "
             f"Received: x of shape {arrays[0].shape}"
             + (", with all examples alike" if len(arrays[0]) > 1 and not varies else "")
-        )
-    largest = float(np.finfo(np.float32).max)
-    floats = [array for part, array in zip(parts, arrays, strict=True) if is_float(part)]
-    sizes = [float(np.abs(each).max(initial=0.0)) for each in floats]
-    if max(sizes, default=0.0) > largest:
-        raise ValueError(
-            f"Argument `x` must be within the range of float32, up to {largest:.3g}: scale "
-            f"it to a std near 1. Received: x with values up to {max(sizes):.3g}"
         )
 
 
@@ -210,10 +201,10 @@ def _grown(batch: Batch) -> Batch:
 
 
 class _Change(NamedTuple):
-    """What becomes of signal, gradient and likeness between the first kernel and the last.
+    """The changes of signal, gradient and likeness from the first kernel to the last.
 
     Attributes:
-        signal: Log of what the std of the kernels' outputs is multiplied with.
+        signal: Log of the factor on the std of the kernels' outputs.
         gradient: The same of the gradient's length, on its way back.
         likeness: The mean cosine of two examples at the first hidden kernel, and the last.
         excess: Log of the largest std before a head, a softmax or a gate; 0 if below 1.
@@ -256,7 +247,7 @@ class _Change(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """A pass with kernels scaled to a level, and what became of the three in it."""
+    """A pass with kernels scaled to a level, and the changes of the three in it."""
 
     level: float
     seen: ScalingPass
@@ -264,22 +255,19 @@ class _Attempt(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """What was measured, and what follows from it.
+    """The attempts, and the one that is kept.
 
     Attributes:
-        layers, unseen: Those that are scaled, and those of which not all calls are seen.
+        unseen: The layers of which not all calls are seen.
         was: As the model was.
-        scaled: With the factors, on the examples that they come from; None if nothing is
-            to be scaled.
-        fresh: With the factors, on the other examples.
+        fresh: Scaled, on examples that the factors do not come from; None if nothing is to
+            be scaled.
         failed: The last attempt that did not hold; None if all three hold as they are.
         passes: How many there were.
     """
 
-    layers: list[ScaledLayer]
     unseen: list[ScaledLayer]
     was: _Attempt
-    scaled: _Attempt | None
     fresh: _Attempt | None
     failed: _Attempt | None
     passes: int
@@ -288,10 +276,6 @@ class _Result(NamedTuple):
     def after(self) -> ScalingPass:
         """The model as it will be."""
         return (self.fresh or self.was).seen
-
-    @property
-    def factors(self) -> np.ndarray:
-        return (self.scaled or self.was).seen.factors
 
 
 def _measure(
@@ -305,27 +289,25 @@ def _measure(
     """All passes, each on half of the batch."""
     half, other = _halves(batch)
     advance(0.0, "as it is")
-    run, before = _first_pass(survey, half, found, training)
-    run.layers = _with_levels(run.layers, before)
-    was = _attempt(run.layers, 0.0, before)
-    scaled, fresh, failed = None, None, None
+    run, before, unseen = _first_pass(survey, half, found, training)
+    was = _attempt(0.0, before)
+    fresh, failed = None, None
     most = max(_MOST_DRIFT, was.change.drift + _SLACK)
     for attempt in _candidates(run, half, was, most, flow, advance):
-        factors, tests = attempt.seen.factors, []
-        if not _is_starved(run.layers, attempt) and attempt.change.is_held(most):
-            passes = [run(each, factors=factors) for each in (other, _grown(half))]
-            tests = [_attempt(run.layers, attempt.level, each) for each in passes]
+        tests = []
+        if not _is_starved(attempt) and attempt.change.is_held(most):
+            passes = [run(each, like=attempt.seen) for each in (other, _grown(half))]
+            tests = [_attempt(attempt.level, each) for each in passes]
         bad = [each for each in (attempt, *tests) if not each.change.is_held(most)]
-        bad += [each for each in tests if _differ(run.layers, each.seen, attempt.seen)]
+        bad += [each for each in tests if _differ(each.seen, attempt.seen)]
         if tests and not bad:
-            scaled, fresh = attempt, tests[0]
+            if was.change.is_level and attempt.change.drift > _NEARER * was.change.drift:
+                failed = attempt  # the model holds what can be held
+            else:
+                fresh = tests[0]
             break
         failed = (bad or [attempt])[0]
-    if scaled and was.change.is_level and scaled.change.drift > _NEARER * was.change.drift:
-        scaled, fresh, failed = None, None, scaled  # it holds what can be held
-    seen = {id(each.layer) for each in run.layers}
-    unseen = [each for each in found if id(each.layer) not in seen]
-    return _Result(run.layers, unseen, was, scaled, fresh, failed, run.passes)
+    return _Result(unseen, was, fresh, failed, run.passes)
 
 
 def _candidates(
@@ -343,11 +325,11 @@ def _candidates(
     levels = [] if is_sound else _LEVELS[:1] if flow.sums else _LEVELS
     for i, level in enumerate(levels):
         advance((1 + i) / (1 + len(levels)), f"level {level:g}")
-        aims = _aims(run.layers, was.seen, level)
+        aims = _aims(was.seen, level)
         attempt = _scale(run, half, level, aims, None if flow.sums else most)
-        _check_finite(run.survey.root, run.layers, was.seen, attempt.seen)
+        _check_finite(run.survey.root, was.seen, attempt.seen)
         drift = attempt.change.drift
-        if _is_starved(run.layers, attempt):
+        if _is_starved(attempt):
             yield attempt
             break
         if later and drift > _SAME * later[-1].change.drift:
@@ -360,14 +342,12 @@ def _candidates(
     yield from reversed(later)
 
 
-def _check_finite(
-    model: keras.Layer, layers: list[ScaledLayer], before: ScalingPass, after: ScalingPass
-) -> None:
+def _check_finite(model: keras.Layer, before: ScalingPass, after: ScalingPass) -> None:
     """An error where even the scaled model does not give numbers."""
     if before.is_finite or after.is_finite:
         return
     wrong = [i for i in after.order if not after.signal[i] < math.inf]
-    place = f"At {layers[wrong[0]].path}" if wrong else "Behind the last kernel"
+    place = f"At {after.layers[wrong[0]].path}" if wrong else "Behind the last kernel"
     raise ValueError(
         "Argument `model` must give finite values on `x`, whatever the scale of its "
         f"kernels. {place} they are not: look for weights that are not finite with "
@@ -375,15 +355,15 @@ def _check_finite(
     )
 
 
-def _aims(layers: list[ScaledLayer], was: ScalingPass, level: float) -> np.ndarray:
+def _aims(was: ScalingPass, level: float) -> np.ndarray:
     """The std that each output is to have or, of a bounded one, the largest size.
 
     An output that other kernels build on keeps its own: these make up for it.
     """
     own = np.clip(np.exp(np.nan_to_num(was.signal)), _SMALLEST_OUTPUT, 1.0)
-    aims = np.array([each.share * each.own_level if each.share else 0 for each in layers])
-    bounds = np.where([each.leads_on for each in layers], own, 1.0)
-    return np.where(aims, level * aims, bounds)
+    aims = [each.share * each.own_level if each.share else 0.0 for each in was.layers]
+    bounds = np.where([each.leads_on for each in was.layers], own, 1.0)
+    return np.where(aims, level * np.array(aims), bounds)
 
 
 def _scale(
@@ -394,47 +374,46 @@ def _scale(
     A factor changes both alike: their ratio is as the structure has it. `most` is the drift
     of a chain up to which that is worth a pass.
     """
-    attempt = _attempt(run.layers, level, run(half, level, aims))
+    attempt = _attempt(level, run(half, level, aims))
     change = attempt.change.gradient
     is_near = _MOST_CHANGE / 2 < abs(change) < 2 * _MOST_CHANGE
     if most is not None and is_near and attempt.change.drift <= most:
-        path = _path(run.layers, attempt.seen)
+        path = attempt.seen.path
         aims[path] *= np.exp(-change / 2 * np.linspace(-0.5, 0.5, len(path)))
-        attempt = _attempt(run.layers, level, run(half, level, aims))
+        attempt = _attempt(level, run(half, level, aims))
     return attempt
 
 
-def _attempt(layers: list[ScaledLayer], level: float, seen: ScalingPass) -> _Attempt:
-    return _Attempt(level, seen, _change(layers, seen, level > 0))
+def _attempt(level: float, seen: ScalingPass) -> _Attempt:
+    return _Attempt(level, seen, _change(seen, level > 0))
 
 
-def _differ(layers: list[ScaledLayer], one: ScalingPass, other: ScalingPass) -> bool:
+def _differ(one: ScalingPass, other: ScalingPass) -> bool:
     """Whether the output of a hidden kernel has another std on other examples."""
-    hidden = [i for i in one.order if layers[i].share is not None]
     with np.errstate(invalid="ignore"):
-        off = np.abs(one.signal[hidden] - other.signal[hidden])
+        off = np.abs(one.signal - other.signal)[one.hidden]
     return bool((off > _MOST_CHANGE).any())
 
 
-def _is_starved(layers: list[ScaledLayer], attempt: _Attempt) -> bool:
+def _is_starved(attempt: _Attempt) -> bool:
     """Whether no sound gain makes up for the small input of the first hidden kernel."""
-    for i in attempt.seen.order:
-        share, own_level = layers[i].share, layers[i].own_level
-        if share is not None:
-            aim = attempt.level * own_level * share
-            return math.exp(attempt.seen.signal[i]) < aim / 2
+    seen = attempt.seen
+    for i in seen.hidden[:1]:
+        aim = _aims(seen, attempt.level)[i]
+        return bool(math.exp(seen.signal[i]) < aim / 2)
     return False
 
 
 def _first_pass(
     survey: Survey, half: Batch, found: list[ScaledLayer], training: bool
-) -> tuple[ScalingPasses, ScalingPass]:
-    """The pass before, over those layers of which each call is seen."""
+) -> tuple[ScalingPasses, ScalingPass, list[ScaledLayer]]:
+    """The pass before, over those layers of which each call is seen, and the others."""
     run = ScalingPasses(survey, found, training)
     first = run(half)
-    unseen = {id(layer) for layer in run.recorder.unseen}
-    seen = [each for each in found if id(each.layer) not in unseen]
-    if len(seen) < len(found):
+    hidden = {id(layer) for layer in run.recorder.unseen}
+    unseen = [each for each in found if id(each.layer) in hidden]
+    if unseen:
+        seen = [each for each in found if id(each.layer) not in hidden]
         run = ScalingPasses(survey, seen, training)
         first = run(half)
     if not first.order:
@@ -443,22 +422,23 @@ def _first_pass(
             "loops, derivatives and programs that the backend traces. "
             f"Received: model={survey.root}"
         )
-    return run, first
+    run.layers = _with_levels(first)
+    return run, first._replace(layers=run.layers), unseen
 
 
-def _with_levels(layers: list[ScaledLayer], was: ScalingPass) -> list[ScaledLayer]:
+def _with_levels(was: ScalingPass) -> list[ScaledLayer]:
     """The layers, those on the path with the levels that the model goes with."""
-    path = _path(layers, was)
+    layers, path = list(was.layers), was.path
     activations = [layers[i].kernels[0].activation for i in path]
-    levels = np.ones(len(layers))
-    levels[path] = fitting_levels(activations, np.exp(was.signal[path]))
-    both = zip(layers, levels, strict=True)
-    return [layer._replace(own_level=level) for layer, level in both]
+    levels = fitting_levels(activations, np.exp(was.signal[path]))
+    for i, level in zip(path, levels, strict=True):
+        layers[i] = layers[i]._replace(own_level=level)
+    return layers
 
 
-def _change(layers: list[ScaledLayer], seen: ScalingPass, is_scaled: bool) -> _Change:
+def _change(seen: ScalingPass, is_scaled: bool) -> _Change:
     """By straight lines through the logarithms: in branches, one may differ widely."""
-    path = _path(layers, seen)
+    layers, path = seen.layers, seen.path
     bounded = [seen.signal[i] for i in seen.order if layers[i].share is None]
     # The ends of branches are small on purpose.
     shares = [layers[i].share or 1.0 if is_scaled else 1.0 for i in path]
@@ -475,17 +455,6 @@ def _change(layers: list[ScaledLayer], seen: ScalingPass, is_scaled: bool) -> _C
     )
 
 
-def _path(layers: list[ScaledLayer], seen: ScalingPass) -> list[int]:
-    """The hidden kernels that signal and gradient come by, in order of their calls."""
-    return [
-        i
-        for i in seen.order
-        if layers[i].is_told
-        and seen.share[i] > _SMALLEST_SHARE
-        and math.isfinite(seen.signal[i] + seen.gradient[i])
-    ]
-
-
 def _line(values: np.ndarray) -> float:
     """By how much a straight line through them rises; nothing vanishes along a few."""
     count = len(values)
@@ -495,17 +464,16 @@ def _line(values: np.ndarray) -> float:
 
 
 def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table:
-    layers = result.layers
+    after, layers = result.after, result.after.layers
     reason = "it is called in a loop, a derivative or a program that the backend traces"
     left = [*left, *((each, reason) for unseen in result.unseen for each in unseen.kernels)]
-    after = result.after
     for i, layer in enumerate(layers):
         reason = ""
         if i not in after.order:
             reason = "its layer was not called"
         elif result.was.seen.signal[i] == -math.inf:
             reason = "its output is zero on this batch"
-        elif result.scaled and not result.scaled.seen.follows[i]:
+        elif not after.follows[i]:
             reason = "the output of its layer does not change with it"
         left += [(weight, reason) for weight in layer.kernels if reason]
     findings = [
@@ -514,8 +482,7 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
     ]
     columns = ("path", "factor", "std_before", "std", "gradient_std", "likeness", "role",
                "shape", "layer")  # fmt: skip
-    path = _path(layers, after)
-    middle = float(after.gradient[path].mean()) if path else 0.0
+    middle = float(after.gradient[after.path].mean()) if after.path else 0.0
     rows = [
         _row(result, i, weight, middle)
         for i, layer in enumerate(layers)
@@ -527,13 +494,13 @@ def _table(result: _Result, left: list[tuple[Weight, str]], flow: Flow) -> Table
 
 
 def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
-    layer, before, after = result.layers[i], result.was.seen, result.after
+    layer, before, after = result.after.layers[i], result.was.seen, result.after
     called = i in after.order
     alike = float(after.likeness[i])
     role = "bounded" if layer.share is None else "hidden" if layer.share == 1 else "branch"
     return {
         "path": weight.path,
-        "factor": float(result.factors[i] ** (1 / len(layer.kernels))),
+        "factor": float(layer.part(after.factors[i])),
         "std_before": math.exp(before.signal[i]) if called else None,
         "std": math.exp(after.signal[i]) if called else None,
         "gradient_std": math.exp(after.gradient[i] - middle) if called else None,
@@ -545,7 +512,7 @@ def _row(result: _Result, i: int, weight: Weight, middle: float) -> Row:
 
 
 def _note(result: _Result, flow: Flow) -> str:
-    """The verdict: what was done, and what became of the three."""
+    """The verdict: the work that was done, and the changes of the three."""
     passes = f"Passes over half of the batch: {result.passes}."
     ends = "From the first kernel to the last, and back"
     was = result.was.change
@@ -563,7 +530,7 @@ def _note(result: _Result, flow: Flow) -> str:
 
 
 def _unreached(result: _Result, flow: Flow) -> list[Finding]:
-    """What does not hold, and the part of the model that is the cause."""
+    """The one of the three that does not hold, and the part that is the cause."""
     if result.fresh is None and result.failed is None:
         return []
     change = (result.fresh or result.was).change
@@ -592,17 +559,16 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
 
 def _is_normalized(result: _Result, flow: Flow) -> bool:
     """Whether normalization layers alone set the scale of the signal."""
-    told = [each.layer for each in result.layers if each.is_told]
+    told = [each.layer for each in result.after.layers if each.is_told]
     return result.fresh is None and bool(told) and all(map(flow.is_normalized, told))
 
 
 def _cause(result: _Result, flow: Flow) -> tuple[str, str, str]:
     """The path of a kernel, the part of the model there, and what to do."""
-    layers = result.layers
     attempt = result.failed or result.fresh or result.was
-    hidden = [i for i in attempt.seen.order if layers[i].share is not None]
+    layers, hidden = attempt.seen.layers, attempt.seen.hidden
     first = next(iter(hidden), attempt.seen.order[0])
-    if _is_starved(layers, attempt):
+    if _is_starved(attempt):
         cause = f"its small input: it would need a gain above {layers[first].largest_gain}"
         return layers[first].path, cause, "Scale the data, or embeddings, to a std near 1."
     for kind, cause in _CAUSES.items():
@@ -624,7 +590,7 @@ _ADVICE = (
     "Use `initialize(model, 'isometric')`, fewer layers, residual connections or "
     "normalization layers."
 )
-# By kind of what stands between kernels, the likeliest first.
+# By the kind of a step between kernels, the likeliest first.
 _CAUSES = {
     "product": "a product of two signals, as in a gate, which doubles a relative change",
     "normalization": "a normalization layer, which undoes the scale of what it takes",

@@ -70,7 +70,7 @@ def plotted_histograms(
     survey: Survey, batch: Batch, layers: Iterable[str] | None = None, axes: Any = None
 ) -> Any:
     """As `plot_histograms`, of a model that has been looked at."""
-    calls = record(survey, batch, of_tensor=_sample).calls[:-1]
+    calls = record(survey, batch, of_value=_sample, of_gradient=_sample).calls[:-1]
     kernels = [call.path for call in calls if call.weight is not None]
     selected = set(kernels[:-1] if layers is None else layers)
     if not selected or not selected <= {call.path for call in calls}:
@@ -133,7 +133,7 @@ def _draw_bands(ax: Any, label: str, samples: Iterable[np.ndarray | None]) -> No
     ax.set_xlabel(label)
 
 
-def _sample(values: np.ndarray) -> np.ndarray:
+def _sample(layer: keras.Layer, values: np.ndarray, is_input: bool) -> np.ndarray:
     """Some finite values, at random: each n-th would always be of the same channels."""
     flat = np.asarray(values).reshape(-1)
     if flat.size > _SAMPLE:

@@ -15,7 +15,8 @@ import keras
 import numpy as np
 
 from keras_glorot import _backends as backends
-from keras_glorot._drawing.distributions import WEIGHT_DTYPES, Distribution
+from keras_glorot._drawing.distributions import Distribution
+from keras_glorot._drawing.stream import WEIGHT_DTYPES
 from keras_glorot._keras.call_site import seed_words
 from keras_glorot._keras.optimizers import optimizer_values, used_learning_rates
 from keras_glorot._keras.rebuild import BuildValue, build_values

@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from keras_glorot._backends.signals import Signal
 from keras_glorot._keras.graph import LOOPS
 from keras_glorot._models.jacobian import singular_spread
 from keras_glorot._models.kernels import Flow, Kernel, Kinds, flow_of_calls
@@ -16,7 +17,6 @@ from keras_glorot._models.passes import (
     Batch,
     Call,
     Moments,
-    Pass,
     gradient_std,
     likeness,
     moments,
@@ -139,14 +139,16 @@ def propagated(
 ) -> Table:
     """As `propagate`, of a model that has been looked at."""
 
-    def of_output(layer: keras.Layer, values: np.ndarray) -> _Output:
-        return _summarize(layer, values, batch.size)
+    def of_value(layer: keras.Layer, values: np.ndarray, is_input: bool) -> Any:
+        if is_input:
+            return moments(values).std
+        return _statistics(layer, values, batch.size)
 
     def of_gradient(layer: keras.Layer, values: np.ndarray, is_input: bool) -> float:
         return gradient_std(values, batch.size, _unit_axes(layer, is_input))
 
     with progress("propagate", verbose) as advance:
-        seen = record(survey, batch, training, of_output, of_gradient, advance=advance)
+        seen = record(survey, batch, training, of_value, of_gradient, advance)
         rows = _rows(seen.calls)
         inside = [row for row in rows[:-1] if row["kernel_gradient_std"] is not None]
         if not any(row["gradient_std"] for row in inside or rows):
@@ -155,20 +157,12 @@ def propagated(
                 "output, and the gradient there must not be zero. "
                 f"Received: model={survey.root}"
             )
-        spread = rows[-1]["jacobian_spread"] = _spread(survey, batch, seen, training)
+        spread = singular_spread(survey, batch, seen, training)
+        rows[-1]["jacobian_spread"] = spread
     filled = [key for key in _COLUMNS if any(row[key] is not None for row in rows)]
     flow = flow_of_calls(survey, batch, seen.calls)
     found = _findings(seen.calls, rows, flow) + _unseen_findings(survey, seen.unseen)
     return Table("propagate", rows, found, filled, _note(spread), _LAYOUT)
-
-
-def _spread(survey: Survey, batch: Batch, seen: Pass, training: bool) -> float | None:
-    if not seen.gradients:
-        return None
-    if batch.loss is not None:  # its gradient has no random direction
-        batch = batch._replace(y=None, loss=None)
-        seen = record(survey, batch, training)
-    return singular_spread(survey, batch, seen.gradients, training)
 
 
 def _note(spread: float | None) -> str:
@@ -181,25 +175,23 @@ def _rows(calls: list[Call]) -> list[Row]:
     if calls[-1].input.gradient is None:
         # Token ids have no std and no gradient: the model then starts at its first output.
         first = calls[0].output
-        value = first.value and first.value.moments
-        calls[-1] = calls[-1]._replace(input=first._replace(value=value))
+        value = first.value and first.value["std"]
+        calls[-1] = calls[-1]._replace(input=Signal(value, first.gradient))
     return [_row(call) for call in calls]
 
 
 def _row(call: Call) -> Row:
-    output = call.output.value
-    statistics = output.statistics if output else dict.fromkeys(_STATISTICS)
-    input_std = call.input.value and call.input.value.std
+    output = call.output.value or {}
     return {
         "path": call.path,
         "layer": type(call.layer).__name__,
         "shape": call.shape,
-        **statistics,
-        "input_std": input_std,
-        "forward_gain": _ratio(statistics["std"], input_std),
+        **{name: output.get(name) for name in _STATISTICS},
+        "input_std": call.input.value,
+        "forward_gain": _ratio(output.get("std"), call.input.value),
         "gradient_std": call.output.gradient,
         "backward_gain": _ratio(call.input.gradient, call.output.gradient),
-        "kernel_gradient_std": call.kernel.gradient and call.kernel.gradient.std,
+        "kernel_gradient_std": call.kernel.gradient,
         "jacobian_spread": None,
     }
 
@@ -216,23 +208,14 @@ _LARGE_SPREAD = 2.0
 Statistic = Callable[[Any, np.ndarray, Moments, int], float | None]
 
 
-class _Output(NamedTuple):
-    """What is kept of an output."""
-
-    moments: Moments
-    pooled_std: float  # of the means over positions
-    statistics: dict[str, Any]
-
-
-def _summarize(layer: keras.Layer, values: np.ndarray, examples: int) -> _Output:
+def _statistics(layer: Any, values: np.ndarray, examples: int) -> dict[str, Any]:
+    """All of them, and the std of the means over positions."""
     both = moments(values)
     axes = position_axes(values, examples, _unit_axes(layer))
-    pooled_std = moments(values.mean(axes)).std if axes else both.std
-    statistics = {
-        name: statistic(layer, values, both, examples)
-        for name, statistic in _STATISTICS.items()
+    found = {
+        name: each(layer, values, both, examples) for name, each in _STATISTICS.items()
     }
-    return _Output(both, pooled_std, statistics)
+    return {"pooled_std": moments(values.mean(axes)).std if axes else both.std, **found}
 
 
 def _unit_axes(layer: Any, is_input: bool = False) -> tuple[int, ...]:
@@ -327,7 +310,7 @@ def _known(places: list[int | None], chain: list[int]) -> list[int]:
 
 
 def _unseen_findings(survey: Survey, unseen: list[keras.Layer]) -> list[Finding]:
-    """Of the outermost layers: what is in them is not seen either."""
+    """Of the outermost layers: those inside are not seen either."""
     hidden = sorted(survey.paths[id(layer)] for layer in unseen)
     message = (
         "Not seen: it is called in a loop, a derivative or a program that the backend "
@@ -400,8 +383,8 @@ def _signal_trend(calls: list[Call], advice: str) -> list[Finding]:
     outputs, levels = [call.output.value for call in calls], _levels(calls)
     both = list(zip(outputs, levels, strict=True))
     curves = [
-        [output and output.moments.std / level for output, level in both],
-        [output and output.pooled_std / level for output, level in both],
+        [output and output["std"] / level for output, level in both],
+        [output and output["pooled_std"] / level for output, level in both],
     ]
     return _trend([call.path for call in calls], curves, "Signal", advice)
 
@@ -416,7 +399,7 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
     curve: list[float | None] = []
     for part in reversed(parts):
         output, levels = part[-1].output.value if part and paths else None, _levels(part)
-        scale = output.moments.std / levels[-1] if output else 1.0
+        scale = output["std"] / levels[-1] if output else 1.0
         for call, level in zip(reversed(part), reversed(levels), strict=True):
             gradient = call.output.gradient
             paths.append(call.path)
@@ -425,9 +408,9 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
 
 
 def _levels(calls: list[Call]) -> np.ndarray:
-    """What the stds of the outputs of kernels are compared with."""
+    """The levels with which the stds of the outputs of kernels are compared."""
     outputs = [call.output.value for call in calls]
-    stds = np.array([output.moments.std if output else 0.0 for output in outputs])
+    stds = np.array([output["std"] if output else 0.0 for output in outputs])
     activations = [call.weight.activation if call.weight else None for call in calls]
     return fitting_levels(activations, stds)
 
@@ -435,7 +418,7 @@ def _levels(calls: list[Call]) -> np.ndarray:
 def _trend(
     paths: list[str], curves: list[list[float | None]], name: str, advice: str
 ) -> list[Finding]:
-    """What becomes of a std along the layers, if each of its curves tells the same."""
+    """The trend of a std along the layers, if each of its curves tells the same."""
     changes = [_change(curve) for curve in curves]
     if len(paths) < 3 or min(changes) * max(changes) <= 0:
         return []
@@ -482,7 +465,7 @@ def _collapse(rows: list[Row], advice: str) -> list[Finding]:
 
 
 def _residual_growth(calls: Sequence[Call], rows: list[Row]) -> list[Finding]:
-    """What normalization layers see of a sum that each block adds to."""
+    """A sum that each block adds to, as its normalization layers see it."""
     stream = [
         row
         for call, row in zip(calls, rows, strict=False)
@@ -538,7 +521,7 @@ def _instability(calls: list[Call], chains: list[list[int]]) -> list[Finding]:
 def _level(call: Call) -> float:
     """The std before the activation: that of the output, if a layer follows that is the
     activation, else as far as the gain tells."""
-    std = call.output.value.moments.std if call.output.value else 1.0
+    std = call.output.value["std"] if call.output.value else 1.0
     own = kernel_activation(call.weight.owner) if call.weight else None
     return std * (known_gain(own) or 1.0) if std > 0 else 1.0
 

@@ -33,7 +33,6 @@ from keras_glorot.tools.propagate import propagated
 
 __all__ = ["Section", "audit_section", "report", "write_page"]
 
-
 Pictures = dict[str, Callable[[], Any]]
 
 
@@ -60,8 +59,8 @@ def report(
 ) -> Path:
     """Writes a page about a model: findings, pictures, and a table to sort and to filter.
 
-    The page shows what `audit` finds and, with a batch, what `propagate` and
-    `plot_histograms` show. It is one HTML file that needs no network.
+    The page shows the findings of `audit` and, with a batch, those of `propagate` and the
+    plots of `plot_histograms`. It is one HTML file that needs no network.
 
     Args:
         model: A built Keras model or layer.
@@ -152,9 +151,7 @@ def write_page(
         facts=facts,
         off=OFF_COLOR,
     )
-    write_whole(
-        path, "Argument `path`", partial(Path.write_text, data=page, encoding="utf-8")
-    )
+    write_whole(path, "Argument `path`", lambda draft: draft.write_text(page, "utf-8"))
     return path
 
 
@@ -207,8 +204,9 @@ def _section_html(section: Section) -> str:
     )
 
 
-# Stands for the color of text while a picture is drawn.
-_INK = "#010203"
+_INK = "#010203"  # stands for the color of text while a picture is drawn
+# White is under a histogram.
+_COLORS = {_INK: "currentColor", OFF_COLOR: "var(--off)", "#ffffff": "var(--paper)"}
 
 
 def _svg(draw: Callable[[], Any], label: str) -> str:
@@ -235,12 +233,10 @@ def _svg(draw: Callable[[], Any], label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    for name, color in (("currentColor", _INK), ("var(--off)", OFF_COLOR), _PAPER):
+    for color, name in _COLORS.items():
         text = text.replace(color, name)
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
-
-_PAPER = ("var(--paper)", "#ffffff")  # under a histogram
 
 _PAGE = """\
 <!DOCTYPE html>
