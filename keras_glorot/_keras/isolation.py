@@ -52,7 +52,7 @@ _BUILTIN_CODE = (
     *(types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType),
     *(types.MethodDescriptorType, types.ClassMethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
-    type(NamedTuple("_", [("field", int)]).field),
+    type(vars(NamedTuple("_", [("field", int)]))["field"]),
 )
 # They lead to objects that the code does not name.
 _LOOKUPS = {"__import__", "__subclasses__", "eval", "exec", "globals", "import_module"}

@@ -91,7 +91,8 @@ def used_learning_rates(
         if attributes(optimizer, keras.optimizers.Optimizer):
             continue  # the inner ones have it
         # With accumulated gradients they are no variable.
-        if keras.ops.convert_to_numpy(optimizer.iterations).any():
+        steps: Any = keras.ops.convert_to_numpy(optimizer.iterations)
+        if steps.any():
             found.append((optimizer, rate, _first_rates.get(optimizer)))
         else:
             _first_rates[optimizer] = float(backends.held_value(rate))

@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -63,16 +63,24 @@ def build_values(sources: list[BuildValue]) -> list[Any]:
     return [assigned[id(each.rebuild)][id(each.variable)] for each in sources]
 
 
-def may_hold_given_vectors(layer: keras.Layer, variable: keras.Variable) -> bool:
+def may_hold_given_vectors(
+    layer: keras.Layer, variable: keras.Variable, is_in_graph: bool
+) -> bool:
     """Whether an `Embedding` may have got these values as its argument `weights`.
 
     Keras keeps no trace of the argument, but it makes the layer build itself at once: no
-    shape is known then, and no other layer is being built.
+    shape is known then, and no other layer is being built, unless a model is loaded: from
+    3.16 on Keras builds the layers of a `Sequential` in its name scope.
+
+    Args:
+        layer: The layer.
+        variable: Its weight.
+        is_in_graph: Whether it stands in a graph of Keras, which builds layers on shapes.
     """
     return (
         isinstance(layer, keras.layers.Embedding)
         and variable.name == "embeddings"
-        and variable.path == f"{layer.name}/embeddings"
+        and (is_in_graph or variable.path == f"{layer.name}/embeddings")
         and layer.get_build_config() == {"shapes_dict": {}}
     )
 
@@ -344,7 +352,7 @@ class _Replica:
         # NumPy counts on it that none of an array's objects is left out.
         is_array = isinstance(value, np.ndarray) and value.dtype.hasobject
         can_be_made = is_own and not is_array and not any(map(self._is_left_out, arguments))
-        copy = make(*map(self.of, arguments)) if can_be_made else value
+        copy: Any = make(*map(self.of, arguments)) if can_be_made else value
         if copy is value:
             raise NotIsolatedError(f"a {type(value).__name__} can't be copied")
         self._register(value, copy)  # before what is in it, which can hold it
@@ -361,7 +369,7 @@ class _Replica:
             copy[self.of(key)] = self.of(item)
         return copy
 
-    def _kept(self, items: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    def _kept(self, items: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         return [each for each in items.items() if not self._is_left_out(each[1])]
 
     def _copy_layer(self, layer: keras.Layer) -> keras.Layer:
@@ -404,7 +412,8 @@ def _layer_pairs(
     original: keras.Layer, copy: keras.Layer
 ) -> list[tuple[keras.Layer, keras.Layer]]:
     """The layer and its sublayers, each with its counterpart in a copy."""
-    pairs, seen = [(original, copy)], {id(original)}
+    pairs: list[tuple[Any, Any]] = [(original, copy)]
+    seen = {id(original)}
     for one, other in pairs:
         others = attributes(other, keras.Layer)
         for place, child in attributes(one, keras.Layer).items():

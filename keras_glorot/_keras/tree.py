@@ -116,6 +116,16 @@ class Tree:
         ]
 
     @functools.cached_property
+    def in_graphs(self) -> set[int]:
+        """By `id`, the layers that a functional or sequential model holds."""
+        models = [
+            layer
+            for layer in self.layers
+            if isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
+        ]
+        return {id(child) for model in models for child in self.children(model)}
+
+    @functools.cached_property
     def seed_generators(self) -> list[tuple[keras.Layer, keras.random.SeedGenerator]]:
         """Each with the layer that holds it."""
         return [

@@ -340,7 +340,7 @@ class _Origins:
         source = self.sources.get(id(variable))
         if isinstance(source, BuildValue):
             return _Origin(source)
-        if may_hold_given_vectors(owner, variable):
+        if may_hold_given_vectors(owner, variable, id(owner) in self.survey.in_graphs):
             reason = "it may hold vectors given as `weights`, which Keras does not keep"
             return _Origin(reason=reason, is_data=not variable.trainable)
         origin = _origin_by_name(owner, variable)
