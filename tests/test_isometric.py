@@ -122,6 +122,14 @@ def test_the_slopes_with_which_prelu_starts(slope):
     check_isometry(model)
 
 
+@pytest.mark.parametrize("activation", [layers.LeakyReLU, layers.ReLU, layers.PReLU])
+def test_an_activation_that_is_a_layer(activation):
+    hidden = [layers.Dense(32, activation=activation()) for _ in range(3)]
+    model = keras.Sequential([keras.Input((16,)), *hidden, layers.Dense(16)])
+    assert list(start(model).values()) == ["yes", "yes", "yes", HEAD]
+    check_isometry(model)
+
+
 def test_groups_separable_and_depthwise_layers():
     model = images(
         layers.SeparableConv2D(8, 3, padding="same", activation="relu"),

@@ -316,7 +316,19 @@ def _node_of(tensor: Any) -> Any:
 def _is_open(layer: keras.Layer, children: list[keras.Layer]) -> bool:
     """Whether its own `call` says more than its class."""
     is_foreign = not type(layer).call.__module__.startswith("keras.")
-    return not isinstance(layer, LOOPS) and (is_foreign or bool(children))
+    is_only_activation = all(isinstance(child, _ACTIVATIONS) for child in children)
+    return not isinstance(layer, LOOPS) and (is_foreign or not is_only_activation)
+
+
+# As in `Dense(8, activation=LeakyReLU())`.
+_ACTIVATIONS = (
+    keras.layers.Activation,
+    keras.layers.ELU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+)
 
 
 @contextlib.contextmanager

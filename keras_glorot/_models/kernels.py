@@ -19,7 +19,7 @@ from keras_glorot._models.passes import (
 )
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import is_wave
-from keras_glorot.layer_rules import is_normalization
+from keras_glorot.layer_rules import is_normalization, kernel_activation
 
 __all__ = ["Flow", "Kernel", "Kinds", "flow_of_calls", "flow_of_graph", "flow_of_model"]
 
@@ -244,7 +244,7 @@ class _Walk:
             kernel = Kernel(known, step.call, sources, reached, frozenset(), False)
             self.kernels.append(kernel)
             inner = getattr(step.operation, "layer", step.operation)  # of a TimeDistributed
-            own = _activation_kind(getattr(inner, "activation", None))
+            own = _activation_kind(kernel_activation(inner))
             sources = {len(self.kernels) - 1: frozenset({own} - {""})}
             depth += 1
         for number in step.outputs:
