@@ -48,7 +48,7 @@ def _is_drawn(values: np.ndarray, mirror: Mirror) -> bool:
     drawn = (values != 0) | bool(mirror.matrices.window)
     if np.mean(_is_mirrored(values, mirror.unfold(folded))[drawn]) < (1 + least) / 2:
         return False
-    # What has pairs has them on purpose. Else the matrix alone can tell.
+    # Pairs are there on purpose. Without them the matrix alone can tell.
     return least < 1 or _disorder(folded)[0] < 0.5
 
 
