@@ -217,12 +217,16 @@ def _file(text: str) -> str:
 
 
 def _output(text: str) -> Path:
-    if not text.endswith(".keras"):
-        raise argparse.ArgumentTypeError(f"must end in .keras. Received: {text}")
-    return _page(text)
+    return _target(text, ".keras")
 
 
 def _page(text: str) -> Path:
+    return _target(text, ".html")
+
+
+def _target(text: str, ending: str) -> Path:
+    if not text.endswith(ending):  # `--html` with the name of the model would lose it
+        raise argparse.ArgumentTypeError(f"must end in {ending}. Received: {text}")
     target = Path(os.path.realpath(text))
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise argparse.ArgumentTypeError(

@@ -504,12 +504,17 @@ def test_a_directory_as_output_fails_before_the_work(model_file, tmp_path, no_wo
 
 
 @pytest.mark.parametrize(
-    ("place", "fault"), [("folder", "not a directory"), ("no/page.html", "existing folder")]
+    ("place", "fault"),
+    [
+        ("folder.html", "not a directory"),
+        ("no/page.html", "existing folder"),
+        ("model.keras", "must end in .html"),
+    ],
 )
 def test_a_page_that_can_not_be_written_fails_before_the_work(
     place, fault, model_file, tmp_path, no_work, capsys
 ):
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.html").mkdir()
     with pytest.raises(SystemExit):
         main(["audit", model_file, "--html", str(tmp_path / place)])
     assert fault in capsys.readouterr().err
