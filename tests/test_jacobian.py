@@ -75,6 +75,19 @@ def test_it_does_not_depend_on_the_scale_of_the_inputs():
     assert spread(model, 1000 * x) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
+def test_it_does_not_depend_on_the_scale_of_the_outputs(scale):
+    model, x = tanh_net(2, 4), data(64, 12)
+    expected = spread(model, x)
+    model.layers[-1].kernel.assign(np.asarray(model.layers[-1].kernel) * scale)
+    assert spread(model, x) == pytest.approx(expected, rel=1e-3)
+
+
+def test_nothing_overflows_where_the_gradient_is_below_the_normal_numbers():
+    model = tanh_net(41, 4, 0.1)
+    assert "Gradient vanishes" in str(propagate(model, data(8, 12)))
+
+
 def test_all_float_inputs_count_and_ids_do_not():
     """Of [2 x, 3 y] the singular values are 2 and 3."""
     ids = keras.Input((7,), dtype="int32")

@@ -257,7 +257,9 @@ def test_findings_on_dead_units():
 def test_findings_on_zero_and_on_nan_weights():
     model = mlp(4)
     model.layers[1].kernel.assign(np.zeros((20, 20)))
-    assert "vanishing" in codes(propagate(model, data(16, 12)))
+    signal, gradient = propagate(model, data(16, 12)).findings
+    assert (signal.code, gradient.code) == ("vanishing", "vanishing")
+    assert signal.message == f"Signal vanishes: its std is 0 at {signal.path}."
     model.layers[1].kernel.assign(np.full((20, 20), np.nan))
     findings = propagate(model, data(16, 12)).findings
     assert {finding.severity for finding in findings} == {"error"}

@@ -47,9 +47,14 @@ def singular_spread(
     if seen.gradients and batch.loss is not None:  # its gradient has no random direction
         batch = batch._replace(y=None, loss=None)
         seen = record(survey, batch, training)
+    size = max(map(_largest, seen.gradients), default=0.0)
+    if not 0 < size < math.inf:
+        return None
+    # Of a size at which no step is beyond float32, however much the signal vanishes.
+    gradients = [(each / np.float64(size)).astype(np.float32) for each in seen.gradients]
     floats = list(filter(is_float, tree.flatten(batch.x)))
-    scale = min(map(_relative_step, floats, seen.gradients), default=math.inf)
-    if not 0 < scale < math.inf:
+    scale = min(map(_relative_step, floats, gradients))
+    if scale == math.inf:
         return None
 
     def move(
@@ -66,18 +71,18 @@ def singular_spread(
         return ops.zeros(()), list(filter(is_float, tree.flatten(outputs)))
 
     recorder = Recorder(survey, training, move, keep)
-    tensors = [ops.convert_to_tensor(np.float32(each)) for each in seen.gradients]
+    tensors = [ops.convert_to_tensor(each) for each in gradients]
 
     def outputs(step: float) -> np.ndarray:
         return _joined(recorder(batch, tensors, ops.convert_to_tensor(np.float32(step))))
 
     c, center = _joined(batch.directions(seen.outputs)), _joined(seen.outputs)
-    back = _joined(seen.gradients)
+    back = _joined(gradients)
     for step in _STEPS:
         step *= scale
         ahead, behind = outputs(step), outputs(-step)
         forth, bend = (ahead - behind) / (2 * step), (ahead + behind - 2 * center) / step
-        squares = back @ back
+        squares = size * (back @ back)
         is_smooth = bend @ bend <= _ROUGHNESS * (forth @ forth)
         overlap = c @ forth  # the same, but its error goes with that of `forth`
         if is_smooth and abs(overlap - squares) <= _ROUGHNESS * squares:
@@ -89,8 +94,12 @@ def singular_spread(
 def _relative_step(tensor: Tensor, gradient: np.ndarray) -> float:
     """By what a gradient at an input is multiplied to be as large as the input."""
     largest = float(ops.max(ops.abs(tensor))) if math.prod(tensor.shape) else 0.0
-    step = float(np.abs(gradient).max(initial=0.0))
+    step = _largest(gradient)
     return largest / step if largest and step else math.inf
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0.0))
 
 
 def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:

@@ -428,12 +428,14 @@ def _trend(
     # that much only where it goes on and on.
     if total < math.log(15) or (abs(change) < math.log(4 / 3) and total < math.log(1000)):
         return []
-    last = paths[curves[0].index(0)] if change == -math.inf else paths[-1]
     verb, code = ("vanishes", "vanishing") if change < 0 else ("explodes", "exploding")
-    message = (
-        f"{name} {verb}: its std changes {math.exp(change):.2g}x per layer from "
-        f"{paths[0]} to {last}."
-    )
+    if change == -math.inf:
+        last = paths[curves[0].index(0)]
+        how = f"is 0 at {last}"
+    else:
+        last = paths[-1]
+        how = f"changes {math.exp(change):.2g}x per layer from {paths[0]} to {last}"
+    message = f"{name} {verb}: its std {how}."
     return [Finding("warning", code, last, message, advice)]
 
 
