@@ -19,7 +19,7 @@ layers: Any = keras.layers  # Keras declares many arguments as `str`
 BACKEND = keras.backend.backend()
 
 
-# What the issue names, with the std that stock Keras gives as a part of the right one.
+# Kernels with the std that stock Keras gives as a part of the right one.
 IMAGE = (8, 8, 512)
 
 

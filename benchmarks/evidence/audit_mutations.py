@@ -1,4 +1,4 @@
-"""What `audit` finds of planted faults, and what it finds where there is none.
+"""Planted faults that `audit` finds, and its findings where there is none.
 
     python benchmarks/evidence/audit_mutations.py  # on all three backends, some minutes
     KERAS_BACKEND=torch python benchmarks/evidence/audit_mutations.py --json --seeds 5
@@ -38,7 +38,7 @@ RESULT = Path(__file__).with_suffix(".md")
 
 
 NOT_LOOKED_FOR = (
-    "What `audit` does not look for, and does not find while std, mean, bounds and form "
+    "Not looked for, and not found while std, mean, bounds and form "
     "of the whole weight stay right: units of another scale (one column times 0.1 or 1e-6, "
     "or half of them smaller and half larger), copies that are scaled or noisy, sorted "
     "values, circulant and symmetric matrices."
@@ -67,7 +67,7 @@ def report(results: dict[str, dict[str, Any]], seeds: int) -> str:
     false = sum(len(each) for r in results.values() for each in r["false"].values())
     versions = {result["keras"] for result in results.values()}
     lines = [
-        "# What `audit` finds of planted faults",
+        "# Planted faults that `audit` finds",
         "",
         "Made by `python benchmarks/evidence/audit_mutations.py` with Keras "
         f"{', '.join(sorted(versions))} on {', '.join(results)}.",

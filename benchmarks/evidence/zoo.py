@@ -1,4 +1,4 @@
-"""What `calibrate` does to 40 small networks, on a batch that it never saw.
+"""`calibrate` on 40 small networks, told on a batch that it never saw.
 
     KERAS_BACKEND=torch python benchmarks/evidence/zoo.py  # goes on where it ended
 
@@ -193,7 +193,7 @@ def measure(name, build):
 
 
 def main():
-    lines = [f"# What `calibrate` does to {len(NETS)} small networks", ""]
+    lines = [f"# `calibrate` on {len(NETS)} small networks", ""]
     lines += [*(__doc__ or "").strip().splitlines()[4:], ""]
     lines += [
         "Passes are over half of the batch; cost: CPU time over that of `propagate`.",
