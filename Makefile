@@ -23,7 +23,7 @@ ON_BACKENDS := $(foreach name,backends initializers initialize propagate calibra
 	call_site,tests/test_$(name).py)
 
 # What a new Keras can change: names, files, whose weight is drawn, how it is rebuilt.
-ON_KERAS := $(foreach name,initializers round_trips private_names call_site layer_rules \
+ON_KERAS := $(foreach name,initializers round_trips private_names call_site layer_rules graph \
 	initialize initialize_fresh propagate,tests/test_$(name).py)
 
 # What no backend can change: `make test` and `oldest` run it, on TensorFlow.

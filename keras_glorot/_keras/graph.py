@@ -8,7 +8,9 @@ every operation between them, says what it takes and what it gives. No value is 
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -202,6 +204,8 @@ class _Tracer:
             if make_node is not None:
                 node = functools.partial(self._node, make_node)
                 stack.enter_context(replaced_attribute(keras_layer, "Node", node))
+            for module in _modules_of_keras(self.walked.layers):
+                stack.enter_context(_operations_on_symbols(module))
             for layer in self.walked.layers:
                 stack.enter_context(_restored_nodes(layer))
                 stack.enter_context(replaced_attribute(layer, "_called", True))
@@ -282,6 +286,23 @@ class _Tracer:
         ends = tuple(map(number, last))
         closed, read = list(self.closed.values()), frozenset(self.reads.ids)
         return Graph(steps, tensors, first, ends, closed, read)
+
+
+def _modules_of_keras(layers: list[keras.Layer]) -> list[types.ModuleType]:
+    """Those that define the layers."""
+    kinds = {kind for layer in layers for kind in type(layer).__mro__}
+    names = {kind.__module__ for kind in kinds if kind.__module__.startswith("keras.src.")}
+    return [sys.modules[name] for name in sorted(names)]
+
+
+def _operations_on_symbols(module: types.ModuleType) -> Any:
+    """Keras's layers call `backend.ops` from 3.16 on: `keras.ops` does the same, and takes
+    symbols, too."""
+    backend = vars(module).get("backend")
+    if not hasattr(backend, "ops"):
+        return contextlib.nullcontext()
+    own = types.SimpleNamespace(**{**vars(backend), "ops": keras.ops})
+    return replaced_attribute(module, "backend", own)
 
 
 def _with_all_sizes(layer: Any) -> Callable:
