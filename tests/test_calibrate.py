@@ -591,7 +591,7 @@ def test_an_activation_that_is_a_layer_is_named_as_the_cause(make, name):
     hidden = [each for _ in range(24) for each in (layers.Dense(32), make())]
     model = fill(keras.Sequential([keras.Input((32,)), *hidden, layers.Dense(3)]))
     (finding,) = calibrate(model, 1 + data(32, 32)).findings
-    assert finding.message.endswith(f"The cause is the activation {name}.")
+    assert finding.message.endswith(f"The likely cause is the activation {name}.")
 
 
 def variational():

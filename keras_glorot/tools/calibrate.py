@@ -546,13 +546,13 @@ def _unreached(result: _Result, flow: Flow) -> list[Finding]:
     if result.failed is not None and result.fresh is None and not change.is_level:
         message = (
             f"No scale of the kernels holds on other examples ({result.failed.change}), "
-            f"so all are as they were. The cause is {cause}."
+            f"so all are as they were. The likely cause is {cause}."
         )
         return [Finding("warning", "unreached", path, message, advice)]
     first, last = change.likeness
     message = (
         f"The mean cosine of two examples goes from {first:.2g} to {last:.2g}, whatever "
-        f"the scale of the kernels. The cause is {cause}."
+        f"the scale of the kernels. The likely cause is {cause}."
     )
     return [Finding("info", "unreached", path, message, advice)]
 
