@@ -249,6 +249,13 @@ def patches():
     return keras.Model(x, y)
 
 
+def patches_without_pairs():
+    """One matrix for all taps, and nothing else that tells it."""
+    x = keras.Input((16, 16, 3))
+    y = layers.LayerNormalization()(layers.Conv2D(12, 4, strides=4)(x))
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(y)))
+
+
 @pytest.mark.parametrize("make", [subclassed, nested, shared, patches])
 def test_a_model_in_pairs_is_linear(make):
     model = make()
@@ -805,7 +812,17 @@ def test_a_kernel_that_is_used_in_two_ways(is_loop):
 
 @pytest.mark.parametrize(
     "make",
-    [subclassed, concatenated, nested, shared, patches, attention, mobile, *WITH_STATE],
+    [
+        subclassed,
+        concatenated,
+        nested,
+        shared,
+        patches,
+        patches_without_pairs,
+        attention,
+        mobile,
+        *WITH_STATE,
+    ],
 )
 def test_audit_finds_it_sound(make):
     model = make()

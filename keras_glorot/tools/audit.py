@@ -194,11 +194,25 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
     if is_scaled and fault == "bounds" and is_little_larger(statistics, expected):
         fault = None
     suspects = candidates if fault else [expected]
-    may_be_orthogonal = any(each.matrices for each in suspects)
+    may_be_orthogonal = any(each.matrices for each in suspects) or (
+        fault is not None and _cuts_patches(weight)
+    )
     subject = Subject(
         weight, statistics, start, expected, fault, is_scaled, may_be_orthogonal
     )
     return subject._replace(repeats=_find_repeats(subject, fitting.values))
+
+
+def _cuts_patches(weight: Weight) -> bool:
+    """Whether its convolution takes each value once: all taps are one matrix then."""
+    owner: Any = weight.owner
+    if not weight.is_kernel or not isinstance(owner, _CONVOLUTIONS):
+        return False
+    sizes = list(zip(owner.kernel_size, owner.strides, strict=True))
+    return max(owner.kernel_size) > 1 and all(size <= step for size, step in sizes)
+
+
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 def _find_repeats(subject: Subject, values: Values) -> list[Slices]:
