@@ -37,9 +37,8 @@ _KURTOSIS_TOLERANCE = 0.1
 _FEWEST_FOR_KURTOSIS = 100
 # The rows or columns of a large matrix that tell whether to read it to the end.
 _FIRST = 64
-# Between the kurtosis of truncated normal values, 2.37, and that of large orthogonal
-# matrices, 3: six standard errors from it.
-_FLAT = 2.6
+# The part of the values of an orthogonal matrix that are free, at least.
+_FREE = 1 / 3
 # The disorder of values that are not of matrices.
 _NONE = np.array([math.inf])
 
@@ -178,10 +177,10 @@ class Fitting:
         return self._disorders[matrices]
 
     def _is_flat(self, matrices: Matrices) -> bool:
-        """Whether so many single values of large orthogonal matrices are not so uniform."""
-        size, kurtosis = self.statistics.size, self.statistics.kurtosis
-        is_large = size >= 1 << 14 and max(matrices.rows, matrices.columns) >= _FIRST
-        return is_large and kurtosis < _FLAT
+        """Whether single values are more uniform than those of orthogonal matrices."""
+        long = max(matrices.rows, matrices.columns)
+        error = math.sqrt(24 / (_FREE * max(1, self.statistics.size)))  # of the kurtosis
+        return self.statistics.kurtosis < 3 * long / (long + 2) - _SIGMAS * error
 
     def _is_first_chance(self, matrices: Matrices) -> bool:
         """Whether the first rows or columns of a large matrix are independent."""
