@@ -27,8 +27,8 @@ RESULT = Path(__file__).with_suffix(".md")
 RATES, EPOCHS = (3e-3, 1e-3), 60
 HEAD = """# Findings of `propagate`
 
-Healthy networks, with stock initializers: what `propagate` finds in them, and after how
-many epochs of 512 or 768 examples the loss is half of that of the best constant answer.
+Healthy networks, with stock initializers: the findings of `propagate`, and after how many
+epochs of 512 or 768 examples the loss is half of that of the best constant answer.
 
 | network | epochs | findings |
 |---|---|---|
