@@ -23,6 +23,7 @@ from keras_glorot import (
     initialize,
 )
 from keras_glorot._drawing import distributions
+from keras_glorot._drawing.stream import draw
 from keras_glorot._keras.tree import Tree
 from keras_glorot.recipes import Start, Starts
 from keras_glorot.tables.view import View
@@ -676,6 +677,16 @@ def test_biases_of_rank_two_are_no_kernels():
         assert not [row for row in shown if "bias" in row["path"]]
 
 
+def test_a_factor_that_the_std_does_not_tell_is_none():
+    """The std is within its 5 %, and chance made it smaller than the factor."""
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(48)])
+    (row,) = [row for row in audit(model) if row["expected_std"]]
+    for seed in range(8):
+        values = draw("uniform", (64, 48), 1.0, "float32", (seed,))
+        model.layers[0].kernel.assign(1.049 * row["expected_std"] / values.std() * values)
+        assert not audit(model).findings
+
+
 @pytest.mark.parametrize(
     ("how", "is_saved"),
     [("xavier_uniform", False), ("xavier_normal", False), ("isometric", False),
@@ -683,6 +694,7 @@ def test_biases_of_rank_two_are_no_kernels():
 )  # fmt: skip
 def test_a_calibrated_model_is_sound(how, is_saved, tmp_path):
     """Also in its file: a kernel of the declared form is scaled, not wrong."""
+    keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(8, 3)])
     for units in (64, 48, 64, 64, 64, 64, 64, 16):
         model.add(keras.layers.Dense(units, "tanh"))

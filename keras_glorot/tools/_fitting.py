@@ -276,7 +276,7 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
 def is_little_larger(statistics: Statistics, distribution: Distribution) -> bool:
     """Whether values pass a bound by no factor that their std can tell from chance."""
     spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
-    most = (1 + max(_TOLERANCE, _SIGMAS * spread)) * _limit(statistics, distribution)
+    most = (1 + _TOLERANCE + _SIGMAS * spread) * _limit(statistics, distribution)
     return _reach(statistics, distribution) <= most < math.inf
 
 
