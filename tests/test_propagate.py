@@ -506,10 +506,10 @@ def test_calls_of_other_threads_are_not_recorded():
             return x
 
     called, others_done = threading.Event(), threading.Event()
+    others_done.set()
     inputs = keras.Input((12,))
     x = layers.Dense(5, "tanh")(inputs)
     model = fill(keras.Model(inputs, layers.Dense(4)(Slow()(layers.Dense(6)(x)))))
-    others_done.set()
     expected = propagate(model, data(16, 12)).rows
     right = np.asarray(keras.ops.convert_to_numpy(model(data(8, 12))))
     called.clear()
