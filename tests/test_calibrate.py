@@ -174,8 +174,9 @@ def test_levels_of_an_isometric_start_stay(activations):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("activations", [("elu", "tanh"), ("tanh", "relu")])
-@pytest.mark.parametrize("factor", [0.8, 1.2])
+@pytest.mark.parametrize(
+    ("activations", "factor"), [(("elu", "tanh"), 0.8), (("tanh", "relu"), 1.2)]
+)
 def test_levels_of_an_isometric_start_are_restored(activations, factor):
     """Nearly an isometry again, and the kernels of each activation at their own level."""
     model, x = mixed(*activations), data(64, 64)
