@@ -687,6 +687,17 @@ def test_a_factor_that_the_std_does_not_tell_is_none():
         assert not audit(model).findings
 
 
+def test_one_value_a_little_out_of_bounds():
+    """The std of a large kernel says that nothing was scaled."""
+    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(256)])
+    initialize(model, seed=0)
+    values = np.array(model.layers[0].kernel)
+    values[3, 5] = 1.03 * GlorotUniform().limit(values.shape)
+    model.layers[0].kernel.assign(values)
+    (finding,) = audit(model).findings
+    assert finding.code == "bounds"
+
+
 @pytest.mark.parametrize(
     ("how", "is_saved"),
     [("xavier_uniform", False), ("xavier_normal", False), ("isometric", False),

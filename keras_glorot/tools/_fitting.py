@@ -274,9 +274,10 @@ def is_off(statistics: Statistics, distribution: Distribution) -> bool:
 
 
 def is_little_larger(statistics: Statistics, distribution: Distribution) -> bool:
-    """Whether values pass a bound by no factor that their std can tell from chance."""
+    """Whether values pass a bound by no more than the factor that their std allows."""
     spread = math.sqrt((distribution.standard.kurtosis - 1) / (4 * statistics.size))
-    most = (1 + _TOLERANCE + _SIGMAS * spread) * _limit(statistics, distribution)
+    factor = max(1.0, statistics.std / distribution.std) * (1 + _SIGMAS * spread)
+    most = factor * _limit(statistics, distribution)
     return _reach(statistics, distribution) <= most < math.inf
 
 
