@@ -12,6 +12,9 @@ from keras_glorot._keras.tree import downstream_operations
 from keras_glorot.fans import Fans, compute_fans, standardize_shape
 
 __all__ = [
+    "CONVOLUTIONS",
+    "SEPARABLE",
+    "TRANSPOSED",
     "Activation",
     "activation_name",
     "fans_by_rule",
@@ -35,12 +38,13 @@ Rule = Callable[[Any, tuple[int, ...]], tuple[int, int] | None]
 # A rule for Keras's layers tells more than the fans: a user's alone returns `Fans`.
 _Rule = Callable[[Any, tuple[int, ...]], Fans | Matrices | None]
 
-_TRANSPOSED = (
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+TRANSPOSED = (
     keras.layers.Conv1DTranspose,
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
-_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 # Zero, or nearly zero, for about half of all inputs.
 _RELU_LIKE = {
     *("relu", "relu6", "leaky_relu", "gelu", "silu", "hard_silu", "mish", "elu"),
@@ -150,7 +154,7 @@ def _by_rule(
     if layer is None or is_bias(layer, variable):
         return None
     rule = next((_RULES[each] for each in type(layer).__mro__ if each in _RULES), None)
-    is_separable = rule is _depthwise_conv and isinstance(layer, _SEPARABLE)
+    is_separable = rule is _depthwise_conv and isinstance(layer, SEPARABLE)
     if rule is None or (is_separable and not _is_depthwise_half(layer, variable)):
         return None  # its shape tells, as of a pointwise kernel
     return rule(layer, tuple(shape))
@@ -165,7 +169,7 @@ def kernel_activation(
     layer: keras.Layer | None, variable: keras.Variable | None = None
 ) -> Activation | None:
     """The activation of the layer itself behind this weight, or None."""
-    if isinstance(layer, _SEPARABLE) and _is_depthwise_half(layer, variable):
+    if isinstance(layer, SEPARABLE) and _is_depthwise_half(layer, variable):
         return None  # the pointwise kernel comes next
     return _standardize_activation(getattr(layer, "activation", None))
 
@@ -214,7 +218,7 @@ def window_rank(layer: keras.Layer | None, shape: tuple[int, ...]) -> int:
 
 def unit_axis(layer: keras.Layer | None) -> int:
     """The axis of a kernel, counted from the end, along which units differ."""
-    return -2 if isinstance(layer, _TRANSPOSED) else -1
+    return -2 if isinstance(layer, TRANSPOSED) else -1
 
 
 def activation_name(activation: Activation) -> str:

@@ -7,19 +7,12 @@ import keras
 
 from keras_glorot._drawing.matrices import Matrices
 from keras_glorot._keras.graph import Graph, Step
-from keras_glorot.layer_rules import kernel_matrices
+from keras_glorot.layer_rules import CONVOLUTIONS, SEPARABLE, TRANSPOSED, kernel_matrices
 
 __all__ = ["Map", "channel_axis", "depthwise_kernel", "kernel_map"]
 
 Axes = tuple[int, ...]
 
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-_TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
-_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
@@ -56,20 +49,20 @@ def kernel_map(step: Step, graph: Graph) -> Map | None:
         return _map(layer, "kernel", (rank - 1,), (rank - 1,))
     if isinstance(layer, keras.layers.EinsumDense):
         return _einsum_map(layer, rank)
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         return _map(layer, "kernel", channels, channels, layer.strides)
-    if isinstance(layer, _SEPARABLE):
+    if isinstance(layer, SEPARABLE):
         return _map(layer, "pointwise_kernel", channels, channels)
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         return _map(layer, "kernel", channels, channels)
     return None
 
 
 def depthwise_kernel(layer: Any) -> keras.Variable | None:
     """The kernel of a layer that maps each channel by itself, at least at first."""
-    if not isinstance(layer, _SEPARABLE + _DEPTHWISE) or _is_changed(layer):
+    if not isinstance(layer, SEPARABLE + _DEPTHWISE) or _is_changed(layer):
         return None
-    return _weight(layer, "depthwise_kernel" if isinstance(layer, _SEPARABLE) else "kernel")
+    return _weight(layer, "depthwise_kernel" if isinstance(layer, SEPARABLE) else "kernel")
 
 
 def channel_axis(layer: Any, rank: int) -> int:

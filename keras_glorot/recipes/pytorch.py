@@ -15,6 +15,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.rebuild import BuildValue
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.fans import Fans
+from keras_glorot.layer_rules import TRANSPOSED
 from keras_glorot.recipes._start import Start, Starts
 
 __all__ = ["pytorch"]
@@ -52,7 +53,7 @@ def _linear(layer: keras.Layer, weights: _Weights) -> _Drawn:
         if name in own:
             if fans := own[name].fans:
                 # A transposed kernel is the other way round there, and so is its fan_in.
-                fan = fans.fan_out if isinstance(layer, _TRANSPOSED) else fans.fan_in
+                fan = fans.fan_out if isinstance(layer, TRANSPOSED) else fans.fan_in
                 limit = 1 / math.sqrt(max(1, fan))
             if limit is not None:
                 yield own[name], Distribution.from_scale("uniform", limit)
@@ -103,11 +104,6 @@ def _constants(**values: float) -> _Rule:
     return rule
 
 
-_TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
 # By Keras's class, inherited by subclasses: the name of its counterpart, and a rule.
 _RULES: dict[type, tuple[str, _Rule]] = {
     keras.layers.Dense: ("Linear", _linear),

@@ -14,7 +14,7 @@ from keras_glorot._drawing.distributions import Distribution
 from keras_glorot._keras.state import unmoved_generators
 from keras_glorot._models.survey import Survey, Weight
 from keras_glorot.gains import known_gain
-from keras_glorot.layer_rules import kernel_matrices, window_rank
+from keras_glorot.layer_rules import CONVOLUTIONS, kernel_matrices, window_rank
 from keras_glorot.recipes import Start
 from keras_glorot.recipes.isometric import isometric
 from keras_glorot.tables import Finding, Layout, Row, Table
@@ -206,13 +206,10 @@ def _measure(weight: Weight, start: Start, others: Iterable[Distribution] = ()) 
 def _cuts_patches(weight: Weight) -> bool:
     """Whether its convolution takes each value once: all taps are one matrix then."""
     owner: Any = weight.owner
-    if not weight.is_kernel or not isinstance(owner, _CONVOLUTIONS):
+    if not weight.is_kernel or not isinstance(owner, CONVOLUTIONS):
         return False
     sizes = list(zip(owner.kernel_size, owner.strides, strict=True))
     return max(owner.kernel_size) > 1 and all(size <= step for size, step in sizes)
-
-
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
 def _find_repeats(subject: Subject, values: Values) -> list[Slices]:
