@@ -127,6 +127,8 @@ def fitting_levels(activations: Sequence[Any], stds: np.ndarray) -> np.ndarray:
     """The levels of the activations along a chain, if its stds jump where these do, as
     after the isometric start; else ones."""
     by_id = {id(each): each for each in activations}
+    if len(by_id) < 2:  # most chains: nothing to measure
+        return np.ones(len(activations))
     effects = {key: each and measure_effect(each) for key, each in by_id.items()}
     known = [effects[id(each)] for each in activations]
     levels = np.array([each.level if each else 1.0 for each in known])

@@ -292,9 +292,10 @@ def _findings(calls: list[Call], rows: list[Row], flow: Flow) -> list[Finding]:
             [calls[i] for i in _known(places, part)] for part in _parts(flow.kernels, chain)
         ]
         advice = _ADVICE["plain" if _is_plain(flow, chain) else "scale"]
-        for part in parts:
-            found += _signal_trend(part, advice)
-        found += _gradient_trend(parts, advice)
+        levels = list(map(_levels, parts))
+        for part, own in zip(parts, levels, strict=True):
+            found += _signal_trend(part, own, advice)
+        found += _gradient_trend(parts, levels, advice)
         found += _collapse([rows[i] for i in _known(places, chain)], advice)
     plain = [_known(places, chain) for chain in chains if _is_plain(flow, chain)]
     found += _residual_growth(calls[:-1], rows)
@@ -375,12 +376,12 @@ def _parts(kernels: list[Kernel], chain: list[int]) -> list[list[int]]:
     return parts
 
 
-def _signal_trend(calls: list[Call], advice: str) -> list[Finding]:
+def _signal_trend(calls: list[Call], levels: np.ndarray, advice: str) -> list[Finding]:
     """By all values and by the means over positions: both have to tell the same.
 
     A mean over unlike positions makes the first smaller, a stride the second one larger.
     """
-    outputs, levels = [call.output.value for call in calls], _levels(calls)
+    outputs = [call.output.value for call in calls]
     both = list(zip(outputs, levels, strict=True))
     curves = [
         [output and output["std"] / level for output, level in both],
@@ -389,7 +390,9 @@ def _signal_trend(calls: list[Call], advice: str) -> list[Finding]:
     return _trend([call.path for call in calls], curves, "Signal", advice)
 
 
-def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
+def _gradient_trend(
+    parts: list[list[Call]], levels: list[np.ndarray], advice: str
+) -> list[Finding]:
     """From the end to the start.
 
     Normalization layers give a signal the scale 1, and the gradient before them the inverse
@@ -397,10 +400,10 @@ def _gradient_trend(parts: list[list[Call]], advice: str) -> list[Finding]:
     """
     paths: list[str] = []
     curve: list[float | None] = []
-    for part in reversed(parts):
-        output, levels = part[-1].output.value if part and paths else None, _levels(part)
-        scale = output["std"] / levels[-1] if output else 1.0
-        for call, level in zip(reversed(part), reversed(levels), strict=True):
+    for part, own in zip(reversed(parts), reversed(levels), strict=True):
+        output = part[-1].output.value if part and paths else None
+        scale = output["std"] / own[-1] if output else 1.0
+        for call, level in zip(reversed(part), reversed(own), strict=True):
             gradient = call.output.gradient
             paths.append(call.path)
             curve.append(None if gradient is None else scale * gradient * level)
