@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_glorot._backends.signals import Outcome, Tap, Tensor, is_float
-from keras_glorot._models.passes import Batch, Pass, Recorder, record
+from keras_glorot._models.passes import Batch, Pass, Recorder, largest_size, record
 from keras_glorot._models.survey import Survey
 
 __all__ = ["singular_spread"]
@@ -47,7 +47,7 @@ def singular_spread(
     if seen.gradients and batch.loss is not None:  # its gradient has no random direction
         batch = batch._replace(y=None, loss=None)
         seen = record(survey, batch, training)
-    size = max(map(_largest, seen.gradients), default=0.0)
+    size = max(map(largest_size, seen.gradients), default=0.0)
     if not 0 < size < math.inf:
         return None
     # Of a size at which no step is beyond float32, however much the signal vanishes.
@@ -94,12 +94,8 @@ def singular_spread(
 def _relative_step(tensor: Tensor, gradient: np.ndarray) -> float:
     """By what a gradient at an input is multiplied to be as large as the input."""
     largest = float(ops.max(ops.abs(tensor))) if math.prod(tensor.shape) else 0.0
-    step = _largest(gradient)
+    step = largest_size(gradient)
     return largest / step if largest and step else math.inf
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max(initial=0.0))
 
 
 def _joined(arrays: Iterable[np.ndarray]) -> np.ndarray:

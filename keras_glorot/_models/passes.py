@@ -37,6 +37,7 @@ __all__ = [
     "arguments_of",
     "first_float",
     "gradient_std",
+    "largest_size",
     "likeness",
     "lock",
     "moments",
@@ -87,10 +88,14 @@ class Call(NamedTuple):
 LayerSummary = Callable[[keras.Layer, np.ndarray, bool], Any]
 
 
+def largest_size(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0.0))
+
+
 def moments(values: np.ndarray) -> Moments:
     """Mean and std, scaled so that squares neither vanish nor overflow."""
     values = np.asarray(values, np.float32)
-    scale = float(np.abs(values).max(initial=0.0)) or 1.0
+    scale = largest_size(values) or 1.0
     if not math.isfinite(scale):
         return Moments(math.nan, math.nan)
     scaled = values / np.float32(scale)
@@ -102,7 +107,7 @@ def likeness(values: np.ndarray, examples: int) -> float | None:
 
     That is (|sum of unit vectors|² - n) / (n (n - 1)), without a look at each pair.
     """
-    scale = float(np.abs(values).max(initial=0.0))
+    scale = largest_size(values)
     if values.shape[:1] != (examples,) or not 0 < scale < math.inf:
         return None
     vectors = values.reshape(examples, -1) / values.dtype.type(scale)
